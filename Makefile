@@ -1,0 +1,58 @@
+# Every command that people and CI run. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+# The demonstration needs neither torch nor the test tools: its own, smaller environment, unless the full one is there.
+DEMO_VENV := $(if $(wildcard $(VENV)/.installed),$(VENV),.venv-serve)
+PIP_INSTALL := install --quiet --disable-pip-version-check --constraint constraints.txt
+RUN := $(VENV)/bin/python
+SLIDE ?=
+OUTPUT ?= demo-output
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format types demo-weights graphs clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip $(PIP_INSTALL) --editable '.[client,serve,train,dev]'
+	@touch $@
+
+.venv-serve/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/python -m pip $(PIP_INSTALL) --editable '.[client,serve]'
+	@touch $@
+
+install: $(VENV)/.installed  ## make .venv with everything, editable
+
+demo: $(DEMO_VENV)/.installed  ## stain a slide on this machine: SLIDE=path, else a sample; result in demo-output/
+	$(DEMO_VENV)/bin/python -m staindiffuser.client.demo $(if $(SLIDE),--slide '$(SLIDE)') --output '$(OUTPUT)'
+
+test: install lint types  ## all tests but the slow ones, with lint and types
+	$(RUN) -m pytest -m "not slow and not gpu and not network"
+
+test-all: install lint types  ## every test that this machine can run
+	$(RUN) -m pytest -m "not gpu and not network"
+
+lint: install  ## ruff: lint and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: install  ## let ruff rewrite the formatting
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+types: install  ## mypy, strict
+	$(VENV)/bin/mypy
+
+demo-weights: install  ## train the demonstration model again (hours on two cores), into runs/
+	$(VENV)/bin/staindiffuser simulate tiles --output runs/demo-tiles --count 2400 --seed 11 --val-share 0.03 --test-share 0.03
+	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo --preset demo --name demo --trained-on 'simulated tissue'
+	@echo "judge it (staindiffuser evaluate runs/demo/checkpoint --data ...), then copy runs/demo/checkpoint to checkpoints/demo and run make graphs"
+
+graphs: install  ## export the demonstration model's graphs from its weights
+	$(VENV)/bin/staindiffuser export graphs checkpoints/demo --output checkpoints/demo/graphs
+
+clean:  ## remove the environments and what was built
+	rm -rf .venv .venv-serve build dist demo-output *.egg-info src/*.egg-info

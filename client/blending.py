@@ -1,0 +1,132 @@
+"""Tiles into one picture: neighbours are blended with ramps, in integers, so that no order of arrival shows.
+
+Weights are integers and sums are exact, therefore a pixel is the same whichever tile came first, whichever region is
+composed, and in however many threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from staindiffuser.client.contract import UInt8Array
+from staindiffuser.client.tiling import Tile, TileGrid
+from staindiffuser.client.tissue import TissueMask
+
+__all__ = ["Mosaic", "Plane", "ramp_weights"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plane:
+    """One picture that is put together."""
+
+    tensor: str
+    """The server's output that it is made of."""
+    channels: int
+    """3 for a picture, 1 for a cell map."""
+    background: int
+    """Value of what was not stained: 255 is white glass, 0 is no cell."""
+
+
+class Mosaic:
+    """Holds the tiles that are still needed and composes regions of them; safe to use from many threads."""
+
+    def __init__(self, grid: TileGrid, planes: tuple[Plane, ...], mask: TissueMask | None = None) -> None:
+        """Start empty.
+
+        Args:
+            grid: where the tiles lie.
+            planes: what they are made of.
+            mask: fades the result to the background on glass; without it everything that was stained shows.
+        """
+        self._grid = grid
+        self._planes = planes
+        self._mask = mask
+        self._weights = ramp_weights(grid)
+        self._tiles: dict[tuple[int, int], dict[str, UInt8Array]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, tile: Tile, outputs: Mapping[str, UInt8Array]) -> None:
+        """Take a stained tile: per plane's tensor, uint8 [T, T, C]. Its margin is cropped away."""
+        x0, x1 = self._grid.shown(tile.x, self._grid.width)
+        y0, y1 = self._grid.shown(tile.y, self._grid.height)
+        if x0 >= x1 or y0 >= y1:
+            return
+        kept = {
+            plane.tensor: outputs[plane.tensor][y0 - tile.y : y1 - tile.y, x0 - tile.x : x1 - tile.x].copy()
+            for plane in self._planes
+        }
+        with self._lock:
+            self._tiles[tile.row, tile.column] = kept
+
+    def forget_above(self, row: int) -> None:
+        """Let go of the rows of tiles above ``row``: what they show was composed."""
+        with self._lock:
+            for key in [key for key in self._tiles if key[0] < row]:
+                del self._tiles[key]
+
+    def compose(self, plane: Plane, x: int, y: int, width: int, height: int) -> UInt8Array | None:
+        """A region, uint8 [height, width, C]; None where nothing of it was stained: it is all background."""
+        grid = self._grid
+        rows, columns = grid.rows_that_show(y, y + height), grid.columns_that_show(x, x + width)
+        with self._lock:
+            tiles = {
+                (row, column): (grid.at(row, column), self._tiles[row, column][plane.tensor])
+                for row in rows
+                for column in columns
+                if (row, column) in self._tiles
+            }
+        if not tiles:
+            return None
+        picture_HWC = np.full((height, width, plane.channels), plane.background, dtype=np.uint8)
+        for y0, y1, over in grid.row_segments(y, y + height):
+            for x0, x1, beside in grid.column_segments(x, x + width):
+                parts = [tiles[row, column] for row in over for column in beside if (row, column) in tiles]
+                if parts:
+                    blended = self._blend(parts, x0, y0, x1, y1)
+                    picture_HWC[y0 - y : y1 - y, x0 - x : x1 - x] = blended
+        return self._faded(picture_HWC, plane, x, y)
+
+    def _blend(self, parts: list[tuple[Tile, UInt8Array]], x0: int, y0: int, x1: int, y1: int) -> UInt8Array:
+        """A region that all of these tiles (at most four) cover."""
+        grid = self._grid
+        crops = []
+        for tile, pixels_HWC in parts:
+            left, top = grid.shown(tile.x, grid.width)[0], grid.shown(tile.y, grid.height)[0]
+            crops.append(pixels_HWC[y0 - top : y1 - top, x0 - left : x1 - left])
+        if len(parts) == 1:
+            return crops[0]
+        sums_HWC = np.zeros(crops[0].shape, dtype=np.uint32)
+        total_HW1 = np.zeros((y1 - y0, x1 - x0, 1), dtype=np.uint32)
+        for (tile, _), crop_HWC in zip(parts, crops, strict=True):
+            down, across = self._weights[y0 - tile.y : y1 - tile.y], self._weights[x0 - tile.x : x1 - tile.x]
+            weight_HW1 = (down[:, None] * across)[..., None]
+            sums_HWC += crop_HWC * weight_HW1
+            total_HW1 += weight_HW1
+        return ((sums_HWC + (total_HW1 >> np.uint32(1))) // total_HW1).astype(np.uint8)
+
+    def _faded(self, picture_HWC: UInt8Array, plane: Plane, x: int, y: int) -> UInt8Array:
+        height, width = picture_HWC.shape[:2]
+        opacity_HW = None if self._mask is None else self._mask.opacity(x, y, width, height)
+        if opacity_HW is None:
+            return picture_HWC
+        opacity_HW1 = opacity_HW[..., None].astype(np.uint32)
+        faded = picture_HWC * opacity_HW1 + plane.background * (256 - opacity_HW1)
+        return ((faded + 128) >> 8).astype(np.uint8)
+
+
+def ramp_weights(grid: TileGrid) -> NDArray[np.uint32]:
+    """Weight of each pixel along a tile's side: 0 in the margin, ramp, plateau; neighbours add up to it."""
+    weights = np.zeros(grid.tile, dtype=np.uint32)
+    ramp, margin = grid.ramp, grid.margin
+    plateau = max(1, 2 * ramp)
+    first, last = margin - ramp // 2, grid.tile - margin + ramp // 2
+    weights[first:last] = plateau
+    rising = np.arange(1, plateau, 2, dtype=np.uint32)[:ramp]
+    weights[first : first + ramp] = rising
+    weights[last - ramp : last] = rising[::-1]
+    return weights

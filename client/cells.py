@@ -1,0 +1,233 @@
+"""Cells from cell maps: instances by watershed, as polygons in GeoJSON that QuPath imports.
+
+The maps are worked on in blocks as they are completed, each with the surroundings of its neighbours; the block in
+which a cell's centroid lies owns it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from skimage.feature import peak_local_max
+from skimage.measure import find_contours
+from skimage.segmentation import watershed
+
+from staindiffuser.client.contract import Stain, UInt8Array
+from staindiffuser.client.ome import SIDE
+
+__all__ = ["BlockCells", "Cell", "CellsFile", "find_cells"]
+
+PROBABILITY = 128
+"""Of 255, from which a pixel belongs to a cell."""
+SMALLEST_UM2 = 12.0
+"""A lymphocyte's nucleus has about 30 µm²; below this it is a speck."""
+APART_UM = 3.0
+"""Two cells' middles are at least this far apart."""
+OVERLAP = 96
+"""Surroundings that a block is worked on with, pixels: three cells."""
+COLOURS = ((150, 75, 0), (0, 120, 160), (170, 30, 90), (60, 130, 40))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One cell, in pixels of the map."""
+
+    outline: NDArray[np.float64]
+    """[N, 2] x, y of its outline, closed, counted from the block's corner; a pixel's middle is at + 0.5."""
+    centroid: tuple[float, float]
+    """x, y of its middle."""
+    area: int
+    """Pixels."""
+    probability: float
+    """Mean over its pixels, 0 … 1."""
+
+
+def find_cells(map_HW: UInt8Array, mpp: float, within: tuple[int, int, int, int] | None = None) -> list[Cell]:
+    """All cells of a map, from top to bottom.
+
+    Args:
+        map_HW: probability × 255.
+        mpp: its pixel size, µm.
+        within: only cells whose centroid lies in x0 ≤ x < x1, y0 ≤ y < y1.
+    """
+    positive = map_HW >= PROBABILITY
+    if not positive.any():
+        return []
+    distance = ndimage.gaussian_filter(ndimage.distance_transform_edt(positive).astype(np.float32), 1.0)
+    apart = max(1, round(APART_UM / mpp))
+    peaks_N2 = peak_local_max(distance, min_distance=apart, labels=positive.astype(np.int32), exclude_border=False)
+    markers = np.zeros(map_HW.shape, dtype=np.int32)
+    # Sorted by place: the labels must not depend on which peak is higher in another part of the block.
+    order = np.lexsort((peaks_N2[:, 1], peaks_N2[:, 0]))
+    markers[tuple(peaks_N2[order].T)] = np.arange(1, len(peaks_N2) + 1)
+    labels = watershed(-distance, markers, mask=positive)
+    rows, columns = np.nonzero(labels)
+    label_N = labels[rows, columns]
+    areas = np.maximum(1, np.bincount(label_N, minlength=len(peaks_N2) + 1))
+    x = np.bincount(label_N, columns, minlength=len(areas)) / areas + 0.5
+    y = np.bincount(label_N, rows, minlength=len(areas)) / areas + 0.5
+    probabilities = np.bincount(label_N, map_HW[rows, columns], minlength=len(areas)) / areas / 255
+    keep = areas * mpp * mpp >= SMALLEST_UM2
+    if within is not None:
+        keep &= (x >= within[0]) & (x < within[2]) & (y >= within[1]) & (y < within[3])
+    boxes = ndimage.find_objects(labels)
+    return [
+        Cell(
+            outline=_outline(labels[box] == label) + np.array([box[1].start, box[0].start]),
+            centroid=(float(x[label]), float(y[label])),
+            area=int(areas[label]),
+            probability=float(probabilities[label]),
+        )
+        for label, box in enumerate(boxes, start=1)
+        if box is not None and keep[label]
+    ]
+
+
+def _outline(inside_HW: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """[N, 2] x, y of the longest outline of a mask, closed, in coordinates in which pixel 0 spans [0, 1)."""
+    height, width = inside_HW.shape
+    padded = np.zeros((height + 2, width + 2), dtype=np.uint8)
+    padded[1:-1, 1:-1] = inside_HW
+    contour = max(find_contours(padded, 0.5), key=len)
+    # Every third corner of the staircase, and the first again: half a pixel off at most, a third of the file.
+    corners: NDArray[np.float64] = np.concatenate([contour[:-1:3], contour[:1]])
+    return corners[:, ::-1] - 0.5
+
+
+class BlockCells:
+    """Finds the cells of one stain, row of blocks by row of blocks, as its map is composed."""
+
+    def __init__(self, stain: Stain, number: int, mpp: float, scale: tuple[float, float], rows: int) -> None:
+        """Start.
+
+        Args:
+            stain: classifies the cells.
+            number: of the stain, chooses its colour.
+            mpp: the map's pixel size, µm.
+            scale: level-0 pixels of the input slide per pixel of the map.
+            rows: rows of blocks that will come.
+        """
+        self._class = {"name": stain.label, "color": list(COLOURS[number % len(COLOURS)])}
+        self._mpp = mpp
+        self._scale = scale
+        self._rows = rows
+        self._above: list[UInt8Array | None] = []
+        self._current: list[UInt8Array | None] = []
+        self._taken = 0
+
+    def add_row(self, blocks: list[UInt8Array | None], workers: Executor) -> list[dict[str, Any]]:
+        """Take the next row of blocks, uint8 [h, w, 1]; give the cells (GeoJSON features) of the row before it.
+
+        With the last row also that row's own cells.
+        """
+        features = self._search(self._above, self._current, blocks, self._taken - 1, workers) if self._taken else []
+        self._above, self._current = self._current, blocks
+        self._taken += 1
+        if self._taken == self._rows:
+            features += self._search(self._above, self._current, [], self._taken - 1, workers)
+        return features
+
+    def _search(
+        self,
+        above: list[UInt8Array | None],
+        row: list[UInt8Array | None],
+        below: list[UInt8Array | None],
+        number: int,
+        workers: Executor,
+    ) -> list[dict[str, Any]]:
+        def search(column: int) -> list[dict[str, Any]]:
+            block = row[column]
+            if block is None:
+                return []
+            height, width = block.shape[:2]
+            around = np.zeros((height + 2 * OVERLAP, width + 2 * OVERLAP), dtype=np.uint8)
+            for i, neighbours in enumerate((above, row, below)):
+                for j in (-1, 0, 1):
+                    other = neighbours[column + j] if neighbours and 0 <= column + j < len(neighbours) else None
+                    if other is not None:
+                        _paste(around, other[..., 0], OVERLAP + j * SIDE, OVERLAP + (i - 1) * SIDE)
+            return [
+                self._feature(cell, column * SIDE - OVERLAP, number * SIDE - OVERLAP)
+                for cell in find_cells(around, self._mpp, (OVERLAP, OVERLAP, OVERLAP + width, OVERLAP + height))
+            ]
+
+        return [feature for found in workers.map(search, range(len(row))) for feature in found]
+
+    def _feature(self, cell: Cell, left: int, top: int) -> dict[str, Any]:
+        outline = (cell.outline + np.array([left, top])) * np.array(self._scale)
+        return {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [np.round(outline, 1).tolist()]},
+            "properties": {
+                "objectType": "detection",
+                "classification": self._class,
+                "measurements": {
+                    "Area µm^2": round(cell.area * self._mpp * self._mpp, 2),
+                    "Mean probability": round(cell.probability, 4),
+                },
+            },
+        }
+
+
+def _paste(canvas_HW: UInt8Array, block_HW: UInt8Array, x: int, y: int) -> None:
+    """Copy what of the block lies on the canvas."""
+    height, width = canvas_HW.shape
+    x0, x1 = max(0, x), min(width, x + block_HW.shape[1])
+    y0, y1 = max(0, y), min(height, y + block_HW.shape[0])
+    if x0 < x1 and y0 < y1:
+        canvas_HW[y0:y1, x0:x1] = block_HW[y0 - y : y1 - y, x0 - x : x1 - x]
+
+
+class CellsFile:
+    """``cells.geojson.gz``: a FeatureCollection that is written as the cells come."""
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        """Open.
+
+        Args:
+            path: the file.
+            about: what the collection says of itself, beside its features.
+        """
+        self.counts: dict[str, int] = {}
+        # No file name and time in the header: the same cells give the same bytes.
+        self._raw = path.open("wb")
+        self._gzip = gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=self._raw, mtime=0)
+        self._text = io.TextIOWrapper(self._gzip, encoding="utf-8")
+        head = json.dumps({"type": "FeatureCollection", "staindiffuser": about}, ensure_ascii=False)
+        self._text.write(head[:-1] + ', "features": [')
+        self._first = True
+
+    def write(self, features: Sequence[dict[str, Any]]) -> None:
+        """Append."""
+        for feature in features:
+            self._text.write(("\n" if self._first else ",\n") + json.dumps(feature, ensure_ascii=False))
+            self._first = False
+            name = feature["properties"]["classification"]["name"]
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def finish(self) -> None:
+        """Close the collection and the file."""
+        self._text.write("\n]}\n")
+        self.close()
+
+    def close(self) -> None:
+        """Close the file as it is."""
+        self._text.close()
+        self._raw.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,69 @@
+"""The size of a slide's pixels (µm per pixel, "mpp") from what files say of themselves."""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
+
+__all__ = ["PixelSize", "from_dpi", "from_ome_xml", "from_openslide", "from_resolution", "plausible"]
+
+PixelSize = tuple[float, float]
+"""Width and height of a pixel at level 0, µm."""
+
+SMALLEST, LARGEST = 0.05, 10.0
+"""Outside of these a number is a screen's or a printer's resolution, or a mistake; not a microscope's."""
+
+_UNIT_IN_UM = {"m": 1e6, "dm": 1e5, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "in": 25400.0}
+_INCH, _CENTIMETRE = 2, 3
+
+
+def plausible(mpp_x: float, mpp_y: float) -> PixelSize | None:
+    """The pair, or None where it cannot be a microscope's."""
+    fits = all(math.isfinite(mpp) and SMALLEST <= mpp <= LARGEST for mpp in (mpp_x, mpp_y))
+    return (mpp_x, mpp_y) if fits and max(mpp_x, mpp_y) <= 2 * min(mpp_x, mpp_y) else None
+
+
+def from_openslide(properties: Mapping[str, str]) -> PixelSize | None:
+    """``openslide.mpp-x`` and ``openslide.mpp-y``, where the vendor gives them."""
+    try:
+        return plausible(float(properties["openslide.mpp-x"]), float(properties["openslide.mpp-y"]))
+    except (KeyError, ValueError):
+        return None
+
+
+def from_ome_xml(xml: str | None) -> PixelSize | None:
+    """``PhysicalSizeX`` and ``PhysicalSizeY`` of the first image; their unit is µm unless the file names another."""
+    if not xml:
+        return None
+    try:
+        root = ElementTree.fromstring(xml)
+    except ElementTree.ParseError:
+        return None
+    for element in root.iter():
+        if element.tag.rpartition("}")[2] != "Pixels":
+            continue
+        try:
+            sizes = [
+                float(element.attrib[f"PhysicalSize{axis}"]) * _UNIT_IN_UM[element.get(f"PhysicalSize{axis}Unit", "µm")]
+                for axis in "XY"
+            ]
+        except (KeyError, ValueError):
+            return None
+        return plausible(*sizes)
+    return None
+
+
+def from_resolution(x: tuple[int, int] | None, y: tuple[int, int] | None, unit: int | None) -> PixelSize | None:
+    """TIFF's resolution tags: pixels per unit as fractions; only inch (2) and centimetre (3) say a length."""
+    if not x or not y or unit not in (_INCH, _CENTIMETRE) or not all((*x, *y)):
+        return None
+    length = 25400.0 if unit == _INCH else 10000.0
+    return plausible(length * x[1] / x[0], length * y[1] / y[0])
+
+
+def from_dpi(dpi: tuple[float, float] | None) -> PixelSize | None:
+    """Pixels per inch as PNG and JPEG give them."""
+    if not dpi or min(dpi) <= 0:
+        return None
+    return plausible(25400.0 / float(dpi[0]), 25400.0 / float(dpi[1]))

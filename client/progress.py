@@ -1,0 +1,122 @@
+"""What the command line shows while it works: on stderr, a bar on a terminal and plain lines elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+__all__ = ["QuietReporter", "Reporter", "Stopwatch", "TerminalReporter"]
+
+
+class Reporter(Protocol):
+    """Hears of a slide's progress; called from one thread."""
+
+    def say(self, line: str) -> None:
+        """A line for the user."""
+        ...
+
+    def start(self, name: str, tiles: int) -> None:
+        """Tiles are about to be stained."""
+        ...
+
+    def advance(self, tiles: int) -> None:
+        """So many more are done."""
+        ...
+
+    def stop(self) -> None:
+        """No more will come."""
+        ...
+
+
+class QuietReporter:
+    """Says nothing."""
+
+    def say(self, line: str) -> None:
+        """Ignore."""
+
+    def start(self, name: str, tiles: int) -> None:
+        """Ignore."""
+
+    def advance(self, tiles: int) -> None:
+        """Ignore."""
+
+    def stop(self) -> None:
+        """Ignore."""
+
+
+class TerminalReporter:
+    """A progress bar with rate and time left; where stderr is no terminal, only the lines."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._done = 0
+        self._since = 0.0
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bar where there is one."""
+        self._console.print(line, markup=False)
+
+    def start(self, name: str, tiles: int) -> None:
+        """Show the bar."""
+        self._done, self._since = 0, time.perf_counter()
+        if not self._console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("tiles · {task.fields[rate]} ·"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self._console,
+        )
+        self._task = self._progress.add_task(name, total=tiles, rate="…")
+        self._progress.start()
+
+    def advance(self, tiles: int) -> None:
+        """Move the bar."""
+        self._done += tiles
+        if self._progress is not None and self._task is not None:
+            rate = self._done / max(1e-6, time.perf_counter() - self._since)
+            self._progress.update(self._task, advance=tiles, rate=f"{rate:.1f} tiles/s")
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class Stopwatch:
+    """Seconds per stage, summed over threads: stages that overlap add up to more than the whole took."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time inside towards ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self._start
+
+    def seconds(self) -> dict[str, float]:
+        """Per stage, rounded to milliseconds."""
+        return {name: round(value, 3) for name, value in self._seconds.items()}

@@ -1,0 +1,207 @@
+"""Stand-ins for a server, for tests of the client and of programs that use it: no model, no Triton.
+
+``FakeStainer`` answers in the same process, ``FakeTriton`` over gRPC as Triton does. Both "stain" with a function of
+tile and origin that is known exactly: by default the picture is the H&E itself, so that a stained slide must equal the
+slide.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from staindiffuser.client.contract import ENSEMBLE, ModelContract, Stain, UInt8Array
+from staindiffuser.client.errors import ServerLostError
+
+__all__ = ["FAKE_CONTRACT", "FakeStainer", "FakeTriton", "Paint", "identity"]
+
+FAKE_CONTRACT = ModelContract(
+    stains=(Stain(name="cd3", label="CD3"), Stain(name="ck818", label="CK8/18")),
+    tile=256,
+    margin=32,
+    mpp=0.5,
+    steps=2,
+    origin_multiple=16,
+    max_batch=8,
+    model_name="fake",
+    model_version="f" * 64,
+    notice="A stand-in without a model.",
+)
+
+Paint = Callable[[str, UInt8Array, NDArray[np.int64]], UInt8Array]
+"""(tensor name, tiles [B,T,T,3], origins [B,2]) → that tensor."""
+
+
+def identity(tensor: str, tiles_BTT3: UInt8Array, origins_B2: NDArray[np.int64]) -> UInt8Array:
+    """The picture is the H&E; a cell is where it is dark."""
+    if tensor.startswith("STAIN_"):
+        return tiles_BTT3
+    return np.where(tiles_BTT3.min(axis=-1, keepdims=True) < 100, 255, 0).astype(np.uint8)
+
+
+class FakeStainer:
+    """A :class:`~staindiffuser.client.contract.Stainer` in this process."""
+
+    url = "fake:0"
+    server_version = "fake 0"
+
+    def __init__(
+        self, paint: Paint = identity, contract: ModelContract = FAKE_CONTRACT, *, fail_after: int = -1
+    ) -> None:
+        """Remember.
+
+        Args:
+            paint: what stains.
+            contract: what it says of itself.
+            fail_after: requests after which the server is "lost"; never for −1.
+        """
+        self.contract = contract
+        self.batches: list[int] = []
+        self.cancelled = False
+        self._paint = paint
+        self._fail_after = fail_after
+        self._lock = threading.Lock()
+
+    def stain_tiles(
+        self,
+        tiles_BTT3: UInt8Array,
+        origins_B2: NDArray[np.int64],
+        seed: int,
+        *,
+        stains: Sequence[str] | None = None,
+        pictures: bool = True,
+        cells: bool = True,
+    ) -> dict[str, UInt8Array]:
+        """See :meth:`staindiffuser.client.connection.StainClient.stain_tiles`."""
+        with self._lock:
+            if len(self.batches) == self._fail_after:
+                raise ServerLostError("the fake server was lost, as it was told to be")
+            self.batches.append(len(tiles_BTT3))
+        _check(tiles_BTT3, origins_B2, self.contract)
+        selected = self.contract.select(stains)
+        names = [s.picture_tensor for s in selected] * pictures + [s.cells_tensor for s in selected] * cells
+        return {name: self._paint(name, tiles_BTT3, origins_B2) for name in names}
+
+    def cancel(self) -> None:
+        """Note it."""
+        self.cancelled = True
+
+
+class FakeTriton:
+    """A gRPC server that answers what the client asks of Triton; use it as a context manager."""
+
+    def __init__(
+        self, paint: Paint = identity, contract: ModelContract = FAKE_CONTRACT, *, delay: float = 0.0, port: int = 0
+    ) -> None:
+        """Describe it.
+
+        Args:
+            paint: what stains.
+            contract: what the ensemble's parameters say.
+            delay: seconds that a request takes.
+            port: on 127.0.0.1; a free one for 0.
+        """
+        self.requests = 0
+        self.parameters = _parameters(contract)
+        self.model = ENSEMBLE
+        self._paint, self._contract, self._delay, self._port = paint, contract, delay, port
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f"127.0.0.1:{self._port}"
+
+    def __enter__(self) -> Self:
+        import grpc  # type: ignore[import-untyped]
+        from tritonclient.grpc import service_pb2_grpc
+
+        self._pool = ThreadPoolExecutor(4)
+        size = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)]
+        self._server = grpc.server(self._pool, options=size)
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._servicer(), self._server)
+        self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
+        self._server.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """Be gone at once; requests that are under way end with an error."""
+        self._server.stop(None).wait()
+        self._pool.shutdown(wait=False)
+
+    def _servicer(self) -> Any:
+        import grpc
+        from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+
+        fake = self
+
+        class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+            def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
+                return service_pb2.ServerReadyResponse(ready=True)
+
+            def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+                return service_pb2.ServerMetadataResponse(name="fake", version="0")
+
+            def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
+                if request.name != fake.model:
+                    context.abort(grpc.StatusCode.NOT_FOUND, f"unknown model: '{request.name}'")
+                config = model_config_pb2.ModelConfig(name=fake.model, max_batch_size=fake._contract.max_batch)
+                for key, value in fake.parameters.items():
+                    config.parameters[key].string_value = value
+                return service_pb2.ModelConfigResponse(config=config)
+
+            def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+                fake.requests += 1
+                time.sleep(fake._delay)
+                tensors: dict[str, NDArray[Any]] = {
+                    tensor.name: np.frombuffer(raw, dtype=np.uint8 if tensor.datatype == "UINT8" else np.int64).reshape(
+                        tuple(tensor.shape)
+                    )
+                    for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)
+                }
+                try:
+                    _check(tensors["HE"], tensors["ORIGIN"], fake._contract)
+                except ValueError as error:
+                    context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                response = service_pb2.ModelInferResponse(model_name=fake.model)
+                for output in request.outputs:
+                    value = fake._paint(output.name, tensors["HE"], tensors["ORIGIN"])
+                    response.outputs.add(name=output.name, datatype="UINT8", shape=value.shape)
+                    response.raw_output_contents.append(value.tobytes())
+                return response
+
+        return Servicer()
+
+
+def _check(tiles_BTT3: UInt8Array, origins_B2: NDArray[np.int64], contract: ModelContract) -> None:
+    if not 1 <= len(tiles_BTT3) <= contract.max_batch or len(origins_B2) != len(tiles_BTT3):
+        raise ValueError(f"a batch of {len(tiles_BTT3)} tiles and {len(origins_B2)} origins is not served")
+    if tiles_BTT3.shape[1:] != (contract.tile, contract.tile, 3) or tiles_BTT3.dtype != np.uint8:
+        raise ValueError(f"tiles are {tiles_BTT3.dtype} {tiles_BTT3.shape[1:]}")
+    if (origins_B2 % contract.origin_multiple).any():
+        raise ValueError(f"ORIGIN must be multiples of {contract.origin_multiple}")
+
+
+def _parameters(contract: ModelContract) -> dict[str, str]:
+    import json
+
+    return {
+        "stains": json.dumps([{"name": stain.name, "label": stain.label} for stain in contract.stains]),
+        "tile": str(contract.tile),
+        "margin": str(contract.margin),
+        "mpp": str(contract.mpp),
+        "steps": str(contract.steps),
+        "origin_multiple": str(contract.origin_multiple),
+        "model_name": contract.model_name,
+        "model_version": contract.model_version,
+        "notice": contract.notice,
+    }

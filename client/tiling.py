@@ -1,0 +1,131 @@
+"""The grid of tiles over a slide at the model's resolution.
+
+A tile's middle, ``stride`` wide, is its own; ``margin`` at each side is context. Around each border between two tiles
+lies a ramp, reaching ``ramp / 2`` into both margins, in which they are blended. Origins are multiples of 16, so that
+the network, which is equivariant to such shifts, sees every tile on the same lattice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from staindiffuser.client.contract import ModelContract
+
+__all__ = ["Tile", "TileGrid"]
+
+RAMP = 16
+"""Width of the blending zone between two tiles, pixels (ours)."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile of a grid."""
+
+    row: int
+    column: int
+    x: int
+    """Of its top-left pixel, margin included; may be negative."""
+    y: int
+    """Of its top-left pixel, margin included; may be negative."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileGrid:
+    """Tiles that cover a slide of ``width`` × ``height`` pixels."""
+
+    width: int
+    height: int
+    tile: int
+    """Side of a tile, pixels."""
+    stride: int
+    """Distance between neighbours, pixels; a multiple of ``multiple``."""
+    multiple: int
+    """What origins are multiples of, pixels."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.height < 1:
+            raise ValueError(f"a slide of {self.width} × {self.height} pixels cannot be tiled")
+        if self.stride % self.multiple or not 0 < self.stride <= self.tile:
+            raise ValueError(f"stride: {self.stride} must be a multiple of {self.multiple}, at most {self.tile}")
+
+    @classmethod
+    def for_model(cls, contract: ModelContract, width: int, height: int) -> TileGrid:
+        """The grid that keeps at least the model's margin as context."""
+        multiple = contract.origin_multiple
+        stride = (contract.tile - 2 * contract.margin) // multiple * multiple
+        return cls(width=width, height=height, tile=contract.tile, stride=stride, multiple=multiple)
+
+    @property
+    def margin(self) -> int:
+        """Context at each side, pixels."""
+        return (self.tile - self.stride) // 2
+
+    @property
+    def ramp(self) -> int:
+        """Width of the blending zone; even, and none where there is no margin to take it from."""
+        return min(RAMP, 2 * self.margin, self.stride) // 2 * 2
+
+    @property
+    def start(self) -> int:
+        """Origin of the first tile, on both axes: the largest multiple that puts its own part over the slide's edge."""
+        return (-self.margin // self.multiple) * self.multiple
+
+    @property
+    def columns(self) -> int:
+        """Tiles across."""
+        return self._count(self.width)
+
+    @property
+    def rows(self) -> int:
+        """Tiles down."""
+        return self._count(self.height)
+
+    def at(self, row: int, column: int) -> Tile:
+        """The tile in this place."""
+        return Tile(row, column, self.start + column * self.stride, self.start + row * self.stride)
+
+    def shown(self, origin: int, size: int) -> tuple[int, int]:
+        """What of a tile at ``origin`` reaches the result, [first, last) on one axis of a slide of ``size`` pixels."""
+        first = origin + self.margin - self.ramp // 2
+        last = origin + self.tile - self.margin + self.ramp // 2
+        return max(0, first), min(size, last)
+
+    def rows_that_show(self, y0: int, y1: int) -> range:
+        """Rows of tiles that reach into the picture's rows [y0, y1)."""
+        return self._that_show(y0, y1, self.rows)
+
+    def columns_that_show(self, x0: int, x1: int) -> range:
+        """Columns of tiles that reach into the picture's columns [x0, x1)."""
+        return self._that_show(x0, x1, self.columns)
+
+    def row_segments(self, y0: int, y1: int) -> list[tuple[int, int, tuple[int, ...]]]:
+        """The picture's rows [y0, y1) cut where the set of tile rows that cover them changes: (first, last, rows)."""
+        return self._segments(y0, y1, self.rows)
+
+    def column_segments(self, x0: int, x1: int) -> list[tuple[int, int, tuple[int, ...]]]:
+        """The same across."""
+        return self._segments(x0, x1, self.columns)
+
+    def _segments(self, first: int, last: int, count: int) -> list[tuple[int, int, tuple[int, ...]]]:
+        begin = self.start + self.margin - self.ramp // 2
+        segments: list[tuple[int, int, tuple[int, ...]]] = []
+        for index in self._that_show(first, last, count):
+            alone = begin + index * self.stride + self.ramp  # before: blended with the tile before
+            end = alone + self.stride - self.ramp
+            if index == count - 1:
+                end = max(end, last)
+            before: tuple[int, ...] = (index - 1, index) if index > 0 else (index,)
+            for low, high, covering in ((alone - self.ramp, alone, before), (alone, end, (index,))):
+                if max(low, first) < min(high, last):
+                    segments.append((max(low, first), min(high, last), covering))
+        return segments
+
+    def _that_show(self, first: int, last: int, count: int) -> range:
+        begin = self.start + self.margin - self.ramp // 2  # where tile 0 begins to show
+        reach = self.stride + self.ramp
+        low = (first - begin - reach) // self.stride + 1
+        high = (last - 1 - begin) // self.stride + 1
+        return range(max(0, low), min(count, high))
+
+    def _count(self, size: int) -> int:
+        return max(1, -(-(size - self.start - self.margin) // self.stride))

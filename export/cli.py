@@ -1,0 +1,129 @@
+"""``staindiffuser export``: graphs (torch), build and verify (no torch)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Turn a checkpoint into engines that are fast, checked and never stale.")
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+@app.command(
+    epilog="Example: staindiffuser export graphs checkpoints/demo --steps 2 --output graphs",
+)
+def graphs(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder (model.safetensors, config.json).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the graphs; replaced as a whole.")],
+    steps: Annotated[
+        int | None, typer.Option(help="Sampler steps of the picture branches: 1, 2 or 4; the checkpoint's by default.")
+    ] = None,
+    tile: Annotated[
+        int | None, typer.Option(help="Tile height and width, pixels; the checkpoint's by default.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Precision of the trunk: fp32, fp16 or bf16.")] = "fp32",
+    as_json: JsonOption = False,
+) -> None:
+    """Export ONNX graphs and golden samples from a checkpoint (needs torch)."""
+    from staindiffuser.export.graphs import export_graphs
+
+    exported = export_graphs(checkpoint, output, steps=steps, tile=tile, precision=precision)
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "graphs": str(output),
+                    "model_version": exported.model_version,
+                    "engines": sorted(exported.engines),
+                    "steps": exported.steps,
+                    "tile": exported.tile,
+                    "precision": exported.precision,
+                }
+            )
+        )
+    else:
+        typer.echo(f"{output}: {len(exported.engines)} graphs of {exported.name}, {exported.steps} steps")
+        typer.echo(f"next: staindiffuser export build {output} --output REPO")
+
+
+@app.command(
+    epilog="Example: staindiffuser export build graphs --target onnxruntime --output models --max-batch 8",
+)
+def build(
+    graphs: Annotated[Path, typer.Argument(help="Folder that `export graphs` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The model repository; replaced as a whole.")],
+    target: Annotated[str, typer.Option(help="What runs the engines: onnxruntime (any CPU).")] = "onnxruntime",
+    max_batch: Annotated[int, typer.Option(help="Largest batch of tiles a client may send.")] = 8,
+    threads: Annotated[int, typer.Option(help="Threads of a CPU engine; 0 for all that the server may use.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Build engines, check them against the golden samples and publish a model repository (no torch)."""
+    import time
+
+    from staindiffuser.export import repository
+
+    start = time.perf_counter()
+    report = repository.build(
+        graphs,
+        output,
+        target=target,
+        max_batch=max_batch,
+        threads=threads,
+        progress=lambda message: typer.echo(message, err=True),
+    )
+    seconds = time.perf_counter() - start
+    manifest = report.manifest
+    worst = max(entry.max_levels for engine in manifest.engines.values() for entry in engine.parity)
+    if as_json:
+        result = {
+            "repository": str(report.repository),
+            "up_to_date": report.up_to_date,
+            "built": list(report.built),
+            "seconds": round(seconds, 3),
+            "model_version": manifest.model_version,
+            "target": manifest.target,
+            "engines": {name: engine.sha256 for name, engine in manifest.engines.items()},
+            "max_levels": worst,
+        }
+        typer.echo(json.dumps(result))
+    elif report.up_to_date:
+        typer.echo(f"{output}: up to date, nothing built ({seconds:.1f} s)")
+    else:
+        kept = len(manifest.engines) - len(report.built)
+        typer.echo(
+            f"{output}: {len(report.built)} engines built, {kept} kept, at most {worst} grey levels from torch "
+            f"({seconds:.1f} s)"
+        )
+        typer.echo(f"next: staindiffuser serve {output}")
+
+
+@app.command(
+    epilog="Example: staindiffuser export verify models --checkpoint checkpoints/demo",
+)
+def verify(
+    repository: Annotated[Path, typer.Argument(help="Model repository that `export build` wrote.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Also require that it came from this checkpoint.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every file and field of a model repository against its manifest (no torch)."""
+    from staindiffuser.export import manifest as manifests
+
+    manifest = manifests.verify(repository, checkpoint=checkpoint)
+    if as_json:
+        result = {
+            "repository": str(repository),
+            "verified": True,
+            "model_version": manifest.model_version,
+            "files": len(manifest.files),
+            "engines": sorted(manifest.engines),
+        }
+        typer.echo(json.dumps(result))
+    else:
+        typer.echo(
+            f"{repository}: {len(manifest.files)} files match, {len(manifest.engines)} engines, {manifest.target}"
+        )
+        typer.echo(f"model {manifest.model_name} {manifest.model_version}")

@@ -1,0 +1,286 @@
+"""A checkpoint → graphs: one ONNX file per engine, the whole few-step sampler unrolled inside, and golden samples.
+
+Needs torch. Everything after it (:mod:`staindiffuser.export.repository`) does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from staindiffuser.errors import UsageError
+from staindiffuser.export.description import EngineGraph, GraphSet, Stain, TensorSpec, file_sha256
+from staindiffuser.export.errors import ExportUsageError
+from staindiffuser.export.folding import FoldedBranch, FoldedEncoder, features_unit
+from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
+from staindiffuser.training.config import LEVELS, StainConfig
+from staindiffuser.training.data.simulate.tiles import simulate_tile
+from staindiffuser.training.diffusion.edm import precondition
+from staindiffuser.training.infer import stain_tiles
+from staindiffuser.training.model.network import DualDiffusion, Task, he_to_network
+from staindiffuser.training.receptive import default_margin
+
+__all__ = ["PRECISIONS", "export_graphs"]
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OPSET = 20
+OPSET_BF16 = 22  # the first whose convolution takes bfloat16
+_NUMPY_TYPES = {torch.uint8: "uint8", torch.float16: "float16", torch.float32: "float32"}
+
+
+class EncoderEngine(nn.Module):
+    """HE uint8 [B, T, T, 3] → four features, half precision.
+
+    Args:
+        trunk: what the convolutions compute in.
+    """
+
+    def __init__(self, network: DualDiffusion, trunk: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.encoder = FoldedEncoder(network.encoder).to(trunk)
+
+    def forward(self, HE: Tensor) -> tuple[Tensor, ...]:
+        return tuple(f.half() for f in self.encoder(he_to_network(HE).to(self.trunk)))
+
+
+class BranchEngine(nn.Module):
+    """Features and noise → uint8 picture or cell map: attention once, then the unrolled sampler.
+
+    Args:
+        sigmas: noise level of each step; the cell branch has one, σ_max.
+        trunk: what the convolutions compute in; the preconditioning is float32.
+    """
+
+    def __init__(
+        self,
+        network: DualDiffusion,
+        task: Task,
+        stain: StainConfig,
+        sigmas: Sequence[float],
+        trunk: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        sigma = torch.tensor(sigmas, dtype=torch.float64)
+        sd = network.config.sigma_data
+        c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
+        branch = FoldedBranch(network.branch(task, stain.name), features_unit(network.encoder), c_noise.float())
+        self.branch = branch.to(trunk)
+        self.c_skip, self.c_out, self.c_in, self.sigmas = (v.tolist() for v in (c_skip, c_out, c_in, sigma))
+        pictures = task == "pictures"
+        mean, std = (stain.picture_mean, stain.picture_std) if pictures else (stain.cells_mean, stain.cells_std)
+        self.register_buffer("offset", 255 * torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("scale", 255 / sd * torch.tensor(std).view(1, -1, 1, 1))
+        self.offset: Tensor
+        self.scale: Tensor
+
+    def forward(
+        self, FEATURES_0: Tensor, FEATURES_1: Tensor, FEATURES_2: Tensor, FEATURES_3: Tensor, NOISE: Tensor
+    ) -> Tensor:
+        injections = self.branch.attend([f.to(self.trunk) for f in (FEATURES_0, FEATURES_1, FEATURES_2, FEATURES_3)])
+        noise = NOISE.float()
+        y: Tensor | None = None
+        for step, sigma in enumerate(self.sigmas):
+            z = noise[:, step] if noise.ndim == 5 else noise
+            x = z * sigma if y is None else y + z * sigma
+            f = self.branch((x * self.c_in[step]).to(self.trunk), step, injections).float()
+            y = x * self.c_skip[step] + f * self.c_out[step]
+        assert y is not None
+        result = (y * self.scale + self.offset).clamp(0, 255).round()
+        # Permute before the cast: TensorRT's UINT8 tensors may only be cast.
+        return result.permute(0, 2, 3, 1).to(torch.uint8)
+
+
+def export_graphs(
+    checkpoint: Path,
+    output: Path,
+    *,
+    steps: int | None = None,
+    tile: int | None = None,
+    precision: str = "fp32",
+) -> GraphSet:
+    """Write the graphs folder of a checkpoint.
+
+    Args:
+        checkpoint: checkpoint folder.
+        output: graphs folder; replaced if it is one already.
+        steps: sampler steps k; the checkpoint's own if None.
+        tile: height and width of a tile, a multiple of 16; the checkpoint's own if None.
+        precision: of the trunk: ``fp32``, ``fp16`` or ``bf16``.
+
+    Raises:
+        CheckpointError: unreadable checkpoint.
+        ExportUsageError: no such sampler, tile or precision.
+        UsageError: the output cannot be written.
+    """
+    loaded = Checkpoint.load(checkpoint)
+    config, network = loaded.config, loaded.network
+    steps, tile = steps or config.steps, tile or config.tile
+    if str(steps) not in config.sigmas:
+        raise ExportUsageError(f"--steps {steps}: the checkpoint has samplers of {', '.join(config.sigmas)} steps")
+    if tile % 2**LEVELS or tile < 64:
+        raise ExportUsageError(f"--tile {tile}: must be a multiple of {2**LEVELS}, at least 64")
+    if precision not in PRECISIONS:
+        raise ExportUsageError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
+    if output.exists() and not (output / "graphs.json").is_file() and any(output.iterdir()):
+        raise UsageError(f"{output} is not empty and holds no graphs: choose another --output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    except OSError as error:
+        raise UsageError(f"{output} cannot be written: {error.strerror}; choose another --output") from error
+    sigmas = config.sigmas[str(steps)]
+    try:
+        draft.chmod(0o755)
+        engines = _write_engines(network, draft, sigmas=sigmas, tile=tile, trunk=PRECISIONS[precision])
+        np.savez_compressed(draft / "golden.npz", **_golden(network, sigmas=sigmas, tile=tile))
+        graphs = GraphSet(
+            name=config.name,
+            notice=config.notice,
+            checkpoint_sha256=file_sha256(checkpoint / WEIGHTS),
+            tile=tile,
+            margin=default_margin(config.effective_radius, tile),
+            mpp=config.model.mpp,
+            steps=steps,
+            sigmas=tuple(sigmas),
+            precision=precision,
+            stains=tuple(Stain(name=s.name, label=s.label) for s in config.model.stains),
+            engines=engines,
+            golden_sha256=file_sha256(draft / "golden.npz"),
+        )
+        graphs.save(draft)
+        if output.exists():
+            shutil.rmtree(output)
+        draft.rename(output)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return graphs
+
+
+def _write_engines(
+    network: DualDiffusion, folder: Path, *, sigmas: Sequence[float], tile: int, trunk: torch.dtype
+) -> dict[str, EngineGraph]:
+    he = torch.zeros(2, tile, tile, 3, dtype=torch.uint8)
+    encoder = EncoderEngine(network, trunk).eval()
+    features = encoder(he)
+    names = [f"FEATURES_{level}" for level in range(LEVELS)]
+    weights = tensors_sha256(network.encoder.state_dict().items())
+    engines = {"he_encoder": _export(encoder, folder / "he_encoder.onnx", {"HE": he}, names, weights)}
+    noise = torch.zeros(2, len(sigmas), 3, tile, tile, dtype=torch.float16)
+    cell_noise = torch.zeros(2, 1, tile, tile, dtype=torch.float16)
+    for stain in network.config.stains:
+        tasks: list[tuple[str, Task, str, Tensor, Sequence[float]]] = [
+            ("stain", "pictures", "NOISE", noise, sigmas),
+            ("cells", "cells", "NOISE_CELLS", cell_noise, [network.config.sigma_max]),
+        ]
+        for prefix, task, noise_name, z, levels in tasks:
+            name = f"{prefix}_{stain.name}"
+            engines[name] = _export(
+                BranchEngine(network, task, stain, levels, trunk).eval(),
+                folder / f"{name}.onnx",
+                dict(zip([*names, noise_name], [*features, z], strict=True)),
+                [name.upper()],
+                tensors_sha256(network.branch(task, stain.name).state_dict().items()),
+            )
+    return engines
+
+
+@torch.no_grad()
+def _export(
+    module: EncoderEngine | BranchEngine, path: Path, inputs: dict[str, Tensor], outputs: list[str], weights: str
+) -> EngineGraph:
+    """Write one engine's ONNX file; the batch is dynamic, everything else static."""
+    logging.getLogger("torch.onnx").setLevel(
+        logging.ERROR
+    )  # it warns that torchvision, which nothing here needs, is absent
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    example = tuple(inputs.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns of its own internals
+        program = torch.onnx.export(
+            module,
+            example,
+            dynamo=True,
+            opset_version=OPSET_BF16 if module.trunk == torch.bfloat16 else OPSET,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=tuple({0: batch} for _ in example),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    _store_half(model)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+    results = module(*example)
+    results = results if isinstance(results, tuple) else (results,)
+    return EngineGraph(
+        file=path.name,
+        graph_sha256=file_sha256(path),
+        weights_sha256=weights,
+        inputs=tuple(_spec(name, tensor) for name, tensor in inputs.items()),
+        outputs=tuple(_spec(name, tensor) for name, tensor in zip(outputs, results, strict=True)),
+    )
+
+
+def _spec(name: str, tensor: Tensor) -> TensorSpec:
+    return TensorSpec(name=name, dtype=_NUMPY_TYPES[tensor.dtype], shape=tuple(tensor.shape[1:]))
+
+
+def _store_half(model: onnx.ModelProto) -> None:
+    """Store convolution weights in half precision behind a Cast, which every runtime folds when it loads the graph.
+
+    Half the bytes to ship. The rounding (2⁻¹¹ of each weight) is part of what the parity gate measures.
+    """
+    graph = model.graph
+    casts = []
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 4:
+            name = tensor.name
+            half = numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), f"{name}.half")
+            tensor.CopyFrom(half)
+            casts.append(helper.make_node("Cast", [half.name], [name], to=TensorProto.FLOAT))
+            for info in list(graph.value_info):
+                if info.name == name:
+                    graph.value_info.remove(info)
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    del model.metadata_props[:]
+    for node in graph.node:
+        del node.metadata_props[:]  # stack traces with this machine's paths
+        node.doc_string = ""
+
+
+def _golden(network: DualDiffusion, *, sigmas: Sequence[float], tile: int) -> dict[str, NDArray[Any]]:
+    """Tiles that an engine must get right, and what float32 torch makes of them."""
+    he = golden_tiles(tile)
+    seeds = np.arange(len(he), dtype=np.int64)[:, None]
+    origins = np.array([[16 * i * 37, -16 * i * 11] for i in range(len(he))], dtype=np.int64)
+    results = stain_tiles(network, he, sigmas=sigmas, seeds=seeds, origins=origins)
+    return {"HE": he, "ORIGIN": origins, "SEED": seeds, **results}
+
+
+def golden_tiles(tile: int) -> NDArray[np.uint8]:
+    """uint8 [N, tile, tile, 3]: simulated tissue, bare glass, one colour, saturated, random."""
+    rng = np.random.default_rng(0)
+    tissue = [simulate_tile(20, 100 * i, size=tile, masks=False).he for i in range(3)]
+    glass = np.full((tile, tile, 3), 243, np.uint8)
+    colour = np.full((tile, tile, 3), (181, 98, 160), np.uint8)
+    saturated = np.where(np.indices((tile, tile)).sum(0)[..., None] // 32 % 2 == 0, np.uint8(0), np.uint8(255))
+    noise = rng.integers(0, 256, (tile, tile, 3), dtype=np.uint8)
+    return np.stack([*tissue, glass, colour, np.repeat(saturated, 3, axis=2), noise])

@@ -1,0 +1,96 @@
+"""Folders that appear whole or not at all, also when two processes write the same one, or one is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["locked", "staging_folder"]
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold the one lock on writing ``output``, then remove what killed builds left beside it.
+
+    The lock is the kernel's (``flock`` on a hidden file beside ``output``): it goes when its holder dies.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.parent / f".{output.name}.lock"
+    descriptor = _acquire(path)
+    try:
+        for leftover in output.parent.glob(f".{output.name}.building-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is held: whoever waits on it sees in _acquire that the file is gone
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def staging_folder(output: Path) -> Iterator[Path]:
+    """A new folder beside ``output`` that takes its place if the block ends well, and is removed if not.
+
+    Call it inside :func:`locked`.
+    """
+    folder = output.parent / f".{output.name}.building-{uuid.uuid4().hex[:12]}"
+    folder.mkdir()
+    try:
+        yield folder
+        _sync(folder)
+        if output.is_dir() and any(output.iterdir()):
+            _exchange(folder, output)  # the old one is now under the hidden name
+        else:
+            folder.rename(output)  # an empty folder may be replaced
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _acquire(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # its holder removed the file while we waited
+
+
+def _exchange(new: Path, old: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        if libc.renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, os.strerror(code), str(old))
+    # A file system that cannot swap two names: for a moment there is no folder, never half of one.
+    aside = new.with_name(f"{new.name}-old")
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

@@ -1,0 +1,270 @@
+"""From graphs to the model repository Triton loads: build, check, publish.
+
+Nothing here imports torch. A repository appears under its name only when every engine passed parity, and is not built
+again when nothing changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import staindiffuser
+from staindiffuser.export import builders, triton_config
+from staindiffuser.export.builders import Builder, BuildOptions, engine_key
+from staindiffuser.export.description import GraphSet, file_sha256
+from staindiffuser.export.errors import ExportUsageError, ManifestError
+from staindiffuser.export.manifest import MANIFEST_JSON, SAMPLER, EngineRecord, Manifest, hash_files, verify
+from staindiffuser.export.parity import EngineParity, Golden, check_parity
+from staindiffuser.export.publishing import locked, staging_folder
+
+__all__ = ["BuildReport", "Plan", "build", "build_repository", "plan_repository"]
+
+TRITON_MODELS = Path(__file__).resolve().parent.parent / "triton_models"
+FLAVOUR = "python"
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that decides a repository, before anything is built."""
+
+    graphs_dir: Path
+    graphs: GraphSet
+    builder: Builder
+    options: BuildOptions
+    keys: Mapping[str, str]
+    """Engine key by engine name."""
+    engine_files: Mapping[str, str]
+    """Engine file name, made from its key, by engine name."""
+    configs: Mapping[str, str]
+    """``config.pbtxt`` by model name."""
+    sources: Mapping[str, tuple[Path, ...]]
+    """Files copied into each model's version folder."""
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """What a build did."""
+
+    repository: Path
+    manifest: Manifest
+    built: tuple[str, ...]
+    """Engines that were built; empty when the repository was already what was asked for."""
+    up_to_date: bool
+
+
+def build_repository(
+    graphs_dir: Path, output: Path, *, target: str = "onnxruntime", max_batch: int = 8, threads: int = 0
+) -> Path:
+    """Build and publish a model repository; see :func:`build`. Returns ``output``."""
+    return build(graphs_dir, output, target=target, max_batch=max_batch, threads=threads).repository
+
+
+def build(
+    graphs_dir: Path,
+    output: Path,
+    *,
+    target: str = "onnxruntime",
+    max_batch: int = 8,
+    threads: int = 0,
+    progress: Progress = lambda message: None,
+) -> BuildReport:
+    """Build engines, check them against the golden samples, and publish a model repository.
+
+    Args:
+        graphs_dir: what ``export graphs`` wrote.
+        output: the repository's folder; replaced as a whole if it holds another one.
+        target: one of :data:`staindiffuser.export.builders.TARGETS`.
+        max_batch: largest batch a client may send.
+        threads: threads of a CPU engine, 0 for all that the server may use.
+        progress: told what is being done, one line each.
+
+    Returns:
+        What was built; nothing when ``output`` already is what is asked for.
+
+    Raises:
+        GraphsError, ManifestError: the graphs are missing, damaged or do not fit together.
+        ExportUsageError: unknown target, an option it does not take, or an unwritable output.
+        BuilderMissingError: the target's builder is not installed.
+        ParityError: an engine is too far from torch; ``output`` is untouched.
+    """
+    plan = plan_repository(graphs_dir, target=target, max_batch=max_batch, threads=threads)
+    output = output.resolve()
+    _refuse_foreign_folder(output)
+    try:
+        with locked(output):
+            current = _current(output)
+            if current is not None and current.fingerprint == plan.fingerprint:
+                return BuildReport(repository=output, manifest=current, built=(), up_to_date=True)
+            with staging_folder(output) as folder:
+                built = _write_models(plan, folder, output, progress)
+                parity = _run_parity(plan, folder, progress)
+                _manifest(plan, folder, parity).save(folder)
+                manifest = verify(folder)
+            return BuildReport(repository=output, manifest=manifest, built=built, up_to_date=False)
+    except OSError as error:
+        raise ExportUsageError(
+            f"{output} cannot be written: {error.strerror or error}: nothing was published"
+        ) from error
+
+
+def plan_repository(graphs_dir: Path, *, target: str = "onnxruntime", max_batch: int = 8, threads: int = 0) -> Plan:
+    """Decide everything about a repository without building; fast."""
+    options = BuildOptions(max_batch=max_batch, threads=threads)
+    builder = builders.get(target)
+    graphs = GraphSet.load(graphs_dir)
+    if graphs.precision not in builder.precisions:
+        accepted = ", ".join(builder.precisions)
+        raise ExportUsageError(f"target {target} does not take {graphs.precision} graphs: export them as {accepted}")
+    keys = {name: engine_key(builder, engine, graphs.precision, options) for name, engine in graphs.engines.items()}
+    files = {name: f"{key[:16]}{builder.suffix}" for name, key in keys.items()}
+    configs = triton_config.model_configs(graphs, builder, files, options)
+    engine_sources = (TRITON_MODELS / "engine" / "model.py", TRITON_MODELS / "engine" / f"{builder.runner}.py")
+    noise_sources = tuple(TRITON_MODELS / "noise" / name for name in ("model.py", "philox.py", "normal_quantiles.npy"))
+    sources = {triton_config.NOISE_MODEL: noise_sources, **dict.fromkeys(graphs.engines, engine_sources)}
+    parts = {
+        "staindiffuser": staindiffuser.__version__,
+        "graphs": dataclasses.asdict(graphs),
+        "target": [target, builder.version()],
+        "options": dataclasses.asdict(options),
+        "keys": keys,
+        "configs": configs,
+        "sources": {path.name: file_sha256(path) for path in (*engine_sources, *noise_sources[1:])},
+        "noise": file_sha256(noise_sources[0]),
+    }
+    fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return Plan(
+        graphs_dir=graphs_dir,
+        graphs=graphs,
+        builder=builder,
+        options=options,
+        keys=keys,
+        engine_files=files,
+        configs=configs,
+        sources=sources,
+        fingerprint=fingerprint,
+    )
+
+
+def _refuse_foreign_folder(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ExportUsageError(f"{output} is a file: choose a folder for the model repository")
+    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST_JSON).is_file():
+        raise ExportUsageError(f"{output} is not empty and no model repository: choose another folder")
+
+
+def _current(output: Path) -> Manifest | None:
+    """The manifest of what stands there, if it is intact."""
+    try:
+        return verify(output)
+    except ManifestError:
+        return None
+
+
+def _write_models(plan: Plan, folder: Path, output: Path, progress: Progress) -> tuple[str, ...]:
+    built = []
+    for model, text in plan.configs.items():
+        version = folder / model / "1"
+        version.mkdir(parents=True)
+        (folder / model / "config.pbtxt").write_text(text, encoding="utf-8")
+        for source in plan.sources.get(model, ()):
+            shutil.copyfile(source, version / source.name)
+        if model not in plan.graphs.engines:
+            if model == triton_config.ENSEMBLE:
+                (version / ".keep").touch()  # Triton wants the folder; archives and object stores drop empty ones
+            continue
+        target = version / plan.engine_files[model]
+        if not _reuse(plan, model, output, target):
+            progress(f"building {model} ({plan.builder.target})")
+            graph = plan.graphs.engines[model]
+            plan.builder.build(plan.graphs_dir / graph.file, graph, target, plan.options)
+            built.append(model)
+    return tuple(built)
+
+
+def _reuse(plan: Plan, name: str, output: Path, target: Path) -> bool:
+    """Take an engine with the same key from the repository that is being replaced, if its bytes are intact."""
+    try:
+        old = Manifest.load(output).engines.get(name)
+    except ManifestError:
+        return False
+    if old is None or old.key != plan.keys[name]:
+        return False
+    source = output / old.file
+    if not source.is_file() or file_sha256(source) != old.sha256:
+        return False
+    shutil.copyfile(source, target)
+    return True
+
+
+def _run_parity(plan: Plan, folder: Path, progress: Progress) -> dict[str, list[EngineParity]]:
+    golden = Golden.load(plan.graphs_dir / plan.graphs.golden)
+    batches = plan.options.corners
+    progress(f"checking {golden.samples} golden samples at batch {', '.join(map(str, batches))}")
+    engines = {
+        name: plan.builder.load(folder / name / "1" / file, threads=plan.options.threads)
+        for name, file in plan.engine_files.items()
+    }
+    try:
+        return check_parity(engines, plan.graphs, golden, batches)
+    finally:
+        for engine in engines.values():
+            engine.close()
+
+
+def _manifest(plan: Plan, folder: Path, parity: Mapping[str, list[EngineParity]]) -> Manifest:
+    graphs = plan.graphs
+    files = hash_files(folder)
+    engines = {}
+    for name, graph in graphs.engines.items():
+        file = f"{name}/1/{plan.engine_files[name]}"
+        sampled = name != triton_config.ENCODER
+        # A cell map takes one step, from the highest noise level.
+        steps = 0 if not sampled else 1 if name.startswith("cells_") else graphs.steps
+        engines[name] = EngineRecord(
+            file=file,
+            sha256=files[file].sha256,
+            bytes=files[file].bytes,
+            key=plan.keys[name],
+            weights_sha256=graph.weights_sha256,
+            graph_sha256=graph.graph_sha256,
+            sampler=SAMPLER if sampled else "",
+            steps=steps,
+            sigmas=graphs.sigmas[:steps],
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            profile=plan.options.profile,
+            precision=graphs.precision,
+            builder=plan.builder.version(),
+            device=plan.builder.device(),
+            parity=tuple(parity[name]),
+        )
+    return Manifest(
+        staindiffuser=staindiffuser.__version__,
+        target=plan.builder.target,
+        flavour=FLAVOUR,
+        fingerprint=plan.fingerprint,
+        model_name=graphs.name,
+        model_version=graphs.model_version,
+        notice=graphs.notice,
+        checkpoint_sha256=graphs.checkpoint_sha256,
+        golden_sha256=graphs.golden_sha256,
+        tile=graphs.tile,
+        margin=graphs.margin,
+        mpp=graphs.mpp,
+        steps=graphs.steps,
+        sigmas=graphs.sigmas,
+        precision=graphs.precision,
+        max_batch=plan.options.max_batch,
+        threads=plan.options.threads,
+        stains=graphs.stains,
+        engines=engines,
+        files=files,
+    )

@@ -1,0 +1,234 @@
+"""Triton's ``config.pbtxt`` of every model, from one description of the ensemble.
+
+The messages are built with the protobuf classes Triton's client ships, so that a field that does not exist is an error
+here; each text is parsed back, and the tensors are checked across the whole ensemble before anything is written::
+
+    HE ─► he_encoder ─┬─ FEATURES_0..3 ─────────────────┬──► stain_<name> ─► STAIN_<NAME>
+                      └─ AFTER ─► noise ─┬─ NOISE ──────┤
+    ORIGIN, SEED ─────────────────►      └─ NOISE_CELLS ┴──► cells_<name> ─► CELLS_<NAME>
+
+The ensemble has one first step, the encoder: ``noise`` waits for its coarsest features and does not read them. With two
+first steps, a failure of the one that Triton schedules earlier freezes the whole server (24.10): gRPC's thread still
+schedules the other step under its request's lock and waits for the ensemble's, while the failing step's thread holds
+the ensemble's lock and waits for the request's to send the error. Later steps are scheduled without that lock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from staindiffuser.export.builders import Builder, BuildOptions
+from staindiffuser.export.description import GraphSet, Stain, TensorSpec
+from staindiffuser.export.errors import GraphsError
+from staindiffuser.triton_models.noise.philox import ORIGIN_MULTIPLE, PICTURE_CHANNELS
+
+if TYPE_CHECKING:
+    ModelConfig = Any  # protobuf's generated classes carry no types
+
+__all__ = ["ENSEMBLE", "check_ensemble", "contract_parameters", "model_configs", "parse", "to_text"]
+
+ENSEMBLE = "staindiffuser"
+NOISE_MODEL = "noise"
+ENCODER = "he_encoder"
+AFTER = "AFTER"
+"""Input of the noise model that only orders it after the encoder."""
+_TYPES = {"uint8": pb.TYPE_UINT8, "float16": pb.TYPE_FP16, "float32": pb.TYPE_FP32, "int64": pb.TYPE_INT64}
+
+
+class Contract(Protocol):
+    """What a client must know; :class:`GraphSet` and :class:`Manifest` both have it."""
+
+    @property
+    def stains(self) -> tuple[Stain, ...]: ...
+    @property
+    def tile(self) -> int: ...
+    @property
+    def margin(self) -> int: ...
+    @property
+    def mpp(self) -> float: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def notice(self) -> str: ...
+    @property
+    def model_version(self) -> str: ...
+
+
+def contract_parameters(contract: Contract, model_name: str) -> dict[str, str]:
+    """The ensemble's ``parameters``: a client learns all it needs from the server."""
+    return {
+        "stains": json.dumps([{"name": s.name, "label": s.label} for s in contract.stains], ensure_ascii=False),
+        "tile": str(contract.tile),
+        "margin": str(contract.margin),
+        "mpp": repr(contract.mpp),
+        "steps": str(contract.steps),
+        "origin_multiple": str(ORIGIN_MULTIPLE),
+        "model_version": contract.model_version,
+        "model_name": model_name,
+        "notice": contract.notice,
+    }
+
+
+def wire_inputs(tile: int) -> tuple[TensorSpec, ...]:
+    """What a client sends."""
+    return (
+        TensorSpec(name="HE", dtype="uint8", shape=(tile, tile, 3)),
+        TensorSpec(name="ORIGIN", dtype="int64", shape=(2,)),
+        TensorSpec(name="SEED", dtype="int64", shape=(1,)),
+    )
+
+
+def noise_outputs(tile: int, steps: int) -> tuple[TensorSpec, ...]:
+    """What the noise model gives."""
+    return (
+        TensorSpec(name="NOISE", dtype="float16", shape=(steps, PICTURE_CHANNELS, tile, tile)),
+        TensorSpec(name="NOISE_CELLS", dtype="float16", shape=(1, tile, tile)),
+    )
+
+
+def wire_outputs(graphs: GraphSet) -> tuple[TensorSpec, ...]:
+    """What a client may ask for."""
+    specs = []
+    for stain in graphs.stains:
+        name = stain.name.upper()
+        specs.append(TensorSpec(name=f"STAIN_{name}", dtype="uint8", shape=(graphs.tile, graphs.tile, 3)))
+        specs.append(TensorSpec(name=f"CELLS_{name}", dtype="uint8", shape=(graphs.tile, graphs.tile, 1)))
+    return tuple(specs)
+
+
+def check_ensemble(graphs: GraphSet) -> None:
+    """Check that every engine finds its inputs, with dtype and shape, and that the wire's outputs all exist.
+
+    Raises:
+        GraphsError: names the engine and the tensor.
+    """
+    expected = [ENCODER] + [f"{kind}_{stain.name}" for stain in graphs.stains for kind in ("stain", "cells")]
+    if sorted(expected) != sorted(graphs.engines):
+        raise GraphsError(f"graphs hold the engines {sorted(graphs.engines)}, but the stains need {sorted(expected)}")
+    tensors: dict[str, TensorSpec] = {}
+    for spec in (*wire_inputs(graphs.tile), *noise_outputs(graphs.tile, graphs.steps)):
+        tensors[spec.name] = spec
+    for name in expected:
+        for spec in graphs.engines[name].inputs:
+            if tensors.get(spec.name) != spec:
+                raise GraphsError(f"{name} takes {_show(spec)}, but the ensemble has {_show(tensors.get(spec.name))}")
+        for spec in graphs.engines[name].outputs:
+            if spec.name in tensors:
+                raise GraphsError(f"{name} gives {spec.name}, which another model gives too")
+            tensors[spec.name] = spec
+    for spec in wire_outputs(graphs):
+        if tensors.get(spec.name) != spec:
+            raise GraphsError(f"clients expect {_show(spec)}, but the ensemble has {_show(tensors.get(spec.name))}")
+
+
+def model_configs(
+    graphs: GraphSet, builder: Builder, engine_files: Mapping[str, str], options: BuildOptions
+) -> dict[str, str]:
+    """The text of every model's ``config.pbtxt``, by model name.
+
+    Args:
+        graphs: what is served.
+        builder: the engines' target.
+        engine_files: file name of each engine inside its model's version folder.
+        options: batch and threads.
+
+    Raises:
+        GraphsError: the engines' tensors do not fit together.
+    """
+    check_ensemble(graphs)
+    gpu = builder.device().kind == "cuda"
+    origin, seed = wire_inputs(graphs.tile)[1:]
+    after = dataclasses.replace(graphs.engines[ENCODER].outputs[-1], name=AFTER)
+    noise = noise_outputs(graphs.tile, graphs.steps)
+    messages = [_python_model(NOISE_MODEL, (origin, seed, after), noise, options, gpu, {})]
+    for name, engine in graphs.engines.items():
+        parameters = {"engine": engine_files[name], "runner": builder.runner, "threads": str(options.threads)}
+        messages.append(_python_model(name, engine.inputs, engine.outputs, options, gpu, parameters))
+    messages.append(_ensemble(graphs, options))
+    return {message.name: to_text(message) for message in messages}
+
+
+def to_text(message: ModelConfig) -> str:
+    """Protobuf text, proven to parse back to the same message."""
+    text = text_format.MessageToString(message, as_utf8=True)
+    if parse(text) != message:
+        raise AssertionError(f"config.pbtxt of {message.name} does not parse back to itself")
+    return text
+
+
+def parse(text: str) -> ModelConfig:
+    """Read a ``config.pbtxt``.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        return text_format.Parse(text, pb.ModelConfig())
+    except text_format.ParseError as error:
+        raise ValueError(str(error)) from error
+
+
+def _python_model(
+    name: str,
+    inputs: Iterable[TensorSpec],
+    outputs: Iterable[TensorSpec],
+    options: BuildOptions,
+    gpu: bool,
+    parameters: Mapping[str, str],
+) -> ModelConfig:
+    message = pb.ModelConfig(name=name, backend="python", max_batch_size=options.max_batch)
+    _add_tensors(message, inputs, outputs)
+    message.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_GPU if gpu else pb.ModelInstanceGroup.KIND_CPU)
+    for key, value in parameters.items():
+        message.parameters[key].string_value = value
+    if gpu:
+        # Without it the Python backend copies every input to the host first.
+        message.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "no"
+    # No dynamic batching: merging requests by chance would let the same request meet different batch sizes, and with
+    # them results a grey level apart. Clients choose their batch.
+    message.response_cache.enable = False  # its key ignores shape, dtype and requested outputs
+    for batch in sorted({1, options.max_batch}):
+        warmup = message.model_warmup.add(name=f"batch_{batch}", batch_size=batch, count=1)
+        for spec in inputs:
+            warmup.inputs[spec.name].data_type = _TYPES[spec.dtype]
+            warmup.inputs[spec.name].dims.extend(spec.shape)
+            warmup.inputs[spec.name].zero_data = True
+    return message
+
+
+def _ensemble(graphs: GraphSet, options: BuildOptions) -> ModelConfig:
+    message = pb.ModelConfig(name=ENSEMBLE, platform="ensemble", max_batch_size=options.max_batch)
+    _add_tensors(message, wire_inputs(graphs.tile), wire_outputs(graphs))
+    for name, engine in graphs.engines.items():
+        _add_step(message, name, {t.name: t.name for t in engine.inputs}, [t.name for t in engine.outputs])
+    inputs = {"ORIGIN": "ORIGIN", "SEED": "SEED", AFTER: graphs.engines[ENCODER].outputs[-1].name}
+    _add_step(message, NOISE_MODEL, inputs, [t.name for t in noise_outputs(graphs.tile, graphs.steps)])
+    for key, value in contract_parameters(graphs, graphs.name).items():
+        message.parameters[key].string_value = value
+    message.response_cache.enable = False
+    return message
+
+
+def _add_tensors(message: ModelConfig, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> None:
+    for spec in inputs:
+        message.input.add(name=spec.name, data_type=_TYPES[spec.dtype], dims=spec.shape)
+    for spec in outputs:
+        message.output.add(name=spec.name, data_type=_TYPES[spec.dtype], dims=spec.shape)
+
+
+def _add_step(message: ModelConfig, model: str, inputs: Mapping[str, str], outputs: Iterable[str]) -> None:
+    step = message.ensemble_scheduling.step.add(model_name=model, model_version=-1)
+    for name, tensor in inputs.items():
+        step.input_map[name] = tensor
+    for name in outputs:
+        step.output_map[name] = name
+
+
+def _show(spec: TensorSpec | None) -> str:
+    return "no such tensor" if spec is None else f"{spec.name} {spec.dtype} {list(spec.shape)}"

@@ -1,0 +1,1 @@
+"""Start, secure, watch and stop a Triton server."""

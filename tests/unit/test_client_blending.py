@@ -1,0 +1,124 @@
+"""Tiles into pictures: exact where they agree, smooth where they do not, in any order."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+
+from staindiffuser.client.blending import Mosaic, Plane
+from staindiffuser.client.testing import FAKE_CONTRACT
+from staindiffuser.client.tiling import Tile, TileGrid
+from staindiffuser.client.tissue import TissueMask
+
+PICTURE = Plane(tensor="STAIN_CD3", channels=3, background=255)
+CELLS = Plane(tensor="CELLS_CD3", channels=1, background=0)
+WIDTH, HEIGHT = 700, 533
+
+
+def grid_of(margin: int = 32) -> TileGrid:
+    return TileGrid.for_model(dataclasses.replace(FAKE_CONTRACT, margin=margin), WIDTH, HEIGHT)
+
+
+def random_tiles(grid: TileGrid) -> dict[Tile, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(1)
+    tiles = [grid.at(row, column) for row in range(grid.rows) for column in range(grid.columns)]
+    return {
+        tile: {
+            PICTURE.tensor: rng.integers(0, 256, (256, 256, 3), dtype=np.uint8),
+            CELLS.tensor: rng.integers(0, 256, (256, 256, 1), dtype=np.uint8),
+        }
+        for tile in tiles
+    }
+
+
+@pytest.mark.parametrize("margin", [0, 8, 24, 32])
+def test_tiles_cut_from_a_picture_give_the_picture(margin: int) -> None:
+    grid = grid_of(margin)
+    side = 2 * 256
+    world = np.random.default_rng(0).integers(0, 256, (HEIGHT + 2 * side, WIDTH + 2 * side, 3), dtype=np.uint8)
+    mosaic = Mosaic(grid, (PICTURE,))
+    for row in range(grid.rows):
+        for column in range(grid.columns):
+            tile = grid.at(row, column)
+            y, x = tile.y + side, tile.x + side
+            mosaic.add(tile, {PICTURE.tensor: world[y : y + 256, x : x + 256]})
+    whole = mosaic.compose(PICTURE, 0, 0, WIDTH, HEIGHT)
+    np.testing.assert_array_equal(whole, world[side : side + HEIGHT, side : side + WIDTH])
+
+
+def test_order_and_region_do_not_matter() -> None:
+    grid = grid_of()
+    tiles = random_tiles(grid)
+    wholes = []
+    for seed in (1, 2):
+        order = list(tiles)
+        random.Random(seed).shuffle(order)
+        mosaic = Mosaic(grid, (PICTURE, CELLS))
+        for tile in order:
+            mosaic.add(tile, tiles[tile])
+        wholes.append(mosaic.compose(PICTURE, 0, 0, WIDTH, HEIGHT))
+    np.testing.assert_array_equal(*wholes)
+    assert wholes[0] is not None
+    part = mosaic.compose(PICTURE, 150, 170, 201, 99)
+    np.testing.assert_array_equal(part, wholes[0][170:269, 150:351])
+
+
+def test_the_step_between_two_tiles_is_spread_over_the_ramp() -> None:
+    grid = grid_of()
+    mosaic = Mosaic(grid, (CELLS,))
+    for row in range(grid.rows):
+        for column in range(grid.columns):
+            level = 100 if column % 2 else 132
+            mosaic.add(grid.at(row, column), {CELLS.tensor: np.full((256, 256, 1), level, dtype=np.uint8)})
+    whole = mosaic.compose(CELLS, 0, 0, WIDTH, HEIGHT)
+    assert whole is not None
+    steps = np.abs(np.diff(whole[..., 0].astype(int), axis=1))
+    assert steps.max() == 32 // grid.ramp
+    assert np.abs(np.diff(whole[..., 0].astype(int), axis=0)).max() == 0
+
+
+def test_missing_tiles_are_background_and_leave_no_seam() -> None:
+    grid = grid_of()
+    mosaic = Mosaic(grid, (PICTURE, CELLS))
+    assert mosaic.compose(PICTURE, 0, 0, 64, 64) is None
+    tile = grid.at(1, 1)
+    mosaic.add(
+        tile, {PICTURE.tensor: np.full((256, 256, 3), 9, np.uint8), CELLS.tensor: np.full((256, 256, 1), 7, np.uint8)}
+    )
+    (x0, x1), (y0, y1) = grid.shown(tile.x, WIDTH), grid.shown(tile.y, HEIGHT)
+    expected = np.full((HEIGHT, WIDTH, 3), 255, dtype=np.uint8)
+    expected[y0:y1, x0:x1] = 9
+    np.testing.assert_array_equal(mosaic.compose(PICTURE, 0, 0, WIDTH, HEIGHT), expected)
+    cells = mosaic.compose(CELLS, 0, 0, WIDTH, HEIGHT)
+    assert cells is not None
+    assert cells.sum() == 7 * (x1 - x0) * (y1 - y0)
+
+
+def test_glass_fades_to_the_background() -> None:
+    grid = grid_of()
+    shown = np.zeros((HEIGHT // 16 + 1, WIDTH // 16 + 1), dtype=np.float32)
+    shown[:, :20] = 1
+    mask = TissueMask(tissue=shown > 0, shown=shown, cell=(16.0, 16.0))
+    mosaic = Mosaic(grid, (PICTURE, CELLS), mask)
+    for tile, outputs in random_tiles(grid).items():
+        mosaic.add(tile, {name: np.full_like(value, 100) for name, value in outputs.items()})
+    picture = mosaic.compose(PICTURE, 0, 0, WIDTH, HEIGHT)
+    cells = mosaic.compose(CELLS, 0, 0, WIDTH, HEIGHT)
+    assert picture is not None
+    assert cells is not None
+    assert (picture[:, :300] == 100).all()
+    assert (picture[:, 340:] == 255).all()
+    assert (cells[:, 340:] == 0).all()
+    assert np.abs(np.diff(picture[0, :, 0].astype(int))).max() <= 12
+    part = mosaic.compose(PICTURE, 290, 100, 60, 40)
+    np.testing.assert_array_equal(part, picture[100:140, 290:350])
+
+
+def test_rows_are_forgotten() -> None:
+    grid = grid_of()
+    mosaic = Mosaic(grid, (PICTURE, CELLS))
+    for tile, outputs in random_tiles(grid).items():
+        mosaic.add(tile, outputs)
+    mosaic.forget_above(grid.rows)
+    assert mosaic.compose(PICTURE, 0, 0, WIDTH, HEIGHT) is None

@@ -1,0 +1,157 @@
+"""The connection, against a stand-in that speaks gRPC as Triton does."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from staindiffuser.client import StainClient
+from staindiffuser.client.errors import (
+    ContractError,
+    RefusedRequestError,
+    ServerLostError,
+    ServerUnreachableError,
+    UnknownStainError,
+)
+from staindiffuser.client.testing import FAKE_CONTRACT, FakeTriton
+
+TILES = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
+ORIGINS = np.array([[-32, -32], [160, 16]], dtype=np.int64)
+
+
+def test_the_contract_comes_from_the_server() -> None:
+    with FakeTriton() as server, StainClient(server.url) as client:
+        assert client.contract == FAKE_CONTRACT
+        assert client.url == server.url
+        assert client.server_version == "fake 0"
+
+
+def test_tiles_are_stained_and_only_what_is_named_is_asked_for() -> None:
+    with FakeTriton() as server, StainClient(server.url) as client:
+        both = client.stain_tiles(TILES, ORIGINS, 7)
+        assert list(both) == ["STAIN_CD3", "STAIN_CK818", "CELLS_CD3", "CELLS_CK818"]
+        np.testing.assert_array_equal(both["STAIN_CD3"], TILES)
+        assert both["CELLS_CD3"].shape == (2, 256, 256, 1)
+        assert list(client.stain_tiles(TILES, ORIGINS, 7, stains=["cd3"], cells=False)) == ["STAIN_CD3"]
+        assert list(client.stain_tiles(TILES, ORIGINS, 7, stains=["ck818"], pictures=False)) == ["CELLS_CK818"]
+        with pytest.raises(UnknownStainError):
+            client.stain_tiles(TILES, ORIGINS, 7, stains=["her2"])
+        with pytest.raises(ValueError, match="pictures, cells"):
+            client.stain_tiles(TILES, ORIGINS, 7, pictures=False, cells=False)
+
+
+def test_large_messages_pass() -> None:
+    import dataclasses
+
+    contract = dataclasses.replace(FAKE_CONTRACT, tile=512, margin=64)
+    tiles = np.zeros((8, 512, 512, 3), dtype=np.uint8)
+    with FakeTriton(contract=contract) as server, StainClient(server.url) as client:
+        outputs = client.stain_tiles(tiles, np.zeros((8, 2), dtype=np.int64), 0)
+    assert outputs["STAIN_CK818"].nbytes == 6 * 2**20
+
+
+def test_a_refused_request_says_why() -> None:
+    with (
+        FakeTriton() as server,
+        StainClient(server.url) as client,
+        pytest.raises(RefusedRequestError, match="multiples of 16"),
+    ):
+        client.stain_tiles(TILES, ORIGINS + 1, 0)
+
+
+def test_no_server_is_said_at_once() -> None:
+    with FakeTriton() as server:
+        url = server.url
+    start = time.monotonic()
+    with pytest.raises(ServerUnreachableError, match=url):
+        StainClient(url)
+    assert time.monotonic() - start < 5
+
+
+def test_a_server_that_accepts_and_is_silent_is_given_up() -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"127.0.0.1:{listener.getsockname()[1]}"
+        start = time.monotonic()
+        with pytest.raises(ServerUnreachableError):
+            StainClient(url, connect_timeout=1)
+        assert time.monotonic() - start < 5
+
+
+def test_another_model_is_no_ensemble_of_ours() -> None:
+    server = FakeTriton()
+    server.model = "resnet50"
+    with server, pytest.raises(ContractError, match="no model 'staindiffuser'"):
+        StainClient(server.url)
+    server = FakeTriton()
+    del server.parameters["margin"]
+    with server, pytest.raises(ContractError, match="margin"):
+        StainClient(server.url)
+
+
+def test_the_webs_proxy_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with FakeTriton() as server:
+        with StainClient(server.url) as client:
+            client.stain_tiles(TILES, ORIGINS, 0)
+        with pytest.raises(ServerUnreachableError):
+            StainClient(server.url, use_proxy=True, connect_timeout=2)
+
+
+def test_a_server_that_dies_is_lost() -> None:
+    with FakeTriton(delay=5) as server, StainClient(server.url) as client, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.stain_tiles, TILES, ORIGINS, 0)
+        while server.requests == 0:
+            time.sleep(0.01)
+        server.kill()
+        with pytest.raises(ServerLostError, match="lost"):
+            answer.result(timeout=20)
+
+
+def test_an_answer_that_takes_too_long_is_a_lost_server() -> None:
+    with (
+        FakeTriton(delay=3) as server,
+        StainClient(server.url, deadline=0.3) as client,
+        pytest.raises(ServerLostError, match="--timeout"),
+    ):
+        client.stain_tiles(TILES, ORIGINS, 0)
+
+
+def test_cancel_ends_what_is_under_way_and_what_would_follow() -> None:
+    with FakeTriton(delay=5) as server, StainClient(server.url) as client, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.stain_tiles, TILES, ORIGINS, 0)
+        while server.requests == 0:
+            time.sleep(0.01)
+        start = time.monotonic()
+        client.cancel()
+        with pytest.raises(ServerLostError):
+            answer.result(timeout=4)
+        with pytest.raises(ServerLostError):
+            client.stain_tiles(TILES, ORIGINS, 0)
+        assert time.monotonic() - start < 4
+
+
+def test_requests_in_flight_are_bounded() -> None:
+    now, most, lock = 0, 0, threading.Lock()
+
+    def paint(tensor: str, tiles: np.ndarray, origins: np.ndarray) -> np.ndarray:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.05)
+        with lock:
+            now -= 1
+        return tiles
+
+    with FakeTriton(paint) as server, StainClient(server.url, in_flight=2) as client, ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(client.stain_tiles, TILES, ORIGINS, 0, stains=["cd3"], cells=False) for _ in range(8)]
+        for answer in answers:
+            answer.result()
+    assert most == 2

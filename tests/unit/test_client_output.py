@@ -1,0 +1,97 @@
+"""A result is complete under its final names, or not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from staindiffuser.client.command import Server, default_output, outputs_for
+from staindiffuser.client.errors import OutputError
+from staindiffuser.client.output import ResultFolder, read_run
+from staindiffuser.errors import UsageError
+
+
+def fill(folder: ResultFolder, *names: str) -> None:
+    for name in names:
+        (folder.staging / name).write_text("{}")
+    (folder.staging / "run.json").write_text(json.dumps({"outputs": dict.fromkeys(names, 1)}))
+    folder.publish([*names, "run.json"])
+
+
+def test_publishing_leaves_only_the_result(tmp_path: Path) -> None:
+    output = tmp_path / "a/b/out"
+    with ResultFolder(output) as folder:
+        assert folder.staging.parent == output
+        assert not [p for p in output.iterdir() if not p.name.startswith(".")]
+        fill(folder, "cd3.ome.tiff")
+    assert sorted(p.name for p in output.iterdir()) == ["cd3.ome.tiff", "run.json"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_nothing_is_left_when_it_fails(tmp_path: Path, error: type[BaseException]) -> None:
+    def fail() -> None:
+        with ResultFolder(tmp_path / "a/out") as folder:
+            (folder.staging / "x").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/mine").write_text("keep")
+    with pytest.raises(error):
+        fail()
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["mine"]
+
+
+def test_a_result_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
+    with ResultFolder(tmp_path / "out") as folder:
+        fill(folder, "cd3.ome.tiff", "her2.ome.tiff")
+    with pytest.raises(OutputError, match="--overwrite"), ResultFolder(tmp_path / "out"):
+        pass
+    (tmp_path / "out/notes.txt").write_text("mine")
+    with ResultFolder(tmp_path / "out", overwrite=True) as folder:
+        assert read_run(tmp_path / "out") is not None, "the old result stands until the new one is complete"
+        fill(folder, "cd3.ome.tiff")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cd3.ome.tiff", "notes.txt", "run.json"]
+
+
+def test_an_edited_run_cannot_delete_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "precious").write_text("keep")
+    (tmp_path / "out/run.json").write_text(json.dumps({"outputs": {"../precious": 1}}))
+    with ResultFolder(tmp_path / "out", overwrite=True) as folder:
+        fill(folder, "a")
+    assert (tmp_path / "precious").exists()
+
+
+@pytest.mark.parametrize("place", ["file/out", "/proc/out"])
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(OutputError, match="cannot be written"), ResultFolder(tmp_path / place):
+        pass
+    with pytest.raises(OutputError, match="cannot be written"), ResultFolder(tmp_path / "file"):
+        pass
+
+
+def test_default_folders() -> None:
+    assert default_output(Path("/data/CMU-1.svs")) == Path("CMU-1-stained")
+    assert default_output(Path("a.b.ome.tif")) == Path("a.b-stained")
+    assert default_output(Path("noext")) == Path("noext-stained")
+    one, two = Path("x/a.svs"), Path("y/b.png")
+    assert outputs_for([one], Path("o")) == {one: Path("o")}
+    assert outputs_for([one, two], Path("o")) == {one: Path("o/a-stained"), two: Path("o/b-stained")}
+    assert outputs_for([one, two], None)[two] == Path("b-stained")
+    with pytest.raises(UsageError, match="same name"):
+        outputs_for([one, Path("y/a.tif")], None)
+    with pytest.raises(UsageError, match="twice"):
+        outputs_for([one, one], None)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"address": "host"}, {"address": "http://host:1"}, {"address": "h:1", "repository": Path("r")}, {"timeout": 0.0}],
+)
+def test_a_server_that_cannot_be_meant(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="--"):
+        Server(**values)  # type: ignore[arg-type]

@@ -1,0 +1,71 @@
+"""The demonstration model that ships: its graphs come from its weights, and it says what it is."""
+
+import json
+
+import numpy as np
+import pytest
+
+from staindiffuser.export.description import GraphSet, file_sha256
+from staindiffuser.serving.demo import demo_graphs
+from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
+from staindiffuser.training.config import PRESETS
+from staindiffuser.training.infer import stain_tiles
+
+FOLDER = demo_graphs().parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return Checkpoint.load(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def graphs() -> GraphSet:
+    return GraphSet.load(FOLDER / "graphs")
+
+
+def test_graphs_come_from_these_weights(checkpoint: Checkpoint, graphs: GraphSet) -> None:
+    assert graphs.checkpoint_sha256 == file_sha256(FOLDER / WEIGHTS)
+    network = checkpoint.network
+    modules = {"he_encoder": network.encoder}
+    for stain in checkpoint.config.model.stains:
+        modules[f"stain_{stain.name}"] = network.branch("pictures", stain.name)  # type: ignore[assignment]
+        modules[f"cells_{stain.name}"] = network.branch("cells", stain.name)  # type: ignore[assignment]
+    assert set(modules) == set(graphs.engines)
+    for name, module in modules.items():
+        assert graphs.engines[name].weights_sha256 == tensors_sha256(module.state_dict().items()), name
+
+
+def test_golden_samples_are_what_these_weights_paint(checkpoint: Checkpoint, graphs: GraphSet) -> None:
+    golden = np.load(FOLDER / "graphs" / graphs.golden)
+    results = stain_tiles(
+        checkpoint.network,
+        golden["HE"][:2],
+        sigmas=graphs.sigmas,
+        seeds=golden["SEED"][:2],
+        origins=golden["ORIGIN"][:2],
+    )
+    for name, result in results.items():
+        assert np.abs(result.astype(int) - golden[name][:2]).max() <= 1, name
+
+
+def test_it_says_that_it_means_nothing_medically(checkpoint: Checkpoint, graphs: GraphSet) -> None:
+    card = (FOLDER / "MODEL_CARD.md").read_text()
+    for text in (checkpoint.config.notice, graphs.notice, card):
+        assert "research use only" in text
+        assert "no medical meaning" in text
+        assert "simulated tissue" in text
+
+
+def test_architecture_is_the_demo_preset(checkpoint: Checkpoint) -> None:
+    model, preset = checkpoint.config.model, PRESETS["demo"].model
+    assert (model.encoder, model.picture, model.cells) == (preset.encoder, preset.picture, preset.cells)
+    assert [stain.name for stain in model.stains] == ["cd3", "ck818"]
+
+
+def test_what_ships_is_small() -> None:
+    megabytes = {path.name: path.stat().st_size / 1e6 for path in FOLDER.rglob("*") if path.is_file()}
+    assert megabytes[WEIGHTS] <= 8
+    graphs = sum(path.stat().st_size for path in (FOLDER / "graphs").iterdir()) / 1e6
+    assert graphs <= 12
+    assert json.loads((FOLDER / "metrics.json").read_text())["stains"].keys() == {"cd3", "ck818"}

@@ -1,0 +1,149 @@
+"""Exported graphs: what is in them, what is not, and that ONNX Runtime computes what torch computed."""
+
+import collections
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from staindiffuser.errors import UsageError
+from staindiffuser.export.description import GraphSet
+from staindiffuser.export.errors import ExportUsageError, GraphsError, ManifestError
+from staindiffuser.export.graphs import export_graphs
+from staindiffuser.triton_models.noise.philox import tile_noise
+
+
+@pytest.fixture(scope="module")
+def graphs(tiny_graphs: Path) -> GraphSet:
+    return GraphSet.load(tiny_graphs)
+
+
+def test_onnx_agrees_with_torch_on_the_golden_samples(tiny_graphs: Path, graphs: GraphSet) -> None:
+    golden = np.load(tiny_graphs / graphs.golden)
+
+    def run(name: str, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return onnxruntime.InferenceSession(tiny_graphs / f"{name}.onnx").run(None, inputs)
+
+    features = {f"FEATURES_{i}": f for i, f in enumerate(run("he_encoder", {"HE": golden["HE"]}))}
+    noise, cell_noise = tile_noise(
+        golden["SEED"], golden["ORIGIN"], steps=graphs.steps, height=graphs.tile, width=graphs.tile
+    )
+    for name in graphs.engines:
+        if name == "he_encoder":
+            continue
+        inputs = {"NOISE": noise} if name.startswith("stain") else {"NOISE_CELLS": cell_noise}
+        difference = np.abs(run(name, features | inputs)[0].astype(int) - golden[name.upper()])
+        assert difference.max() <= 2, name
+        assert (difference <= 1).mean() >= 0.999, name
+        assert golden[name.upper()].std() > 5, name  # the samples show something
+
+
+def test_nothing_of_the_noise_level_is_left_to_compute(tiny_graphs: Path) -> None:
+    """Folding leaves convolutions, sums and x·sigmoid(s·x): two operators per SiLU and no embedding."""
+    counts = {
+        name: collections.Counter(node.op_type for node in onnx.load(tiny_graphs / f"{name}.onnx").graph.node)
+        for name in ("he_encoder", "stain_cd3", "cells_cd3")
+    }
+    for name, count in counts.items():
+        assert not set(count) & {"Cos", "Sin", "Log", "Exp", "Sqrt", "MatMul", "Gemm", "ReduceMean", "ReduceL2"}, name
+    # A UNet of one block a level: stem, 7 blocks of two, 3 down, 3 up, head; attention once: 4 x (mix, gate, inject).
+    unet, attention = 1 + 14 + 3 + 3 + 1, 12
+    assert counts["cells_cd3"]["Conv"] == unet + attention
+    assert counts["stain_cd3"]["Conv"] == 2 * unet + attention
+    assert counts["stain_cd3"]["Resize"] == 2 * 3
+
+
+def test_unrolling_shares_the_weights(tiny_checkpoint: Path, tiny_graphs: Path, tmp_path: Path) -> None:
+    one = export_graphs(tiny_checkpoint, tmp_path / "one", steps=1, tile=64)
+    four = export_graphs(tiny_checkpoint, tmp_path / "four", steps=4, tile=64)
+    weights = [
+        sum(len(t.raw_data) for t in onnx.load(tmp_path / name / "stain_cd3.onnx").graph.initializer)
+        for name in ("one", "four")
+    ]
+    assert weights[1] / weights[0] < 1.05
+    assert one.engines["stain_cd3"].weights_sha256 == four.engines["stain_cd3"].weights_sha256
+    assert one.model_version != four.model_version
+
+
+def test_graphs_carry_no_path_of_the_machine(tiny_graphs: Path) -> None:
+    for path in tiny_graphs.iterdir():
+        if path.suffix in (".onnx", ".json"):
+            assert b"site-packages" not in path.read_bytes(), path.name
+            assert str(tiny_graphs.parent).encode() not in path.read_bytes(), path.name
+
+
+def test_description_names_every_tensor(graphs: GraphSet) -> None:
+    assert list(graphs.engines) == ["he_encoder", "stain_cd3", "cells_cd3", "stain_ck818", "cells_ck818"]
+    features = graphs.engines["he_encoder"].outputs
+    assert [t.shape[1] for t in features] == [32, 16, 8, 4]
+    assert all(t.dtype == "float16" for t in features)
+    branch = graphs.engines["stain_cd3"]
+    assert branch.inputs[:4] == features
+    assert (branch.inputs[4].name, branch.inputs[4].shape) == ("NOISE", (2, 3, 64, 64))
+    assert (branch.outputs[0].name, branch.outputs[0].dtype, branch.outputs[0].shape) == (
+        "STAIN_CD3",
+        "uint8",
+        (64, 64, 3),
+    )
+
+
+def test_changed_file_is_refused_by_name(tiny_graphs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "graphs"
+    shutil.copytree(tiny_graphs, folder)
+    data = bytearray((folder / "cells_cd3.onnx").read_bytes())
+    data[-20] ^= 1
+    (folder / "cells_cd3.onnx").write_bytes(data)
+    with pytest.raises(ManifestError, match=r"cells_cd3\.onnx differs"):
+        GraphSet.load(folder)
+    (folder / "cells_cd3.onnx").unlink()
+    with pytest.raises(ManifestError, match=r"cells_cd3\.onnx is missing"):
+        GraphSet.load(folder)
+
+
+def test_malformed_description_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GraphsError, match="is missing: write it with"):
+        GraphSet.load(tmp_path)
+    (tmp_path / "graphs.json").write_text(json.dumps({"format": 7}))
+    with pytest.raises(GraphsError, match="not a description this version reads"):
+        GraphSet.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 3}, "--steps 3: the checkpoint has samplers of 1, 2, 4 steps"),
+        ({"tile": 100}, "--tile 100: must be a multiple of 16"),
+        ({"precision": "int4"}, "--precision int4: choose one of"),
+    ],
+)
+def test_impossible_options_are_refused(tiny_checkpoint: Path, tmp_path: Path, options, message: str) -> None:
+    with pytest.raises(ExportUsageError, match=message):
+        export_graphs(tiny_checkpoint, tmp_path / "graphs", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_something_else_is_not_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("keep")
+    with pytest.raises(UsageError, match="is not empty and holds no graphs"):
+        export_graphs(tiny_checkpoint, tmp_path)
+    assert (tmp_path / "precious.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_trunk_runs_in_the_asked_precision_and_the_preconditioning_in_float32(
+    tiny_checkpoint: Path, tmp_path: Path, precision: str
+) -> None:
+    export_graphs(tiny_checkpoint, tmp_path / "graphs", steps=2, tile=64, precision=precision)
+    graph = onnx.load(tmp_path / "graphs" / "stain_cd3.onnx")
+    inferred = onnx.shape_inference.infer_shapes(graph, strict_mode=True).graph
+    types = {v.name: v.type.tensor_type.elem_type for v in [*inferred.value_info, *inferred.input]}
+    types |= {t.name: t.data_type for t in inferred.initializer}
+    trunk = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[precision]
+    nodes = [node for node in inferred.node if node.op_type == "Conv"]
+    assert {types[node.input[0]] for node in nodes} == {trunk}
+    clip = next(node for node in inferred.node if node.op_type == "Clip")
+    assert types[clip.input[0]] == onnx.TensorProto.FLOAT

@@ -1,0 +1,201 @@
+"""What a model is and how it is trained, as frozen data; the presets; validation that names the field."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from staindiffuser.training.data.labels import is_stain_name
+from staindiffuser.training.errors import ConfigError
+
+__all__ = ["LEVELS", "PRESETS", "ModelConfig", "StainConfig", "TrainConfig", "WidthConfig", "from_json"]
+
+LEVELS = 4
+"""Resolutions of the pyramid: 1/2, 1/4, 1/8, 1/16 of the tile."""
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}, must be {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthConfig:
+    """Size of one network of the model."""
+
+    channels: tuple[int, ...]
+    """Channels per level, finest first; four levels."""
+    blocks: int = 1
+    """Residual blocks per level (in a UNet: on the way down and again on the way up)."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.channels) == LEVELS, "channels", self.channels, f"{LEVELS} numbers, finest level first")
+        _require(all(c > 0 and c % 8 == 0 for c in self.channels), "channels", self.channels, "multiples of 8")
+        _require(self.blocks >= 1, "blocks", self.blocks, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StainConfig:
+    """A stain and the constants that standardise its targets to mean 0 and standard deviation 0.5."""
+
+    name: str
+    """Matches ``[a-z][a-z0-9_]*``."""
+    label: str
+    """What is shown to people, such as ``CK8/18``."""
+    picture_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Mean of the picture, per channel, intensities in [0, 1]."""
+    picture_std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    """Standard deviation of the picture, per channel."""
+    cells_mean: float = 0.5
+    """Mean of the cell mask in [0, 1]."""
+    cells_std: float = 0.5
+    """Standard deviation of the cell mask."""
+
+    def __post_init__(self) -> None:
+        _require(is_stain_name(self.name), "name", self.name, "lower-case: [a-z][a-z0-9_]*")
+        _require(min(*self.picture_std, self.cells_std) > 0, "picture_std, cells_std", self.picture_std, "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture and everything the numbers in a checkpoint need to mean something."""
+
+    encoder: WidthConfig
+    picture: WidthConfig
+    cells: WidthConfig
+    embedding: int = 128
+    """Channels of the noise-level embedding."""
+    stains: tuple[StainConfig, ...] = ()
+    mpp: float = 0.5
+    """Pixel size, µm."""
+    sigma_data: float = 0.5
+    """Standard deviation of the standardised targets (EDM, Table 1)."""
+    sigma_max: float = 80.0
+    sigma_min: float = 0.002
+
+    def __post_init__(self) -> None:
+        names = [stain.name for stain in self.stains]
+        _require(len(set(names)) == len(names), "stains", names, "unique names")
+        _require(self.mpp > 0, "mpp", self.mpp, "positive (µm per pixel)")
+        _require(0 < self.sigma_min < self.sigma_max, "sigma_min", self.sigma_min, "between 0 and sigma_max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    steps: int = 4000
+    """Optimiser steps."""
+    batch: int = 8
+    """Crops per step, over all processes."""
+    crop: int = 128
+    """Height and width of a training crop, pixels; a multiple of 16."""
+    learning_rate: float = 1e-2
+    """Peak learning rate of Adam (magnitude-preserving layers want a large one: EDM2, Table 6)."""
+    warmup: int = 200
+    """Steps of linear warm-up."""
+    cooldown: float = 0.4
+    """Share of the steps, at the end, over which the learning rate falls linearly to zero (ours)."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    ema: float = 0.998
+    """Decay of the moving average of the weights, ramped up as (1 + n) / (10 + n)."""
+    p_mean: float = -0.4
+    """Mean of ln σ (ours; see DESIGN, "The mathematics")."""
+    p_std: float = 1.6
+    """Standard deviation of ln σ."""
+    picture_max_share: float = 0.1
+    """Share of the picture draws taken at σ_max (ours)."""
+    cells_max_share: float = 0.5
+    """Share of the cell draws taken at σ_max (ours): the only noise level that the cell branch is used at."""
+    bf16: bool = True
+    """Run the convolutions in bfloat16; the preconditioning and the loss stay in float32."""
+    seed: int = 0
+    workers: int = 1
+    """Loader processes."""
+    checkpoint_minutes: float = 5.0
+    """Time between training snapshots."""
+    validate_every: int = 500
+    """Steps between validations."""
+    validation_tiles: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "validate_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.crop >= 32 and self.crop % 16 == 0, "crop", self.crop, "a multiple of 16, at least 32")
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
+        _require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
+        _require(0 <= self.cooldown <= 1, "cooldown", self.cooldown, "in [0, 1]")
+        for name in ("picture_max_share", "cells_max_share"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A named size with the recipe that trains it."""
+
+    model: ModelConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def _model(encoder: tuple[int, ...], picture: tuple[int, ...], *, blocks: int = 1, embedding: int = 128) -> ModelConfig:
+    return ModelConfig(
+        encoder=WidthConfig(channels=encoder, blocks=blocks),
+        picture=WidthConfig(channels=picture, blocks=blocks),
+        cells=WidthConfig(channels=tuple(-(-c // 16) * 8 for c in picture), blocks=blocks),
+        embedding=embedding,
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    "debug": Preset(
+        model=_model((16, 16, 24, 32), (16, 16, 24, 32), embedding=32),
+        train=TrainConfig(steps=60, batch=4, crop=64, warmup=10, validate_every=60, validation_tiles=4, workers=0),
+    ),
+    "demo": Preset(
+        model=_model((32, 48, 64, 96), (32, 64, 96, 128)),
+        train=TrainConfig(steps=6000, batch=8, crop=128),
+    ),
+    "base": Preset(
+        model=_model((64, 128, 192, 256), (144, 288, 432, 576), blocks=2, embedding=512),
+        train=TrainConfig(steps=200_000, batch=64, crop=256, learning_rate=1e-2, warmup=5000, ema=0.9998, workers=8),
+    ),
+    "large": Preset(
+        model=_model((96, 192, 256, 384), (192, 384, 512, 768), blocks=3, embedding=768),
+        train=TrainConfig(steps=400_000, batch=128, crop=256, learning_rate=7e-3, warmup=10_000, ema=0.9999, workers=8),
+    ),
+}
+
+T = TypeVar("T")
+
+
+def from_json(cls: type[T], data: dict[str, Any], where: str) -> T:
+    """Build a (nested) config dataclass from JSON data.
+
+    Raises:
+        ConfigError: ``where`` and the field that is unknown, missing or out of range.
+    """
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise ConfigError(f"{where}: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    hints = typing.get_type_hints(cls)
+    try:
+        return cls(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in data.items()})
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_json(typing.cast(type, hint), value, where)
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        return tuple(_value(inner, item, where) for item in value)
+    if isinstance(hint, types.UnionType) and value is None:
+        return None
+    return value

@@ -1,0 +1,47 @@
+"""The name of a stain that people read, from the name that machines use.
+
+This is the one place where labels are decided before a checkpoint exists; from then on the checkpoint carries them.
+"""
+
+import re
+
+__all__ = ["STAIN_NAME", "is_stain_name", "stain_label"]
+
+STAIN_NAME = re.compile(r"[a-z][a-z0-9_]*")
+"""What a stain's machine name must match in full."""
+
+_LABELS = {
+    "cd3": "CD3",
+    "cd4": "CD4",
+    "cd8": "CD8",
+    "cd20": "CD20",
+    "cd31": "CD31",
+    "cd34": "CD34",
+    "cd45": "CD45",
+    "cd68": "CD68",
+    "cd138": "CD138",
+    "ck7": "CK7",
+    "ck20": "CK20",
+    "ck56": "CK5/6",
+    "ck818": "CK8/18",
+    "panck": "pan-CK",
+    "er": "ER",
+    "pr": "PR",
+    "her2": "HER2",
+    "ki67": "Ki-67",
+    "p53": "p53",
+    "p63": "p63",
+    "pdl1": "PD-L1",
+    "sma": "SMA",
+    "foxp3": "FoxP3",
+}
+
+
+def is_stain_name(name: str) -> bool:
+    """Whether ``name`` can name a stain: ``[a-z][a-z0-9_]*``, and not the name of a mask column (``…_mask``)."""
+    return STAIN_NAME.fullmatch(name) is not None and not name.endswith("_mask")
+
+
+def stain_label(name: str) -> str:
+    """What people call the stain ``name``: ``ck818`` is ``CK8/18``; an unknown ``abc_1`` is ``ABC 1``."""
+    return _LABELS.get(name, name.replace("_", " ").upper())

@@ -1,0 +1,376 @@
+"""Paired tiles on disk: H&E and IHC of the same place, the contract between data preparation and training.
+
+A folder with ``tiles.csv``, one row a tile, paths relative to the folder: ``he``, one column per stain (``cd3``, …),
+one ``<stain>_mask`` per stain (a cell may be empty: the mask is then derived), ``slide``, ``split`` and ``mpp``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import IO, Literal, Self, get_args
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from staindiffuser.errors import UsageError
+from staindiffuser.training.data.labels import is_stain_name
+from staindiffuser.training.errors import DataError
+
+__all__ = ["TILES_CSV", "PairedTile", "PairedTiles", "PairedTilesWriter", "Split", "read_picture"]
+
+TILES_CSV = "tiles.csv"
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[str, ...] = get_args(Split)
+_FIXED = ("he", "slide", "split", "mpp")
+_MASK = "_mask"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedTile:
+    """One row of ``tiles.csv``."""
+
+    row: int
+    """Line in ``tiles.csv``, the header being line 1."""
+    he: Path
+    """The H&E picture, RGB."""
+    stains: Mapping[str, Path]
+    """Per stain its IHC picture, RGB, of the same size."""
+    masks: Mapping[str, Path | None]
+    """Per stain its coarse mask (one channel, same size), or None: derived from the picture when needed."""
+    slide: str
+    """Name of the slide the tile comes from."""
+    split: Split
+    mpp: float
+    """Pixel size, µm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedTiles:
+    """A validated folder of paired tiles."""
+
+    folder: Path
+    stains: tuple[str, ...]
+    """In the order of the columns."""
+    tiles: tuple[PairedTile, ...]
+
+    @classmethod
+    def load(cls, folder: Path | str, *, check: Literal["headers", "pixels"] = "headers") -> PairedTiles:
+        """Read and validate ``folder``.
+
+        Args:
+            folder: holds ``tiles.csv``.
+            check: ``headers`` opens every picture and compares sizes; ``pixels`` also decodes it, which finds
+                truncated files.
+
+        Raises:
+            DataError: naming the file, the row and the field that is wrong, and what to do.
+        """
+        folder = Path(folder)
+        path = folder / TILES_CSV
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise DataError(f"{path} is missing: {folder} is not a folder of paired tiles") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+        reader = csv.reader(io.StringIO(text, newline=""))
+        try:
+            header = next(reader, None)
+            stains = _stains_of_header(path, header)
+            assert header is not None
+            tiles = tuple(
+                _tile(path, reader.line_num, _named(path, reader.line_num, header, row), stains, check)
+                for row in reader
+                if row
+            )
+        except csv.Error as error:
+            raise DataError(f"{path}, row {reader.line_num}: not valid CSV: {error}") from error
+        if not tiles:
+            raise DataError(f"{path} has no rows: nothing to train on")
+        _check_splits(path, tiles)
+        return cls(folder=folder, stains=stains, tiles=tiles)
+
+    def split(self, split: Split) -> tuple[PairedTile, ...]:
+        """The tiles of one split, in file order; may be empty."""
+        return tuple(tile for tile in self.tiles if tile.split == split)
+
+
+def read_picture(path: Path, *, mode: Literal["RGB", "L"] = "RGB") -> npt.NDArray[np.uint8]:
+    """Decode a picture: uint8 [H, W, 3], or [H, W] with mode ``L``.
+
+    Raises:
+        DataError: the file is missing, no picture, or truncated.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert(mode))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as a picture: {error}") from error
+
+
+class PairedTilesWriter:
+    """Write a folder of paired tiles, one row at a time, in constant memory.
+
+    Pictures are PNG (fast, lossless), written to a temporary name and renamed. Rows stream into ``tiles.csv.partial``,
+    which becomes ``tiles.csv`` when the writer is closed without an error: what stands under the final name is
+    complete. An interrupted run leaves the partial file, and a writer opened with ``resume=True`` keeps its rows.
+
+    Args:
+        folder: made if it does not exist.
+        stains: machine names, in the order of the columns.
+        masks: whether rows have masks.
+        resume: keep the rows of an interrupted or an earlier run; otherwise start anew.
+
+    Raises:
+        UsageError: the folder cannot be written, or a stain's name cannot be.
+    """
+
+    def __init__(self, folder: Path | str, stains: Iterable[str], *, masks: bool = True, resume: bool = False) -> None:
+        self.folder = Path(folder)
+        self.stains = tuple(stains)
+        for stain in self.stains:
+            if not is_stain_name(stain) or stain in _FIXED:
+                raise UsageError(
+                    f"{stain!r} cannot name a stain: use lower-case letters, digits and _ ([a-z][a-z0-9_]*)"
+                )
+        if len(set(self.stains)) != len(self.stains) or not self.stains:
+            raise UsageError("stains: name at least one stain, each once")
+        self._columns = ["he", *self.stains, *(stain + _MASK for stain in self.stains if masks), *_FIXED[1:]]
+        self._masks = masks
+        self._partial = self.folder / (TILES_CSV + ".partial")
+        self._done: dict[str, list[str]] = {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for file in (self.folder / TILES_CSV, self._partial):
+                if resume and file.is_file():
+                    self._done |= _rows_of(file, self._columns)
+            self._file: IO[str] = self._partial.open("w", encoding="utf-8", newline="")
+        except OSError as error:
+            raise UsageError(f"{self.folder} cannot be written: {error.strerror or error}") from error
+        self._rows = csv.writer(self._file, lineterminator="\n")
+        self._rows.writerow(self._columns)
+        for row in self._done.values():
+            self._rows.writerow(row)
+        self.count = len(self._done)
+        """Rows so far."""
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(complete=kind is None)
+
+    def has(self, name: str) -> bool:
+        """Whether the tile ``name`` stands in a row kept from an earlier run."""
+        return f"he/{name}.png" in self._done
+
+    def paths(self, name: str) -> dict[str, str]:
+        """Column to relative path, of a tile's pictures."""
+        paths = {"he": f"he/{name}.png"} | {stain: f"{stain}/{name}.png" for stain in self.stains}
+        if self._masks:
+            paths |= {stain + _MASK: f"{stain}{_MASK}/{name}.png" for stain in self.stains}
+        return paths
+
+    def write_pictures(
+        self,
+        name: str,
+        he: npt.NDArray[np.uint8],
+        stains: Mapping[str, npt.NDArray[np.uint8]],
+        masks: Mapping[str, npt.NDArray[np.uint8]] | None = None,
+    ) -> None:
+        """Write a tile's pictures, without its row; safe to call from several processes.
+
+        Args:
+            name: the tile's file name without suffix.
+            he: uint8 [H, W, 3].
+            stains: per stain uint8 [H, W, 3].
+            masks: per stain uint8 [H, W]; needed if the writer has masks.
+        """
+        pictures = {"he": he, **{stain: stains[stain] for stain in self.stains}}
+        if self._masks:
+            pictures |= {stain + _MASK: (masks or {})[stain] for stain in self.stains}
+        paths = self.paths(name)
+        for column, picture in pictures.items():
+            write_png(self.folder / paths[column], picture)
+
+    def add_row(self, name: str, *, slide: str, split: Split, mpp: float) -> None:
+        """Append the row of a tile whose pictures are written."""
+        values: dict[str, object] = {**self.paths(name), "slide": slide, "split": split, "mpp": mpp}
+        self._rows.writerow([values[column] for column in self._columns])
+        self._file.flush()
+        self.count += 1
+
+    def add(
+        self,
+        name: str,
+        *,
+        he: npt.NDArray[np.uint8],
+        stains: Mapping[str, npt.NDArray[np.uint8]],
+        masks: Mapping[str, npt.NDArray[np.uint8]] | None = None,
+        slide: str,
+        split: Split,
+        mpp: float,
+    ) -> None:
+        """Write a tile's pictures and append its row; see :meth:`write_pictures`."""
+        self.write_pictures(name, he, stains, masks)
+        self.add_row(name, slide=slide, split=split, mpp=mpp)
+
+    def close(self, *, complete: bool = True) -> None:
+        """Close; with ``complete`` the rows get their final name."""
+        if self._file.closed:
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if complete:
+            self._partial.replace(self.folder / TILES_CSV)
+
+
+def write_png(path: Path, picture: npt.NDArray[np.uint8]) -> None:
+    """Write uint8 [H, W, 3] or [H, W] as PNG under a temporary name, then rename.
+
+    Raises:
+        UsageError: the place cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # zlib's run-length strategy: on scanner noise a fifth faster and smaller than its level 1.
+        Image.fromarray(picture).save(temporary, format="PNG", compress_level=1, compress_type=3)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _rows_of(path: Path, columns: list[str]) -> dict[str, list[str]]:
+    """Rows of an interrupted run that are whole and whose pictures stand; by the H&E's path."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    if not rows or rows[0] != columns:
+        return {}
+    pictures = len(columns) - len(_FIXED) + 1
+    return {
+        row[0]: row
+        for row in rows[1:]
+        if len(row) == len(columns) and all((path.parent / name).is_file() for name in row[:pictures])
+    }
+
+
+def _stains_of_header(path: Path, header: list[str] | None) -> tuple[str, ...]:
+    if not header:
+        raise DataError(f"{path} is empty: its first row must name the columns")
+    for column in _FIXED:
+        if column not in header:
+            raise DataError(f"{path}, row 1: column {column!r} is missing; needed are {', '.join(_FIXED)} and a stain")
+    for column in header:
+        if header.count(column) > 1:
+            raise DataError(f"{path}, row 1: column {column!r} appears twice")
+    stains = tuple(column for column in header if column not in _FIXED and not column.endswith(_MASK))
+    for stain in stains:
+        if not is_stain_name(stain):
+            raise DataError(f"{path}, row 1: column {stain!r} cannot name a stain: it must match [a-z][a-z0-9_]*")
+    for column in header:
+        if column.endswith(_MASK) and column.removesuffix(_MASK) not in stains:
+            raise DataError(
+                f"{path}, row 1: column {column!r} is a mask without a stain {column.removesuffix(_MASK)!r}"
+            )
+    if not stains:
+        raise DataError(f"{path}, row 1: no stain column; add one per antibody, such as 'cd3'")
+    return stains
+
+
+def _named(path: Path, row: int, header: list[str], values: list[str]) -> dict[str, str]:
+    if len(values) != len(header):
+        raise DataError(f"{path}, row {row}: {len(values)} fields, but the header names {len(header)}")
+    return dict(zip(header, (value.strip() for value in values), strict=True))
+
+
+def _tile(
+    path: Path, row: int, values: dict[str, str], stains: tuple[str, ...], check: Literal["headers", "pixels"]
+) -> PairedTile:
+    split = values["split"]
+    if split not in SPLITS:
+        raise DataError(f"{path}, row {row}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    if not values["slide"]:
+        raise DataError(f"{path}, row {row}: slide is empty; name the slide the tile comes from")
+    try:
+        mpp = float(values["mpp"])
+    except ValueError:
+        mpp = math.nan
+    if not (math.isfinite(mpp) and mpp > 0):
+        raise DataError(f"{path}, row {row}: mpp is {values['mpp']!r}; it must be a positive number of µm per pixel")
+    for stain in stains:
+        if not values[stain] and values.get(stain + _MASK):
+            raise DataError(f"{path}, row {row}: {stain}{_MASK} is a mask without a picture in {stain}")
+    pictures = {column: _picture(path, row, column, values[column]) for column in ("he", *stains)}
+    masks = {
+        stain: _picture(path, row, stain + _MASK, value) if (value := values.get(stain + _MASK)) else None
+        for stain in stains
+    }
+    size = _size(path, row, "he", pictures["he"], check)
+    others = {**pictures, **{stain + _MASK: mask for stain, mask in masks.items() if mask is not None}}
+    for column, file in others.items():
+        other = size if column == "he" else _size(path, row, column, file, check)
+        if other != size:
+            raise DataError(
+                f"{path}, row {row}: {column} ({file}) is {other[0]} x {other[1]} pixels, "
+                f"but its H&E is {size[0]} x {size[1]}"
+            )
+    return PairedTile(
+        row=row,
+        he=pictures["he"],
+        stains={stain: pictures[stain] for stain in stains},
+        masks=masks,
+        slide=values["slide"],
+        split=split,  # type: ignore[arg-type]  # checked above
+        mpp=mpp,
+    )
+
+
+def _picture(path: Path, row: int, column: str, value: str) -> Path:
+    if not value:
+        raise DataError(f"{path}, row {row}: {column} is empty; give the picture's path relative to {path.parent}")
+    relative = PurePosixPath(value)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise DataError(f"{path}, row {row}: {column} is {value!r}; paths must be relative and stay in {path.parent}")
+    file = path.parent / relative
+    if not file.is_file():
+        raise DataError(f"{path}, row {row}: {column}: {file} does not exist")
+    return file
+
+
+def _size(path: Path, row: int, column: str, file: Path, check: Literal["headers", "pixels"]) -> tuple[int, int]:
+    try:
+        with Image.open(file) as image:
+            if check == "pixels":
+                image.load()
+            return image.size
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}, row {row}: {column}: {file} cannot be read as a picture: {error}") from error
+
+
+def _check_splits(path: Path, tiles: tuple[PairedTile, ...]) -> None:
+    first: dict[str, PairedTile] = {}
+    for tile in tiles:
+        other = first.setdefault(tile.slide, tile)
+        if other.split != tile.split:
+            raise DataError(
+                f"{path}, row {tile.row}: slide {tile.slide!r} is in split {tile.split!r} here and in {other.split!r} "
+                f"in row {other.row}; all tiles of a slide belong to one split"
+            )

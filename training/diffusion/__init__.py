@@ -1,0 +1,1 @@
+"""The diffusion mathematics: preconditioning and loss (``edm``), samplers (``samplers``)."""

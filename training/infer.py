@@ -1,0 +1,75 @@
+"""Stain tiles with torch: what evaluation, validation and the golden samples use. The engines must agree with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from staindiffuser.training.diffusion.samplers import few_step, heun
+from staindiffuser.training.model.network import DualDiffusion, he_to_network, unstandardize
+from staindiffuser.triton_models.noise.philox import tile_noise
+
+__all__ = ["HEUN_STEPS", "Sampler", "sampler_noise", "stain_tiles"]
+
+HEUN_STEPS = 18
+Sampler = Sequence[float] | None
+"""Noise levels of the few-step sampler, or None for the teacher's Heun sampler."""
+
+
+def sampler_noise(
+    seeds: NDArray[Any], origins: NDArray[Any], *, steps: int, size: tuple[int, int]
+) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+    """The deployed noise of a batch: for pictures [B, k, 3, H, W], for cells [B, 1, H, W]."""
+    return tile_noise(seeds, origins, steps=steps, height=size[0], width=size[1])
+
+
+@torch.inference_mode()
+def stain_tiles(
+    network: DualDiffusion,
+    he: NDArray[np.uint8],
+    *,
+    sigmas: Sampler,
+    seeds: NDArray[Any],
+    origins: NDArray[Any],
+) -> dict[str, NDArray[np.uint8]]:
+    """Pictures and cell maps of a batch of tiles, in float32.
+
+    Args:
+        he: uint8 [B, H, W, 3]; H and W multiples of 16.
+        sigmas: noise levels of the few-step sampler, or None for Heun with 18 steps.
+        seeds: int64 [B, 1].
+        origins: int64 [B, 2], x and y, multiples of 16.
+
+    Returns:
+        ``STAIN_<NAME>`` uint8 [B, H, W, 3] and ``CELLS_<NAME>`` uint8 [B, H, W, 1] for each stain.
+    """
+    config = network.config
+    device = next(network.parameters()).device
+    steps = len(sigmas) if sigmas is not None else 1
+    noise, cell_noise = (
+        torch.from_numpy(n).to(device).float()
+        for n in sampler_noise(seeds, origins, steps=steps, size=(he.shape[1], he.shape[2]))
+    )
+    features = network.encoder(he_to_network(torch.from_numpy(he).to(device)))
+    results: dict[str, NDArray[np.uint8]] = {}
+    for stain in config.stains:
+        denoise = network.denoiser("pictures", stain.name, features)
+        if sigmas is None:
+            y = heun(denoise, noise[:, 0], steps=HEUN_STEPS, sigma_max=config.sigma_max, sigma_min=config.sigma_min)
+        else:
+            y = few_step(denoise, list(noise.unbind(1)), sigmas)
+        results[f"STAIN_{stain.name.upper()}"] = _bytes(unstandardize(y, stain, "pictures", config.sigma_data))
+        denoise = network.denoiser("cells", stain.name, features)
+        y = few_step(denoise, [cell_noise], [config.sigma_max])
+        results[f"CELLS_{stain.name.upper()}"] = _bytes(unstandardize(y, stain, "cells", config.sigma_data))
+    return results
+
+
+def _bytes(value: Tensor) -> NDArray[np.uint8]:
+    array: NDArray[np.uint8] = (value.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return array

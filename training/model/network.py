@@ -1,0 +1,67 @@
+"""The whole model: the encoder, and per stain a pair of branches with the constants that standardise its targets."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from staindiffuser.training.config import ModelConfig, StainConfig
+from staindiffuser.training.diffusion.edm import Denoiser
+from staindiffuser.training.model.branch import Branch
+from staindiffuser.training.model.encoder import HEEncoder
+
+__all__ = ["DualDiffusion", "Task", "he_to_network", "standardize", "unstandardize"]
+
+Task = Literal["pictures", "cells"]
+"""Which of a stain's two branches: its picture, or its cells."""
+
+
+class DualDiffusion(nn.Module):
+    """A shared H&E encoder and a pair of diffusion branches per stain (StainDiffuser, arXiv 2403.11340)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        features = config.encoder.channels
+        self.encoder = HEEncoder(config.encoder)
+        self.pictures = nn.ModuleDict(
+            {s.name: Branch(config.picture, features, 3, config.embedding) for s in config.stains}
+        )
+        self.cells = nn.ModuleDict({s.name: Branch(config.cells, features, 1, config.embedding) for s in config.stains})
+
+    def branch(self, task: Task, stain: str) -> Branch:
+        """One branch."""
+        branch = (self.pictures if task == "pictures" else self.cells)[stain]
+        assert isinstance(branch, Branch)
+        return branch
+
+    def denoiser(self, task: Task, stain: str, features: list[Tensor]) -> Denoiser:
+        """The preconditioned denoiser D(x; σ) of one branch, given the encoder's features of a batch of tiles."""
+        branch = self.branch(task, stain)
+        injections = branch.attend(features)
+        return Denoiser(lambda x, c_noise: branch(x, c_noise, injections), self.config.sigma_data)
+
+
+def he_to_network(he: Tensor) -> Tensor:
+    """H&E uint8 [B, H, W, 3] → float32 [B, 3, H, W] in [−1, 1]."""
+    return he.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _constants(stain: StainConfig, task: Task, like: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = (stain.picture_mean, stain.picture_std) if task == "pictures" else (stain.cells_mean, stain.cells_std)
+    shape = (1, -1, 1, 1)
+    return torch.as_tensor(mean).to(like).view(shape), torch.as_tensor(std).to(like).view(shape)
+
+
+def standardize(value: Tensor, stain: StainConfig, task: Task, sigma_data: float) -> Tensor:
+    """Intensities in [0, 1], [B, C, H, W] → targets of mean 0 and standard deviation ``sigma_data``."""
+    mean, std = _constants(stain, task, value)
+    return (value - mean) / std * sigma_data
+
+
+def unstandardize(value: Tensor, stain: StainConfig, task: Task, sigma_data: float) -> Tensor:
+    """The inverse of :func:`standardize`; not clamped."""
+    mean, std = _constants(stain, task, value)
+    return value / sigma_data * std + mean

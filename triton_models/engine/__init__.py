@@ -1,0 +1,1 @@
+"""A generic runner of one engine behind the Python backend."""

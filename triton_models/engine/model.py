@@ -1,0 +1,102 @@
+"""Triton's Python model that runs one engine: the encoder, a stain's picture branch, or its cell branch.
+
+``config.pbtxt`` says everything: tensor names and shapes, and as ``parameters``
+
+- ``runner``: the file beside this one that loads the engine (``engine_onnxruntime`` or ``engine_tensorrt``);
+- ``engine``: the engine's file name in this folder;
+- ``threads``: a CPU engine's threads, 0 for all that the process may use (``STAINDIFFUSER_THREADS`` overrides it).
+
+Requests that arrive together are concatenated along the batch, run once and split again. If that run fails, each
+request is run alone, so that only the one at fault is answered with an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class Engine(Protocol):
+    """What a runner gives: arrays in, arrays out, on the CPU (NumPy) or on the instance's GPU (CuPy)."""
+
+    def run(self, inputs: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
+        """Run one batch, batch dimension first in every array; returns the outputs named."""
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+
+
+class TritonPythonModel:
+    """The interface Triton's Python backend calls."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the engine that ``config.pbtxt`` names; an error here stops the server from becoming ready."""
+        config = json.loads(args["model_config"])
+        parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
+        self.name = config["name"]
+        self.inputs = [tensor["name"] for tensor in config["input"]]
+        self.outputs = [tensor["name"] for tensor in config["output"]]
+        self.gpu = args["model_instance_kind"] == "GPU"
+        self.xp: Any = importlib.import_module("cupy") if self.gpu else np
+        runner = importlib.import_module(parameters["runner"])
+        self.engine: Engine = runner.load(
+            Path(__file__).with_name(parameters["engine"]),
+            threads=int(os.environ.get("STAINDIFFUSER_THREADS") or parameters.get("threads", "0")),
+            device=int(args["model_instance_device_id"]),
+        )
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Run the requests as one batch; if that fails, one by one."""
+        if len(requests) > 1:
+            try:
+                return self._run(requests)
+            except Exception as error:  # which request is at fault shows when each is run alone
+                pb_utils.Logger.log_warn(f"{self.name}: a batch of {len(requests)} requests failed: {error}")
+        responses: list[Any] = []
+        for request in requests:
+            try:
+                responses += self._run([request])
+            except Exception as error:  # reported to the client that sent it
+                message = f"{self.name}: {type(error).__name__}: {error}"
+                responses.append(pb_utils.InferenceResponse(error=pb_utils.TritonError(message)))
+        return responses
+
+    def finalize(self) -> None:
+        """Free the engine."""
+        self.engine.close()
+
+    def _run(self, requests: list[Any]) -> list[Any]:
+        parts = [{name: self._array(request, name) for name in self.inputs} for request in requests]
+        batch = (
+            parts[0]
+            if len(parts) == 1
+            else {name: self.xp.concatenate([part[name] for part in parts]) for name in self.inputs}
+        )
+        asked = [list(request.requested_output_names()) for request in requests]
+        results = self.engine.run(batch, [name for name in self.outputs if any(name in names for names in asked)])
+        responses = []
+        first = 0
+        for part, names in zip(parts, asked, strict=True):
+            last = first + len(part[self.inputs[0]])
+            tensors = [self._tensor(name, results[name][first:last]) for name in names]
+            responses.append(pb_utils.InferenceResponse(tensors))
+            first = last
+        return responses
+
+    def _array(self, request: Any, name: str) -> Any:
+        tensor = pb_utils.get_input_tensor_by_name(request, name)
+        if not self.gpu:
+            return tensor.as_numpy()
+        # Triton may leave an input in host memory (a client's, or a full CUDA pool): then it is copied.
+        return self.xp.asarray(tensor.as_numpy()) if tensor.is_cpu() else self.xp.from_dlpack(tensor)
+
+    def _tensor(self, name: str, array: Any) -> Any:
+        if self.gpu:
+            return pb_utils.Tensor.from_dlpack(name, array)
+        return pb_utils.Tensor(name, array)

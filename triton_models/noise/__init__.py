@@ -1,0 +1,1 @@
+"""Position-bound Gaussian noise."""

@@ -8,7 +8,6 @@ meets both; the result is the ratio of their throughputs, round by round.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import statistics
 import time
@@ -24,6 +23,7 @@ from staindiffuser.export.builders import Engine
 from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.export.parity import run_pipeline
 from staindiffuser.serving.server import TritonServer
+from staindiffuser.triton_models.engine.engine_onnxruntime import available_cpus
 from staindiffuser.triton_models.noise import philox
 
 __all__ = ["ServingReport", "Spread", "bench_serving"]
@@ -145,7 +145,7 @@ def bench_serving(
         model_name=manifest.model_name,
         model_version=manifest.model_version,
         device=builder.device().name,
-        threads=threads or len(os.sched_getaffinity(0)),
+        threads=threads or available_cpus(),
         batch=batch,
         in_flight=in_flight,
         rounds=rounds,

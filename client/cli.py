@@ -22,7 +22,7 @@ def stain(
         typer.Option(
             "--output",
             "-o",
-            help="Folder for the result; several inputs get a folder each in it. [default: ./<slide>-stained]",
+            help="Folder for the result; several inputs get a folder each in it. (default: ./<slide>-stained)",
         ),
     ] = None,
     server: Annotated[
@@ -32,11 +32,11 @@ def stain(
         Path | None,
         typer.Option(
             metavar="REPO",
-            help="Serve this model repository for as long as it takes. [default: the demonstration model]",
+            help="Serve this model repository for as long as it takes. (default: the demonstration model)",
         ),
     ] = None,
     stains: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="Which stains. [default: all the model has]")
+        str | None, typer.Option(metavar="NAME,...", help="Which stains. (default: all the model has)")
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides the noise: the same seed gives the same pixels.")] = 0,
     mpp: Annotated[
@@ -58,7 +58,14 @@ def stain(
         bool, typer.Option("--json", help="Print what run.json says on stdout, one line a slide.")
     ] = False,
 ) -> None:
-    """Stain H&E slides or tiles virtually. Synthetic images, for research use only."""
+    """Stain H&E slides or tiles virtually. Synthetic images, for research use only.
+
+    Examples:
+
+    staindiffuser stain slide.svs
+
+    staindiffuser stain *.svs --output stained --stains ck818 --server 127.0.0.1:8001
+    """
     from staindiffuser.client.command import Server, run_command
     from staindiffuser.client.options import StainingOptions
     from staindiffuser.errors import UsageError

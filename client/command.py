@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class Server:
         if self.repository is None:
             reporter.say("serving the demonstration model, which was made for trying the software only")
         with (
-            TritonServer(self.repository or demo_repository()) as server,
+            TritonServer(self.repository or demo_repository(reporter.say)) as server,
             self._client(server.url, in_flight) as client,
         ):
             yield client
@@ -86,7 +87,8 @@ def run_command(
     """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's own lines on stderr repeat what the error says
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # so do tifffile's
-    signal.signal(signal.SIGTERM, _terminate)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     reporter = TerminalReporter()
     places = outputs_for(inputs, output)
     failures: dict[Path, StainDiffuserError] = {}

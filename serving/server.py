@@ -173,7 +173,7 @@ class TritonServer:
         with self._log_path().open("ab") as log:
             self._log_start = log.tell()
             self._supervisor = subprocess.Popen(
-                [sys.executable, "-I", supervisor.__file__, self._prefix, *command],
+                [sys.executable, "-I", supervisor.__file__, self._prefix, str(self._folder), *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -1,13 +1,15 @@
 """Runs one Triton server and makes sure that nothing of it outlives whoever started it.
 
-Started as its own process (``python supervisor.py SHM_PREFIX COMMAND...``), standard library only. It ends the server
+Started as its own process (``python supervisor.py SHM_PREFIX FOLDER COMMAND...``), standard library only. It ends the
+server
 
 - when its standard input closes: the starting process stopped it, or died in whatever way;
 - when it is told to terminate;
 - and, should it be killed itself, through the kernel (``PR_SET_PDEATHSIG``).
 
 Afterwards it kills what is left of the server's process group (Python backend stubs) and removes the shared memory that
-a killed server leaves behind. Its first line on standard output is the server's process id.
+a killed server leaves behind. Unless the server ended by itself, it removes ``FOLDER`` too (whoever started it then
+wants to read the log there). Its first line on standard output is the server's process id.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import contextlib
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +32,8 @@ _PR_SET_PDEATHSIG = 1
 
 def main(arguments: list[str]) -> int:
     """Run ``COMMAND`` until it ends or the supervisor is told to stop; returns the server's exit status."""
-    prefix, *command = arguments
+    prefix, folder, *command = arguments
+    ordered = False
     libc = ctypes.CDLL(None)
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the process that started us
@@ -45,15 +49,18 @@ def main(arguments: list[str]) -> int:
         os.write(1, f"{server.pid}\n".encode())
         while server.poll() is None:
             if select.select([0], [], [], 0.2)[0] and not os.read(0, 1024):
+                ordered = True
                 break
     except (_StopSignal, BrokenPipeError):
-        pass
+        ordered = True
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _end(server)
         for path in Path("/dev/shm").glob(f"{prefix}*"):
             with contextlib.suppress(OSError):
                 path.unlink()
+        if ordered:
+            shutil.rmtree(folder, ignore_errors=True)
     return server.returncode
 
 

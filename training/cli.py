@@ -35,6 +35,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of the preset's.")] = None,
     batch: Annotated[int | None, typer.Option(help="Crops per step, instead of the preset's.")] = None,
     crop: Annotated[int | None, typer.Option(help="Crop size in pixels, instead of the preset's.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate, instead of the preset's.")] = None,
     seed: Annotated[int, typer.Option(help="Decides weights, crops and noise.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Loader processes, instead of the preset's.")] = None,
     name: Annotated[str, typer.Option(help="Name written into the checkpoint.")] = "model",
@@ -56,7 +57,14 @@ def train(
     from staindiffuser.training.loop import train as run
 
     chosen = PRESETS[preset.value]
-    asked = {"steps": steps, "batch": batch, "crop": crop, "seed": seed, "workers": workers}
+    asked = {
+        "steps": steps,
+        "batch": batch,
+        "crop": crop,
+        "seed": seed,
+        "workers": workers,
+        "learning_rate": learning_rate,
+    }
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     chosen = dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, **changes))
     options = RunOptions(
@@ -74,12 +82,15 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="At most this many tiles.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write report.md here, with the best, median and worst tiles.")
+    ] = None,
 ) -> None:
     """Score a checkpoint on paired tiles that it never saw.
 
     Per stain: DAB-Dice, optical-density correlation, positive-area error, cell-map Dice, radial power, SSIM, PSNR.
 
-    Example: staindiffuser evaluate runs/demo/checkpoint --data tiles --steps 2 --json scores.json
+    Example: staindiffuser evaluate runs/demo/checkpoint --data tiles --steps 2 --json scores.json --report scores
     """
     from rich.console import Console
     from rich.table import Table
@@ -88,8 +99,9 @@ def evaluate(
     from staindiffuser.training.data.pairs import PairedTiles
     from staindiffuser.training.evaluate import evaluate as score
     from staindiffuser.training.evaluate import write_json
+    from staindiffuser.training.report import write_report
 
-    result = score(
+    evaluation = score(
         Checkpoint.load(checkpoint),
         PairedTiles.load(data),
         steps=steps,
@@ -97,8 +109,11 @@ def evaluate(
         limit=limit,
         seed=seed,
     )
+    result = evaluation.summary()
     if json_file is not None:
         write_json(json_file, result)
+    if report is not None:
+        typer.echo(f"report: {write_report(evaluation, report)}")
     table = Table(title=f"{result['model']}, {result['steps']} steps, {result['tiles']} {split.value} tiles")
     stains = result["stains"]
     table.add_column("metric")

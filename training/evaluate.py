@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from staindiffuser.training.infer import HEUN_STEPS, Sampler, stain_tiles
 from staindiffuser.training.metrics import StainScore
 from staindiffuser.training.model.network import DualDiffusion
 
-__all__ = ["check_data", "evaluate", "evaluate_tiles", "sampler_of", "write_json"]
+__all__ = ["Evaluation", "check_data", "evaluate", "evaluate_tiles", "sampler_of", "write_json"]
 
 
 def check_data(tiles: PairedTiles, model: ModelConfig) -> None:
@@ -96,6 +97,45 @@ def evaluate_tiles(
     return scores
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A scored checkpoint."""
+
+    checkpoint: Checkpoint
+    rows: tuple[PairedTile, ...]
+    split: Split
+    steps: int
+    seed: int
+    seconds: float
+    scores: Mapping[str, StainScore]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but pictures, ready for JSON; ``intervals_95`` are bootstrap intervals over tiles."""
+        return {
+            "model": self.checkpoint.config.name,
+            "steps": self.steps,
+            "split": self.split,
+            "tiles": len(self.rows),
+            "seed": self.seed,
+            "seconds": round(self.seconds, 2),
+            "stains": {name: score.metrics() for name, score in self.scores.items()},
+            "intervals_95": {name: score.intervals() for name, score in self.scores.items()},
+        }
+
+    def restain(self, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The data of tile ``index`` and the results that it was scored by."""
+        stains = tuple(stain.name for stain in self.checkpoint.config.model.stains)
+        data = load_tile(self.rows[index], stains)
+        results = stain_tiles(
+            self.checkpoint.network,
+            data["he"][None],
+            sigmas=sampler_of(self.checkpoint, self.steps),
+            seeds=np.array([[self.seed + index]]),
+            origins=np.zeros((1, 2), np.int64),
+        )
+        return data, {name: result[0] for name, result in results.items()}
+
+
 def evaluate(
     checkpoint: Checkpoint,
     tiles: PairedTiles,
@@ -104,12 +144,8 @@ def evaluate(
     split: Split = "test",
     limit: int | None = None,
     seed: int = 0,
-    seen: Callable[[PairedTile, dict[str, Any], dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Score a checkpoint; see :func:`evaluate_tiles`.
-
-    Returns:
-        ``{"steps", "split", "tiles", "seed", "seconds", "model", "stains": {name: metrics}}``, ready for JSON.
 
     Raises:
         DataError: the split is empty or the data does not fit the model.
@@ -120,16 +156,16 @@ def evaluate(
     if not rows:
         raise DataError(f"{tiles.folder / 'tiles.csv'}: no rows in split {split!r}; choose another with --split")
     start = time.perf_counter()
-    scores = evaluate_tiles(checkpoint.network, rows, sigmas=sampler_of(checkpoint, steps), seed=seed, seen=seen)
-    return {
-        "model": checkpoint.config.name,
-        "steps": steps,
-        "split": split,
-        "tiles": len(rows),
-        "seed": seed,
-        "seconds": round(time.perf_counter() - start, 2),
-        "stains": {name: score.metrics() for name, score in scores.items()},
-    }
+    scores = evaluate_tiles(checkpoint.network, rows, sigmas=sampler_of(checkpoint, steps), seed=seed)
+    return Evaluation(
+        checkpoint=checkpoint,
+        rows=rows,
+        split=split,
+        steps=steps,
+        seed=seed,
+        seconds=time.perf_counter() - start,
+        scores=scores,
+    )
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -39,15 +39,21 @@ def test_checkpoint_says_what_it_is(run_folder: Path) -> None:
 
 @pytest.mark.parametrize("steps", [1, 18])
 def test_evaluate_writes_every_metric(run_folder: Path, tiles_folder: Path, tmp_path: Path, steps: int) -> None:
-    scores = tmp_path / "scores.json"
+    scores, report = tmp_path / "scores.json", tmp_path / "report"
+    outputs: list[str | Path] = ["--json", scores, "--report", report]
     result = staindiffuser(
-        "evaluate", run_folder / "checkpoint", "--data", tiles_folder, "--steps", str(steps), "--json", scores
+        "evaluate", run_folder / "checkpoint", "--data", tiles_folder, "--steps", str(steps), *outputs
     )
     assert result.returncode == 0, result.stderr
     data = json.loads(scores.read_text())
     assert data["steps"] == steps
     assert data["tiles"] == 4
     for stain in ("cd3", "ck818"):
+        low, high = data["intervals_95"][stain]["psnr"]
+        assert low <= data["stains"][stain]["psnr"] <= high
+        for pick in ("best", "median", "worst"):
+            assert f"{stain}-{pick}.png" in (report / "report.md").read_text()
+            assert (report / f"{stain}-{pick}.png").is_file()
         assert set(data["stains"][stain]) >= {"dab_dice", "od_correlation", "positive_area_error", "cell_dice", "ssim"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import tritonclient.grpc as triton
 from staindiffuser.benchmarks.synthetic import write_graphs
 from staindiffuser.errors import UsageError
 from staindiffuser.export.errors import ManifestError
+from staindiffuser.export.manifest import Manifest
 from staindiffuser.export.repository import build_repository
 from staindiffuser.serving import server as server_module
 from staindiffuser.serving.errors import PortInUseError, ServerLostError, ServerMissingError, ServerStartError
@@ -153,7 +155,7 @@ PARENT = """
     thread.start()
     thread.join()          # the thread that started the server ends; the server must not
     time.sleep(1)
-    print(server.pid, server._prefix, server.alive, flush=True)
+    print(server.pid, server._prefix, server._folder, server.alive, flush=True)
     time.sleep(60)
 """
 
@@ -163,13 +165,14 @@ def test_the_server_dies_with_whoever_started_it(repository: Path) -> None:
         [sys.executable, "-c", textwrap.dedent(PARENT), str(repository)], stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None
-    pid, prefix, alive = parent.stdout.readline().split()
+    pid, prefix, folder, alive = parent.stdout.readline().split()
     assert alive == "True"
     assert processes(int(pid))
     parent.kill()
     parent.communicate()
     assert eventually(lambda: processes(int(pid)) == [])
     assert eventually(lambda: not list(Path("/dev/shm").glob(f"{prefix}*")))
+    assert eventually(lambda: not Path(folder).exists())
 
 
 def test_port_in_use_is_named(repository: Path) -> None:
@@ -202,8 +205,6 @@ def test_chosen_ports_and_log(repository: Path, tmp_path: Path) -> None:
 
 
 def test_a_repository_that_was_changed_is_refused(repository: Path, tmp_path: Path) -> None:
-    import shutil
-
     changed = Path(shutil.copytree(repository, tmp_path / "changed"))
     (changed / "noise" / "1" / "model.py").write_text("import os\n")
     with pytest.raises(ManifestError, match=r"noise/1/model\.py differs"), TritonServer(changed):
@@ -211,17 +212,12 @@ def test_a_repository_that_was_changed_is_refused(repository: Path, tmp_path: Pa
 
 
 def test_a_failed_start_quotes_the_reason(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
-    from staindiffuser.export.manifest import Manifest
-
     broken = Path(shutil.copytree(repository, tmp_path / "broken"))
     (broken / "noise" / "1" / "model.py").write_text("raise RuntimeError('no such luck')\n")
     monkeypatch.setattr(server_module, "verify", Manifest.load)
     with pytest.raises(ServerStartError, match="no such luck") as error, TritonServer(broken):
         pass
     assert "\n" not in str(error.value)
-    assert shared_memory() == set() or "noise" not in str(shared_memory())
 
 
 def test_too_little_shared_memory_is_said_before_the_start(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

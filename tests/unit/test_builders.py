@@ -12,6 +12,7 @@ from staindiffuser.export import builders
 from staindiffuser.export.builders import BuildOptions, engine_key
 from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import BuilderMissingError, ExportUsageError, GraphsError
+from staindiffuser.triton_models.engine.engine_onnxruntime import available_cpus
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +89,12 @@ def test_tensor_unlike_its_description_is_refused(graphs: tuple[Path, GraphSet],
     with pytest.raises(GraphsError, match="input HE is"):
         builders.get("onnxruntime").build(folder / engine.file, wrong, tmp_path / "out", BuildOptions())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "most"), [("max 100000", 1024), ("50000 100000", 1), ("100000 100000", 1), ("?", 1024)]
+)
+def test_threads_respect_a_containers_quota(tmp_path: Path, text: str, most: int) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    assert 1 <= available_cpus(tmp_path / "cpu.max") <= most
+    assert available_cpus(tmp_path / "absent") >= 1

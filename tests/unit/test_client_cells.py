@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import ndimage
+from skimage.measure import find_contours
 
-from staindiffuser.client.cells import BlockCells, CellsFile, find_cells
+from staindiffuser.client.cells import BlockCells, CellsFile, _Outlines, find_cells
 from staindiffuser.client.contract import Stain
 from staindiffuser.client.ome import SIDE
 
@@ -66,6 +68,34 @@ def test_touching_cells_are_parted_and_specks_left_out() -> None:
     cells = find_cells(picture, MPP)
     assert len(cells) == 2
     assert sorted(round(cell.centroid[0]) for cell in cells) == pytest.approx([40, 52], abs=1)
+
+
+def test_outlines_are_those_of_marching_squares() -> None:
+    """The same middles of pixel sides as scikit-image's contours, for regions of any shape that touch one another."""
+    rng = np.random.default_rng(2)
+    labels = np.zeros((90, 120), dtype=np.int32)
+    for number in range(1, 13):
+        y, x = rng.integers(0, 80), rng.integers(0, 110)
+        labels[y : y + rng.integers(1, 30), x : x + rng.integers(1, 30)] = number
+    labels[40:60, 40:60] = 20
+    labels[45:50, 45:50] = 0
+    labels = _parts_connected_by_sides(labels)
+    outlines = _Outlines(labels).follow(np.ones(labels.max() + 1, dtype=bool))
+    assert outlines.keys() == set(np.unique(labels)) - {0}
+    for label, outline in outlines.items():
+        contours = find_contours(np.pad(labels == label, 1).astype(float), 0.5, fully_connected="low")
+        contour = max(contours, key=lambda c: np.ptp(c[:, 0]) + np.ptp(c[:, 1]))
+        expected = {tuple(point) for point in (contour[:, ::-1] - 0.5).tolist()}
+        assert {tuple(point) for point in outline.tolist()} <= expected
+        assert len(outline) == -(-(len(contour) - 1) // 3) + 1
+
+
+def _parts_connected_by_sides(labels: np.ndarray) -> np.ndarray:
+    parts = np.zeros_like(labels)
+    for label in np.unique(labels[labels > 0]):
+        found, _ = ndimage.label(labels == label)
+        parts[found > 0] = found[found > 0] + parts.max()
+    return parts
 
 
 def test_nothing_is_found_in_an_empty_map() -> None:

@@ -1,14 +1,17 @@
 """The demonstration model that ships: its graphs come from its weights, and it says what it is."""
 
 import json
+from pathlib import Path
 
 import numpy as np
+import openslide
 import pytest
 
 from staindiffuser.export.description import GraphSet, file_sha256
 from staindiffuser.serving.demo import demo_graphs
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
 from staindiffuser.training.config import PRESETS
+from staindiffuser.training.data.simulate.tiles import simulate_tile
 from staindiffuser.training.infer import stain_tiles
 
 FOLDER = demo_graphs().parent
@@ -69,3 +72,28 @@ def test_what_ships_is_small() -> None:
     graphs = sum(path.stat().st_size for path in (FOLDER / "graphs").iterdir()) / 1e6
     assert graphs <= 12
     assert json.loads((FOLDER / "metrics.json").read_text())["stains"].keys() == {"cd3", "ck818"}
+
+
+def test_a_tile_alone_looks_as_it_does_inside_a_larger_one(
+    checkpoint: Checkpoint, graphs: GraphSet, real_data: Path
+) -> None:
+    """The default margin is context enough: on the real slide and on simulated tissue."""
+    margin, tile = graphs.margin, graphs.tile
+    around = 192
+    size = tile + 2 * around
+    with openslide.OpenSlide(real_data / "slides" / "CMU-1-Small-Region.svs") as slide:
+        places = [(400, 400), (1000, 1200), (1200, 1900)]
+        real = [np.asarray(slide.read_region(place, 0, (size, size)).convert("RGB")) for place in places]
+    he = np.stack([*real, *(simulate_tile(7, 50 * i, size=size, masks=False).he for i in range(3))])
+    seeds = np.zeros((len(he), 1), np.int64)
+    origins = np.zeros((len(he), 2), np.int64)
+    inner = slice(around, around + tile)
+    large = stain_tiles(checkpoint.network, he, sigmas=graphs.sigmas, seeds=seeds, origins=origins)
+    alone = stain_tiles(
+        checkpoint.network, he[:, inner, inner].copy(), sigmas=graphs.sigmas, seeds=seeds, origins=origins + around
+    )
+    kept = slice(margin, tile - margin)
+    for name, result in alone.items():
+        difference = np.abs(result.astype(int) - large[name][:, inner, inner])[:, kept, kept]
+        assert difference.mean() <= 0.5, name
+        assert np.quantile(difference, 0.999) <= 4, name

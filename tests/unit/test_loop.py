@@ -42,7 +42,7 @@ def test_training_learns_and_its_checkpoint_can_be_scored(tiles_folder: Path, tm
     checkpoint = Checkpoint.load(folder)
     assert 0 < checkpoint.config.receptive_radius < 200
     assert checkpoint.config.provenance["speed"]["crops_per_second"] > 0
-    scores = evaluate(checkpoint, PairedTiles.load(tiles_folder), steps=2)
+    scores = evaluate(checkpoint, PairedTiles.load(tiles_folder), steps=2).summary()
     assert scores["tiles"] == 4
     assert set(scores["stains"]) == {"cd3", "ck818"}
 

@@ -10,6 +10,7 @@ Uses scikit-learn and scikit-image, which the simulator itself does not.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -237,13 +238,21 @@ def real_fields(folder: Path, *, per_source: int = 24) -> list[RealField]:
 
 
 def throughput(*, tiles: int = 200, processes: int = 2) -> dict[str, float]:
-    """Tiles of 256 px per second, IHC and coarse masks included, and the processor's milliseconds per tile."""
+    """Tiles of 256 px per second, processor's milliseconds per tile, and the machine's load before.
+
+    Both IHCs and their coarse masks are included.
+    """
+    load = os.getloadavg()[0]
     with one_thread_each(), ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_timed, range(8 * processes)))
         begun = time.perf_counter()
         spent = sum(pool.map(_timed, range(1000, 1000 + tiles), chunksize=4))
         elapsed = time.perf_counter() - begun
-    return {"tiles_per_second": round(tiles / elapsed, 1), "processor_ms_per_tile": round(1e3 * spent / tiles, 1)}
+    return {
+        "tiles_per_second": round(tiles / elapsed, 1),
+        "processor_ms_per_tile": round(1e3 * spent / tiles, 1),
+        "load": round(load, 1),
+    }
 
 
 def _timed(index: int) -> float:

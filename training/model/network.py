@@ -46,7 +46,8 @@ class DualDiffusion(nn.Module):
 
 def he_to_network(he: Tensor) -> Tensor:
     """H&E uint8 [B, H, W, 3] → float32 [B, 3, H, W] in [−1, 1]."""
-    return he.permute(0, 3, 1, 2).float() / 127.5 - 1
+    # Cast before the permute: TensorRT's UINT8 tensors may only be cast.
+    return he.float().permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def _constants(stain: StainConfig, task: Task, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,26 @@ Copied beside ``model.py`` into the model repository; imports nothing of the pro
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
-__all__ = ["OnnxRuntimeEngine", "load", "session_options"]
+__all__ = ["OnnxRuntimeEngine", "available_cpus", "load", "session_options"]
+
+
+def available_cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Processors this process may use: its affinity, and a container's quota (cgroup v2), which affinity ignores."""
+    cpus = len(os.sched_getaffinity(0))
+    try:
+        quota, period = quota_file.read_text(encoding="ascii").split()
+        if quota != "max":
+            cpus = min(cpus, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass  # no cgroup v2: nothing is known of a quota
+    return cpus
 
 
 def session_options(threads: int = 0) -> onnxruntime.SessionOptions:
@@ -22,7 +35,7 @@ def session_options(threads: int = 0) -> onnxruntime.SessionOptions:
     """
     options = onnxruntime.SessionOptions()
     # An explicit number also keeps ONNX Runtime from pinning its threads: several engines share the cores.
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or available_cpus()
     options.inter_op_num_threads = 1
     # Idle threads that spin would take the cores from the other engines' processes.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

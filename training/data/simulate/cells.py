@@ -102,7 +102,8 @@ def place_cells(world: World, tissue: Tissue, box: tuple[int, int, int, int]) ->
     x, y, numbers = columns["x"], columns["y"], columns["numbers"]
     context = (columns["kind"] == Kind.LYMPHOCYTE) & (tissue.at(tissue.core, x, y) <= 0)
     undecidable = (columns["kind"] == Kind.LYMPHOCYTE) & (numbers[5] < world.config.undecidable_share)
-    coin = numbers[4] < 0.5
+    # The low digits of a number whose high digits turn the nucleus: its shape must not tell how the coin fell.
+    coin = (numbers[4] * np.float32(4096)) % 1 < 0.5
     return Cells(
         x=x, y=y, kind=columns["kind"], length=columns["length"], width=columns["width"], angle=columns["angle"],
         numbers=numbers, t_context=context, t_cell=np.where(undecidable, coin, context),

@@ -224,7 +224,7 @@ def test_too_little_shared_memory_is_said_before_the_start(repository: Path, mon
     class Usage:
         free = 1 << 20
 
-    monkeypatch.setattr(server_module.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(ServerMissingError, match=r"/dev/shm has 1 MiB free, .* --shm-size"), TritonServer(repository):
         pass
 

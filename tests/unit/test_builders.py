@@ -1,6 +1,7 @@
 """Build options, the registry of targets, and what the ONNX Runtime builder refuses."""
 
 import dataclasses
+import importlib.metadata
 from pathlib import Path
 
 import onnx
@@ -60,12 +61,10 @@ def test_key_changes_with_what_decides_the_engine(graphs: tuple[Path, GraphSet])
 
 
 def test_missing_onnxruntime_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from staindiffuser.export.builders import onnxruntime as module
-
     def missing(name: str) -> str:
-        raise module.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(module.importlib.metadata, "version", missing)
+    monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(BuilderMissingError, match="pip install") as error:
         builders.get("onnxruntime").version()
     assert isinstance(error.value, DependencyError)

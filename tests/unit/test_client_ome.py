@@ -76,7 +76,7 @@ def test_colour_is_not_subsampled(tmp_path: Path) -> None:
     assert np.abs(read - picture).mean() < 6
     with tifffile.TiffFile(tmp_path / "a.ome.tiff") as tiff:
         assert tiff.pages.first.tags["YCbCrSubSampling"].value == (1, 1)
-        assert tiff.pages.first.photometric.name == "YCBCR"
+        assert tiff.pages.first.photometric == tifffile.PHOTOMETRIC.YCBCR
 
 
 def test_background_stays_exactly_background(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openslide
@@ -74,7 +75,7 @@ def test_alpha_is_laid_on_white(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"tile": (64, 48)}, {"rowsperstrip": 7}, {"compression": "lzw", "tile": (64, 64)}]
 )
-def test_tiffs_of_tiles_and_strips(tmp_path: Path, options: dict[str, object]) -> None:
+def test_tiffs_of_tiles_and_strips(tmp_path: Path, options: dict[str, Any]) -> None:
     rgb = picture()
     path = tmp_path / "t.tif"
     tifffile.imwrite(path, rgb, photometric="rgb", resolution=(20000, 20000), resolutionunit="CENTIMETER", **options)

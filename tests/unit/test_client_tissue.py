@@ -115,6 +115,7 @@ def test_opacity_does_not_depend_on_the_region() -> None:
     whole = mask.opacity(0, 0, 900, 600)
     assert whole is not None
     part = mask.opacity(333, 211, 100, 50)
+    assert part is not None
     np.testing.assert_array_equal(part, whole[211:261, 333:433])
 
 

@@ -112,7 +112,7 @@ def test_empty_and_full() -> None:
 
 def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match="uint8"):
-        optical_density(np.zeros((4, 4, 3), np.float32))  # type: ignore[arg-type]
+        optical_density(np.zeros((4, 4, 3), np.float32))
     with pytest.raises(ValueError, match="3 channels"):
         unmix(np.zeros((4, 4)))
     with pytest.raises(ValueError, match="one picture"):

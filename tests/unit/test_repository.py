@@ -1,6 +1,7 @@
 """Building and publishing a model repository: complete, once, atomically, and only what fits together."""
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import json
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from staindiffuser.benchmarks.synthetic import DEFAULT_STAINS, write_graphs
-from staindiffuser.export import publishing, repository, triton_config
+from staindiffuser.export import publishing, triton_config
 from staindiffuser.export.description import GraphSet, Stain, TensorSpec, file_sha256
 from staindiffuser.export.errors import ExportUsageError, GraphsError, ManifestError, ParityError
 from staindiffuser.export.manifest import Manifest, verify
@@ -127,7 +128,7 @@ def test_an_added_stain_builds_its_own_two_engines(graphs: Path, tmp_path: Path)
 
 def wrong_tensor(graphs: GraphSet, engine: str, old: TensorSpec, new: TensorSpec) -> GraphSet:
     changed = graphs.engines[engine]
-    swap = {
+    swap: dict[str, Any] = {
         side: tuple(new if spec == old else spec for spec in getattr(changed, side)) for side in ("inputs", "outputs")
     }
     return dataclasses.replace(graphs, engines={**graphs.engines, engine: dataclasses.replace(changed, **swap)})
@@ -216,7 +217,7 @@ def test_full_disk_publishes_nothing_and_leaves_the_old(
     def full(source: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
-    monkeypatch.setattr(repository.shutil, "copyfile", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(ExportUsageError, match="cannot be written: No space left on device: nothing was published"):
         build(graphs, output, max_batch=2)
     assert contents(output) == before
@@ -228,7 +229,7 @@ def test_publishing_replaces_a_folder_as_a_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(publishing.ctypes, "CDLL", lambda *_, **__: object())
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
     output = tmp_path / "out"
     for text in ("old", "new"):
         with publishing.locked(output), publishing.staging_folder(output) as folder:

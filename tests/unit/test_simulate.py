@@ -72,7 +72,8 @@ def test_squares_of_a_slide_join_without_a_seam() -> None:
 
 def test_only_cells_that_carry_it_are_brown() -> None:
     """Without damage: CD3 is brown at T cells and nowhere else; CK8/18 never at lymphocytes in stroma."""
-    brown_t, brown_others = [], []
+    brown_t: list[float] = []
+    brown_others: list[float] = []
     for index in range(0, 60, 3):
         tile = simulate_tile(21, index, config=CLEAN)
         cells, density = tile.cells, dab_density(tile.stains["cd3"])

@@ -16,7 +16,7 @@ from staindiffuser.client.contract import ModelContract
 __all__ = ["FORMAT", "SYNTHETIC", "description", "file_sha256", "model_record", "now", "versions"]
 
 FORMAT = 1
-SYNTHETIC = "Synthetic image, computed from H&E: for research use only, not for diagnosis."
+SYNTHETIC = "Synthetic image, computed from H&E; research use only."
 _LIBRARIES = (
     "imagecodecs",
     "numpy",

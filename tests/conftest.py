@@ -52,7 +52,9 @@ def tiny_checkpoint(tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFa
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, std=0.3)
     folder = tmp_path_factory.mktemp("checkpoint")
-    config = CheckpointConfig(name="tiny", model=tiny_model, notice="Synthetic image, research use only.", margin=16)
+    config = CheckpointConfig(
+        name="tiny", model=tiny_model, notice="For trying the software, research use only.", margin=16
+    )
     Checkpoint(config=config, network=network).save(folder)
     return folder
 

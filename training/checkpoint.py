@@ -26,8 +26,8 @@ __all__ = ["WEIGHTS", "Checkpoint", "CheckpointConfig", "tensors_sha256"]
 CONFIG, WEIGHTS, METRICS, CARD = "config.json", "model.safetensors", "metrics.json", "MODEL_CARD.md"
 FORMAT = 1
 NOTICE = (
-    "Synthetic image, research use only. The model was trained on {trained_on}; "
-    "it has no medical meaning and must not be used for diagnosis."
+    "The model was trained on {trained_on}. For research use only: what it paints has no medical meaning and must not "
+    "be used for diagnosis."
 )
 
 
@@ -82,6 +82,7 @@ class Checkpoint:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             draft = Path(temporary)
             save_file(state, draft / WEIGHTS)
+            (draft / WEIGHTS).chmod(0o644)  # safetensors makes it private
             (draft / METRICS).write_text(json.dumps(self.metrics, indent=1) + "\n")
             (draft / CARD).write_text(model_card(self.config, self.metrics))
             config = json.dumps(dataclasses.asdict(self.config), indent=1, ensure_ascii=False)

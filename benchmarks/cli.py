@@ -37,6 +37,7 @@ def serving(
     from staindiffuser.benchmarks.serving import bench_serving
     from staindiffuser.errors import UsageError
     from staindiffuser.export.manifest import Manifest
+    from staindiffuser.files import write_json
     from staindiffuser.serving.demo import demo_repository
 
     def say(message: str) -> None:
@@ -49,15 +50,11 @@ def serving(
     report = bench_serving(
         chosen, batch=batch, rounds=rounds, requests=requests, in_flight=in_flight, threads=threads, progress=say
     )
-    text = json.dumps(dataclasses.asdict(report), indent=1)
     if json_file is not None and str(json_file) == "-":
-        typer.echo(text)
+        typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
         return
     if json_file is not None:
-        try:
-            json_file.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"{json_file} cannot be written: {error.strerror}") from error
+        write_json(json_file, dataclasses.asdict(report))
     typer.echo(f"model {report.model_name} ({report.model_version[:12]}) on {report.device}")
     typer.echo(
         f"batch {report.batch}, {report.in_flight} requests in flight, {report.threads} threads an engine, "
@@ -74,3 +71,25 @@ def serving(
     typer.echo(f"{'ms per tile':>16} {'direct':>8} {'Triton':>8}")
     for name, milliseconds in report.direct_ms_per_tile.items():
         typer.echo(f"{name:>16} {milliseconds:8.2f} {report.triton_ms_per_tile.get(name, 0.0):8.2f}")
+
+
+@app.command(epilog="Example: staindiffuser bench plausibility slide-stained other-stained --json plausibility.json")
+def plausibility(
+    results: Annotated[list[Path], typer.Argument(help="Folders that `stain` wrote; their H&E must still be there.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here as JSON.")] = None,
+) -> None:
+    """Clean glass and kept nuclei: what can be said of a virtual stain on a real slide without its IHC."""
+    import dataclasses
+
+    from staindiffuser.benchmarks.plausibility import judge
+    from staindiffuser.files import write_json
+
+    rows = {str(result): judge(result) for result in results}
+    for result, judged in rows.items():
+        for row in judged:
+            typer.echo(
+                f"{result} {row.stain}: DAB optical density on glass {row.glass_dab:.4f}, "
+                f"nuclei Dice {row.nuclei_dice:.3f}"
+            )
+    if json_file is not None:
+        write_json(json_file, {name: [dataclasses.asdict(row) for row in judged] for name, judged in rows.items()})

@@ -95,10 +95,10 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
+    from staindiffuser.files import write_json
     from staindiffuser.training.checkpoint import Checkpoint
     from staindiffuser.training.data.pairs import PairedTiles
     from staindiffuser.training.evaluate import evaluate as score
-    from staindiffuser.training.evaluate import write_json
     from staindiffuser.training.report import write_report
 
     evaluation = score(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from staindiffuser.training.infer import HEUN_STEPS, Sampler, stain_tiles
 from staindiffuser.training.metrics import StainScore
 from staindiffuser.training.model.network import DualDiffusion
 
-__all__ = ["Evaluation", "check_data", "evaluate", "evaluate_tiles", "sampler_of", "write_json"]
+__all__ = ["Evaluation", "check_data", "evaluate", "evaluate_tiles", "sampler_of"]
 
 
 def check_data(tiles: PairedTiles, model: ModelConfig) -> None:
@@ -166,18 +164,3 @@ def evaluate(
         seconds=time.perf_counter() - start,
         scores=scores,
     )
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write JSON under a temporary name, then rename.
-
-    Raises:
-        UsageError: the place cannot be written.
-    """
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(data, indent=1) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}; choose another file") from error

@@ -21,13 +21,14 @@ from torch.utils.data import DataLoader
 
 from staindiffuser import __version__
 from staindiffuser.errors import UsageError
+from staindiffuser.files import write_json
 from staindiffuser.training.checkpoint import NOTICE, Checkpoint, CheckpointConfig
 from staindiffuser.training.config import Preset
 from staindiffuser.training.data.dataset import CropDataset, GlobalSampler, load_tile, measure_stains
 from staindiffuser.training.data.pairs import PairedTile, PairedTiles
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
 from staindiffuser.training.errors import DataError
-from staindiffuser.training.evaluate import check_data, evaluate_tiles, write_json
+from staindiffuser.training.evaluate import check_data, evaluate_tiles
 from staindiffuser.training.module import TeacherModule
 from staindiffuser.training.receptive import default_margin, effective_radius, theoretical_radius
 

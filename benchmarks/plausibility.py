@@ -1,0 +1,100 @@
+"""Whether a result on a real slide is plausible where there is no real IHC to compare with.
+
+Two things can be measured without one: bare glass must stay clean, and the nuclei of the virtual counterstain must lie
+where those of the H&E lie. Both are necessary and neither is sufficient: a pathologist still has to look.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tifffile
+from scipy import ndimage
+from skimage.filters import threshold_otsu
+
+from staindiffuser.client.contract import UInt8Array
+from staindiffuser.client.output import RUN_JSON
+from staindiffuser.client.resample import ModelView
+from staindiffuser.client.slides import open_slide
+from staindiffuser.training.data.optical_density import dab_density, hematoxylin_density, optical_density
+
+__all__ = ["Plausibility", "judge"]
+
+GLASS = 0.04
+"""Optical density, mean over the channels, below which a smoothed H&E pixel is bare glass."""
+NUCLEUS_HE = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
+"""Colour vectors of hematoxylin, eosin and a residual (Ruifrok and Johnston 2001), to find nuclei in the H&E."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plausibility:
+    """One stain of one result."""
+
+    stain: str
+    glass_dab: float
+    """Mean DAB optical density on bare glass; NaN where the slide shows none."""
+    nuclei_dice: float
+    """Dice of the nuclei in the H&E and in the virtual stain (hematoxylin, or the DAB that hides it)."""
+
+
+def judge(result: Path) -> list[Plausibility]:
+    """Judge a result folder that ``stain`` wrote; its H&E must still be where ``run.json`` says.
+
+    Pictures are read whole: meant for small slides.
+
+    Raises:
+        InputError: the H&E cannot be read.
+    """
+    run = json.loads((result / RUN_JSON).read_text(encoding="utf-8"))
+    mpp_x, mpp_y = run["input"]["mpp"]
+    with open_slide(Path(run["input"]["path"])) as slide:
+        view = ModelView(slide, (mpp_x, mpp_y), run["model"]["mpp"])
+        he = view.read(0, 0, *view.size)
+    glass = _glass(he)
+    nuclei = _nuclei(_he_hematoxylin(he), ~glass)
+    judged = []
+    for stain in run["stains"]:
+        virtual = tifffile.imread(result / f"{stain['name']}.ome.tiff", series=0, level=0)
+        dab = dab_density(virtual)
+        # A nucleus inside brown cytoplasm keeps its place though its blue is hidden: judge where it is not brown.
+        visible = ~glass & (ndimage.uniform_filter(dab, 9) < 0.15)
+        found = _nuclei(ndimage.gaussian_filter(hematoxylin_density(virtual), 1), visible)
+        judged.append(
+            Plausibility(
+                stain=stain["name"],
+                glass_dab=float(dab[glass].mean()) if glass.any() else float("nan"),
+                nuclei_dice=_dice(nuclei & visible, found & visible),
+            )
+        )
+    return judged
+
+
+def _glass(he: UInt8Array) -> npt.NDArray[np.bool_]:
+    pale = ndimage.uniform_filter(optical_density(he).mean(axis=2), 9) < GLASS
+    cleaned: npt.NDArray[np.bool_] = ndimage.binary_opening(pale, iterations=4)
+    return cleaned
+
+
+def _he_hematoxylin(he: UInt8Array) -> npt.NDArray[np.float32]:
+    unit = NUCLEUS_HE / np.linalg.norm(NUCLEUS_HE, axis=1, keepdims=True)
+    amount = optical_density(he) @ np.linalg.inv(unit)[:, 0].astype(np.float32)
+    smooth: npt.NDArray[np.float32] = ndimage.gaussian_filter(amount, 1)
+    return smooth
+
+
+def _nuclei(hematoxylin: npt.NDArray[np.float32], where: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Above Otsu's threshold of the local contrast, which evens out slow changes of the stain."""
+    contrast = hematoxylin - ndimage.uniform_filter(hematoxylin, 101)
+    if not where.any():
+        return np.zeros_like(where)
+    found: npt.NDArray[np.bool_] = (contrast > threshold_otsu(contrast[where])) & where
+    return found
+
+
+def _dice(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
+    total = int(a.sum()) + int(b.sum())
+    return float(2 * int((a & b).sum()) / total) if total else 0.0

@@ -93,3 +93,70 @@ def plausibility(
             )
     if json_file is not None:
         write_json(json_file, {name: [dataclasses.asdict(row) for row in judged] for name, judged in rows.items()})
+
+
+@app.command(epilog="Example: staindiffuser bench engines --rounds 5 --json engines.json")
+def engines(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Checkpoint folder; the shipped demonstration if absent.")
+    ] = None,
+    graphs: Annotated[
+        Path | None, typer.Option(help="What `export graphs` wrote from it; the folder graphs/ inside it if absent.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes to compare at.")] = "1,8",
+    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds.")] = 5,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of either side; 0 for all cores.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the report here as JSON; - for the screen.")
+    ] = None,
+) -> None:
+    """ONNX Runtime against torch eager and the machine's convolution peak, for the whole multiplex (needs torch)."""
+    import dataclasses
+    import json
+
+    from staindiffuser.benchmarks.engines import bench_engines
+    from staindiffuser.errors import UsageError
+    from staindiffuser.serving.demo import demo_graphs
+
+    try:
+        batches = tuple(int(part) for part in batch.split(","))
+    except ValueError:
+        raise UsageError(f"--batch {batch}: must be numbers with commas between them, such as 1,8") from None
+    if min(batches) < 1:
+        raise UsageError(f"--batch {batch}: must be at least 1")
+    folder = checkpoint or demo_graphs().parent
+    report = bench_engines(
+        graphs or folder / "graphs",
+        folder,
+        batches=batches,
+        rounds=rounds,
+        threads=threads,
+        progress=lambda message: typer.echo(message, err=True),
+    )
+    text = json.dumps(dataclasses.asdict(report), indent=1)
+    if json_file is not None and str(json_file) == "-":
+        typer.echo(text)
+        return
+    if json_file is not None:
+        try:
+            json_file.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{json_file} cannot be written: {error.strerror}") from error
+    typer.echo(
+        f"model {report.model_name} ({report.model_version[:12]}), {report.stains} stains, {report.steps} steps, "
+        f"{report.tile} px, {report.precision}: {report.gflop_per_tile:.1f} GFLOP a tile, {report.threads} threads"
+    )
+    typer.echo(f"convolution peak: {report.peak_gflops:.0f} GFLOP/s ({report.peak})")
+    for result in report.batches:
+        typer.echo(
+            f"batch {result.batch}: ONNX Runtime {result.onnxruntime_ms_per_tile:.0f} ms a tile, torch eager "
+            f"{result.eager_ms_per_tile:.0f} (x {result.speed_up:.2f}), folded in torch eager "
+            f"{result.folded_ms_per_tile:.0f} (x {result.speed_up_over_folded:.2f}); {result.gflops:.0f} GFLOP/s, "
+            f"{result.share_of_peak:.0%} of the peak"
+        )
+    for name, milliseconds in report.engine_ms.items():
+        typer.echo(f"{name:>16} {milliseconds:8.1f} ms")
+    typer.echo(
+        f"four stains: {report.four_stains_ms:.0f} ms, encoder + 4 pictures + 4 cell maps alone "
+        f"{report.four_stains_sum_ms:.0f} ms: x {report.four_stains_ratio:.3f}"
+    )

@@ -159,7 +159,7 @@ PRESETS: dict[str, Preset] = {
         # For two cores and an hour or two: a small batch wants a smaller learning rate, and the noise levels are drawn
         # around those that the two-step sampler uses (80 and 1.5), since a short run learns the lowest ones last.
         train=TrainConfig(
-            steps=4500,
+            steps=3000,
             batch=8,
             crop=96,
             learning_rate=4e-3,

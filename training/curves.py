@@ -1,0 +1,82 @@
+"""The curves of a training run, drawn from its ``csv/metrics.csv``: ``python -m staindiffuser.training.curves RUN``.
+
+Needs matplotlib (the ``dev`` extra).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from staindiffuser.training.errors import DataError
+
+__all__ = ["draw_curves", "read_curves"]
+
+Curve = tuple[NDArray[np.int64], NDArray[np.float64]]
+
+
+def read_curves(run: Path) -> dict[str, Curve]:
+    """Every logged quantity of a run folder: name → (steps, values).
+
+    Raises:
+        DataError: the folder holds no run.
+    """
+    path = run / "csv" / "metrics.csv"
+    if not path.is_file():
+        raise DataError(f"{path} is missing: {run} is not a run folder")
+    points: dict[str, list[tuple[int, float]]] = {}
+    with path.open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    points.setdefault(name, []).append((int(row["step"]), float(value)))
+    return {name: (np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])) for name, pairs in points.items()}
+
+
+def draw_curves(run: Path, output: Path) -> None:
+    """Draw the weighted error per branch (smoothed), the same at high noise, and the validation Dice.
+
+    Raises:
+        DataError: the folder holds no run.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    curves = read_curves(run)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    panels = [("error/", "weighted error, all noise levels"), ("error_high_sigma/", "weighted error, σ ≥ 2")]
+    for axis, (prefix, title) in zip(axes, panels, strict=False):
+        for name, (steps, values) in sorted(curves.items()):
+            if name.startswith(prefix):
+                window = min(25, len(values))
+                smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+                axis.plot(steps[window - 1 :], smooth, label=name.removeprefix(prefix))
+        axis.set(title=title, xlabel="step", ylim=(0, None))
+        axis.legend()
+    for name, (steps, values) in sorted(curves.items()):
+        if name.startswith(("val/dab_dice/", "val/cell_dice/")):
+            axes[2].plot(steps, values, marker="o", label=name.removeprefix("val/"))
+    axes[2].set(title="validation, two steps, moving average of the weights", xlabel="step", ylim=(0, 1))
+    axes[2].legend()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Draw the curves of a training run.")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="default: %(default)s")
+    chosen = parser.parse_args()
+    draw_curves(chosen.run, chosen.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,9 +14,8 @@ from staindiffuser.training.model.layers import BlockList, MPConv, NoiseEmbeddin
 __all__ = ["Branch", "TaskAttention"]
 
 INJECTION_RATE = 10.0
-"""How much faster than a weight the injection's gain learns (ours). The gain starts at 0, and what it scales is about a
-quarter of the stream's magnitude: at the weights' own pace the tissue stays a whisper beside the noise for thousands of
-steps."""
+"""How much faster than a weight the injection's gain learns (ours). It starts at 0 and at the weights' own pace reaches
+0.1 to 0.4 in 2,800 steps; ten times faster, the error at high noise was 2 to 4 % lower over the first 1,300 steps."""
 
 
 class TaskAttention(nn.Module):

@@ -9,7 +9,7 @@ SLIDE ?=
 OUTPUT ?= demo-output
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format types demo-weights graphs clean
+.PHONY: help install demo test test-all lint format types demo-weights graphs verify-gpu clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ demo-weights: install  ## train the demonstration model again (hours on two core
 
 graphs: install  ## export the demonstration model's graphs from its weights
 	$(VENV)/bin/staindiffuser export graphs checkpoints/demo --output checkpoints/demo/graphs
+
+verify-gpu:  ## check and measure the engines on this NVIDIA GPU; PYTHON needs torch with CUDA only
+	PYTHONPATH=src $(PYTHON) -m staindiffuser.benchmarks.verify_gpu
 
 clean:  ## remove the environments and what was built
 	rm -rf .venv .venv-serve build dist demo-output *.egg-info src/*.egg-info

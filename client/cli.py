@@ -42,7 +42,7 @@ def stain(
     mpp: Annotated[
         float | None, typer.Option(help="µm per pixel of the input, where the file does not say or is wrong.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Tiles in a request.")] = 8,
+    batch: Annotated[int, typer.Option(help="Tiles in a request.")] = 4,
     in_flight: Annotated[int, typer.Option(help="Requests with the server at a time.")] = 3,
     timeout: Annotated[
         float, typer.Option(help="Seconds after which an unanswered request counts as a lost server.")

@@ -17,7 +17,7 @@ class StainingOptions:
     """Decides the noise: the same seed gives the same pixels. 0 … 2⁶³ − 1."""
     mpp: float | None = None
     """Pixel size of the input, µm, instead of what the file says."""
-    batch: int = 8
+    batch: int = 4
     """Tiles in a request; the model's limit where that is lower."""
     in_flight: int = 3
     """Requests with the server at a time."""

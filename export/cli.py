@@ -50,29 +50,80 @@ def graphs(
         typer.echo(f"next: staindiffuser export build {output} --output REPO")
 
 
+GraphsArgument = Annotated[Path, typer.Argument(help="Folder that `export graphs` wrote.")]
+BatchOption = Annotated[
+    str, typer.Option(help="Batches to be fast at, such as 1,8,32; the largest is the most a client may send.")
+]
+CapabilityOption = Annotated[
+    str, typer.Option(help="GPUs to compile for ahead of time (tensorrt-rtx), such as 8.9,12.0.")
+]
+WorkspaceOption = Annotated[int, typer.Option(help="Most scratch memory TensorRT may plan with, MiB; 0: no limit.")]
+VerbosityOption = Annotated[
+    str, typer.Option(help="What TensorRT plans tell the inspector: none, names (of layers) or detailed.")
+]
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    from staindiffuser.export.errors import ExportUsageError
+
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise ExportUsageError(f"{option} {text}: must be numbers with commas between them, such as 1,8,32") from None
+
+
+def _capabilities(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",")) if text else ()
+
+
 @app.command(
     epilog="Example: staindiffuser export build graphs --target onnxruntime --output models --max-batch 8",
 )
 def build(
-    graphs: Annotated[Path, typer.Argument(help="Folder that `export graphs` wrote.")],
+    graphs: GraphsArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="The model repository; replaced as a whole.")],
-    target: Annotated[str, typer.Option(help="What runs the engines: onnxruntime (any CPU).")] = "onnxruntime",
+    target: Annotated[
+        str, typer.Option(help="What runs the engines: onnxruntime (any CPU), tensorrt, tensorrt-rtx or torch.")
+    ] = "onnxruntime",
+    flavour: Annotated[
+        str, typer.Option(help="python: Triton's Python backend; native: its TensorRT backend, in the container.")
+    ] = "python",
     max_batch: Annotated[int, typer.Option(help="Largest batch of tiles a client may send.")] = 8,
+    batch: BatchOption = "",
     threads: Annotated[int, typer.Option(help="Threads of a CPU engine; 0 for all that the server may use.")] = 0,
+    compute_capability: CapabilityOption = "",
+    workspace: WorkspaceOption = 0,
+    verbosity: VerbosityOption = "names",
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Plans that later TensorRT releases run too.")
+    ] = False,
+    weight_stripped: Annotated[
+        bool, typer.Option("--weight-stripped", help="Plans without weights, which are put back when they are loaded.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build engines, check them against the golden samples and publish a model repository (no torch)."""
     import time
 
     from staindiffuser.export import repository
+    from staindiffuser.export.builders import BuildOptions
 
     start = time.perf_counter()
     report = repository.build(
         graphs,
         output,
         target=target,
-        max_batch=max_batch,
-        threads=threads,
+        flavour=flavour,
+        options=BuildOptions(
+            max_batch=max_batch,
+            batches=_numbers(batch, "--batch"),
+            threads=threads,
+            compute_capabilities=_capabilities(compute_capability),
+            workspace_mib=workspace,
+            verbosity=verbosity,
+            version_compatible=version_compatible,
+            weight_stripped=weight_stripped,
+        ),
         progress=lambda message: typer.echo(message, err=True),
     )
     seconds = time.perf_counter() - start
@@ -99,6 +150,41 @@ def build(
             f"({seconds:.1f} s)"
         )
         typer.echo(f"next: staindiffuser serve {output}")
+
+
+@app.command(
+    epilog="Example: staindiffuser export compile graphs --compute-capability 8.9,12.0 --output engines",
+)
+def compile(
+    graphs: GraphsArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the engines; replaced as a whole.")],
+    batch: BatchOption = "",
+    compute_capability: CapabilityOption = "",
+    workspace: WorkspaceOption = 0,
+    verbosity: VerbosityOption = "names",
+    as_json: JsonOption = False,
+) -> None:
+    """Compile TensorRT-RTX engines on a machine without a GPU: a check of the graphs, nothing that can be served."""
+    from staindiffuser.export.builders import BuildOptions
+    from staindiffuser.export.compiling import compile_engines
+
+    engines = compile_engines(
+        graphs,
+        output,
+        BuildOptions(
+            batches=_numbers(batch, "--batch"),
+            compute_capabilities=_capabilities(compute_capability),
+            workspace_mib=workspace,
+            verbosity=verbosity,
+        ),
+        progress=lambda message: typer.echo(message, err=True),
+    )
+    if as_json:
+        typer.echo(json.dumps({"engines": {name: path.stat().st_size for name, path in engines.items()}}))
+    else:
+        for name, path in engines.items():
+            typer.echo(f"{name}: {path.stat().st_size / 1e6:.1f} MB")
+        typer.echo(f"{output}: not checked against the golden samples; that needs a GPU")
 
 
 @app.command(

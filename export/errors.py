@@ -4,7 +4,8 @@ StainDiffuserError
 ├── UsageError
 │   └── ExportUsageError       2  a precision, target or option that does not exist
 ├── InputError
-│   └── GraphsError            4  a graphs folder or checkpoint that is missing or unreadable
+│   ├── GraphsError            4  a graphs folder or checkpoint that is missing or unreadable
+│   └── BuildError             4  a graph that the target's compiler refuses
 ├── VerificationError
 │   ├── ManifestError          5  files and manifest disagree
 │   └── ParityError            5  an engine's outputs are too far from the golden samples
@@ -14,7 +15,7 @@ StainDiffuserError
 
 from staindiffuser.errors import DependencyError, InputError, UsageError, VerificationError
 
-__all__ = ["BuilderMissingError", "ExportUsageError", "GraphsError", "ManifestError", "ParityError"]
+__all__ = ["BuildError", "BuilderMissingError", "ExportUsageError", "GraphsError", "ManifestError", "ParityError"]
 
 
 class ExportUsageError(UsageError):
@@ -23,6 +24,10 @@ class ExportUsageError(UsageError):
 
 class GraphsError(InputError):
     """A graphs folder or a checkpoint is missing, incomplete or unreadable."""
+
+
+class BuildError(InputError):
+    """A graph that the target's compiler refuses or cannot compile."""
 
 
 class ManifestError(VerificationError):

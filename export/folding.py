@@ -162,8 +162,11 @@ class FoldedBranch(nn.Module):
         return [inject(a) for inject, a in zip(self.inject, attended, strict=True)]
 
     def forward(self, x: Tensor, step: int, injections: list[Tensor]) -> Tensor:
-        """x [B, C, H, W] (scaled by c_in) → F(x) [B, C, H, W]."""
-        h = self.stem(F.pixel_unshuffle(x, 2))
+        """x [B, 4C, H/2, W/2] (pixel-unshuffled, scaled by c_in) → F(x), pixel-unshuffled too.
+
+        The sampler works on pixels one by one, so between two steps nothing needs to be shuffled back.
+        """
+        h = self.stem(x)
         skips: list[Tensor] = []
         for level, blocks in enumerate(self.encode):
             if level > 0:
@@ -172,4 +175,5 @@ class FoldedBranch(nn.Module):
             skips.append(h)
         for up, decode, skip in zip(self.up, self.decode, reversed(skips[:-1]), strict=True):
             h = decode(F.interpolate(up(h), scale_factor=2.0, mode="nearest") + skip, step)
-        return F.pixel_shuffle(self.head(scaled_silu(h, self.unit_head)), 2)
+        f: Tensor = self.head(scaled_silu(h, self.unit_head))
+        return f

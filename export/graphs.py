@@ -18,90 +18,23 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, nn
+from torch import Tensor
 
 from staindiffuser.errors import UsageError
 from staindiffuser.export.description import EngineGraph, GraphSet, Stain, TensorSpec, file_sha256
 from staindiffuser.export.errors import ExportUsageError
-from staindiffuser.export.folding import FoldedBranch, FoldedEncoder, features_unit
+from staindiffuser.export.modules import PRECISIONS, BranchEngine, EncoderEngine
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
-from staindiffuser.training.config import LEVELS, StainConfig
+from staindiffuser.training.config import LEVELS
 from staindiffuser.training.data.simulate.tiles import simulate_tile
-from staindiffuser.training.diffusion.edm import precondition
 from staindiffuser.training.infer import stain_tiles
-from staindiffuser.training.model.network import DualDiffusion, Task, he_to_network
+from staindiffuser.training.model.network import DualDiffusion, Task
 from staindiffuser.training.receptive import default_margin
 
-__all__ = ["PRECISIONS", "export_graphs"]
+__all__ = ["PRECISIONS", "export_graphs", "write_engines"]
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OPSET = 20
 OPSET_BF16 = 22  # the first whose convolution takes bfloat16
-_NUMPY_TYPES = {torch.uint8: "uint8", torch.float16: "float16", torch.float32: "float32"}
-
-
-class EncoderEngine(nn.Module):
-    """HE uint8 [B, T, T, 3] → four features, half precision.
-
-    Args:
-        trunk: what the convolutions compute in.
-    """
-
-    def __init__(self, network: DualDiffusion, trunk: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.encoder = FoldedEncoder(network.encoder).to(trunk)
-
-    def forward(self, HE: Tensor) -> tuple[Tensor, ...]:
-        return tuple(f.half() for f in self.encoder(he_to_network(HE).to(self.trunk)))
-
-
-class BranchEngine(nn.Module):
-    """Features and noise → uint8 picture or cell map: attention once, then the unrolled sampler.
-
-    Args:
-        sigmas: noise level of each step; the cell branch has one, σ_max.
-        trunk: what the convolutions compute in; the preconditioning is float32.
-    """
-
-    def __init__(
-        self,
-        network: DualDiffusion,
-        task: Task,
-        stain: StainConfig,
-        sigmas: Sequence[float],
-        trunk: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        self.trunk = trunk
-        sigma = torch.tensor(sigmas, dtype=torch.float64)
-        sd = network.config.sigma_data
-        c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
-        branch = FoldedBranch(network.branch(task, stain.name), features_unit(network.encoder), c_noise.float())
-        self.branch = branch.to(trunk)
-        self.c_skip, self.c_out, self.c_in, self.sigmas = (v.tolist() for v in (c_skip, c_out, c_in, sigma))
-        pictures = task == "pictures"
-        mean, std = (stain.picture_mean, stain.picture_std) if pictures else (stain.cells_mean, stain.cells_std)
-        self.register_buffer("offset", 255 * torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("scale", 255 / sd * torch.tensor(std).view(1, -1, 1, 1))
-        self.offset: Tensor
-        self.scale: Tensor
-
-    def forward(
-        self, FEATURES_0: Tensor, FEATURES_1: Tensor, FEATURES_2: Tensor, FEATURES_3: Tensor, NOISE: Tensor
-    ) -> Tensor:
-        injections = self.branch.attend([f.to(self.trunk) for f in (FEATURES_0, FEATURES_1, FEATURES_2, FEATURES_3)])
-        noise = NOISE.float()
-        y: Tensor | None = None
-        for step, sigma in enumerate(self.sigmas):
-            z = noise[:, step] if noise.ndim == 5 else noise
-            x = z * sigma if y is None else y + z * sigma
-            f = self.branch((x * self.c_in[step]).to(self.trunk), step, injections).float()
-            y = x * self.c_skip[step] + f * self.c_out[step]
-        assert y is not None
-        result = (y * self.scale + self.offset).clamp(0, 255).round()
-        # Permute before the cast: TensorRT's UINT8 tensors may only be cast.
-        return result.permute(0, 2, 3, 1).to(torch.uint8)
 
 
 def export_graphs(
@@ -145,7 +78,7 @@ def export_graphs(
     sigmas = config.sigmas[str(steps)]
     try:
         draft.chmod(0o755)
-        engines = _write_engines(network, draft, sigmas=sigmas, tile=tile, trunk=PRECISIONS[precision])
+        engines = write_engines(network, draft, sigmas=sigmas, tile=tile, trunk=PRECISIONS[precision])
         np.savez_compressed(draft / "golden.npz", **_golden(network, sigmas=sigmas, tile=tile))
         graphs = GraphSet(
             name=config.name,
@@ -171,15 +104,34 @@ def export_graphs(
     return graphs
 
 
-def _write_engines(
-    network: DualDiffusion, folder: Path, *, sigmas: Sequence[float], tile: int, trunk: torch.dtype
+def write_engines(
+    network: DualDiffusion,
+    folder: Path,
+    *,
+    sigmas: Sequence[float],
+    tile: int,
+    trunk: torch.dtype,
+    only: str | None = None,
 ) -> dict[str, EngineGraph]:
+    """Write the engines' ONNX files into a folder.
+
+    Args:
+        sigmas: noise level per step.
+        tile: height and width, pixels.
+        trunk: what the convolutions compute in.
+        only: name of the one engine to write; None for all.
+    """
     he = torch.zeros(2, tile, tile, 3, dtype=torch.uint8)
-    encoder = EncoderEngine(network, trunk).eval()
-    features = encoder(he)
     names = [f"FEATURES_{level}" for level in range(LEVELS)]
-    weights = tensors_sha256(network.encoder.state_dict().items())
-    engines = {"he_encoder": _export(encoder, folder / "he_encoder.onnx", {"HE": he}, names, weights)}
+    features = [
+        torch.zeros(2, channels, tile >> (level + 1), tile >> (level + 1), dtype=torch.float16)
+        for level, channels in enumerate(network.config.encoder.channels)
+    ]
+    engines = {}
+    if only in (None, "he_encoder"):
+        weights = tensors_sha256(network.encoder.state_dict().items())
+        encoder = EncoderEngine(network, trunk).eval()
+        engines["he_encoder"] = _export(encoder, folder / "he_encoder.onnx", {"HE": he}, names, weights)
     noise = torch.zeros(2, len(sigmas), 3, tile, tile, dtype=torch.float16)
     cell_noise = torch.zeros(2, 1, tile, tile, dtype=torch.float16)
     for stain in network.config.stains:
@@ -189,6 +141,8 @@ def _write_engines(
         ]
         for prefix, task, noise_name, z, levels in tasks:
             name = f"{prefix}_{stain.name}"
+            if only not in (None, name):
+                continue
             engines[name] = _export(
                 BranchEngine(network, task, stain, levels, trunk).eval(),
                 folder / f"{name}.onnx",
@@ -226,19 +180,19 @@ def _export(
     _store_half(model)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
-    results = module(*example)
-    results = results if isinstance(results, tuple) else (results,)
     return EngineGraph(
         file=path.name,
         graph_sha256=file_sha256(path),
         weights_sha256=weights,
-        inputs=tuple(_spec(name, tensor) for name, tensor in inputs.items()),
-        outputs=tuple(_spec(name, tensor) for name, tensor in zip(outputs, results, strict=True)),
+        inputs=tuple(_spec(value) for value in model.graph.input),
+        outputs=tuple(_spec(value) for value in model.graph.output),
     )
 
 
-def _spec(name: str, tensor: Tensor) -> TensorSpec:
-    return TensorSpec(name=name, dtype=_NUMPY_TYPES[tensor.dtype], shape=tuple(tensor.shape[1:]))
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return TensorSpec(name=value.name, dtype=dtype, shape=tuple(dim.dim_value for dim in tensor.shape.dim[1:]))
 
 
 def _store_half(model: onnx.ModelProto) -> None:
@@ -248,8 +202,9 @@ def _store_half(model: onnx.ModelProto) -> None:
     """
     graph = model.graph
     casts = []
+    weights = {node.input[1] for node in graph.node if node.op_type == "Conv"}
     for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 4:
+        if tensor.data_type == TensorProto.FLOAT and tensor.name in weights:
             name = tensor.name
             half = numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), f"{name}.half")
             tensor.CopyFrom(half)
@@ -276,11 +231,15 @@ def _golden(network: DualDiffusion, *, sigmas: Sequence[float], tile: int) -> di
 
 
 def golden_tiles(tile: int) -> NDArray[np.uint8]:
-    """uint8 [N, tile, tile, 3]: simulated tissue, bare glass, one colour, saturated, random."""
+    """uint8 [2, tile, tile, 3]: simulated tissue; bare glass, a single colour, saturated squares and random pixels in
+    the quarters of the other."""
     rng = np.random.default_rng(0)
-    tissue = [simulate_tile(20, 100 * i, size=tile, masks=False).he for i in range(3)]
-    glass = np.full((tile, tile, 3), 243, np.uint8)
-    colour = np.full((tile, tile, 3), (181, 98, 160), np.uint8)
-    saturated = np.where(np.indices((tile, tile)).sum(0)[..., None] // 32 % 2 == 0, np.uint8(0), np.uint8(255))
-    noise = rng.integers(0, 256, (tile, tile, 3), dtype=np.uint8)
-    return np.stack([*tissue, glass, colour, np.repeat(saturated, 3, axis=2), noise])
+    tissue = simulate_tile(20, 0, size=tile, masks=False).he
+    half = tile // 2
+    glass = np.full((half, half, 3), 243, np.uint8)
+    colour = np.full((half, half, 3), (181, 98, 160), np.uint8)
+    saturated = np.where(np.indices((half, half)).sum(0)[..., None] // 32 % 2 == 0, np.uint8(0), np.uint8(255))
+    noise = rng.integers(0, 256, (half, half, 3), dtype=np.uint8)
+    above = np.concatenate([glass, colour], axis=1)
+    below = np.concatenate([np.repeat(saturated, 3, axis=2), noise], axis=1)
+    return np.stack([tissue, np.concatenate([above, below], axis=0)])

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from staindiffuser.export import builders
-from staindiffuser.export.builders import Device
+from staindiffuser.export.builders import Device, Profile
 from staindiffuser.export.description import Stain, TensorSpec, file_sha256
 from staindiffuser.export.errors import ManifestError
 from staindiffuser.export.parity import EngineParity
 
-__all__ = ["MANIFEST_JSON", "EngineRecord", "FileRecord", "Manifest", "hash_files", "verify"]
+__all__ = ["MANIFEST_JSON", "EngineRecord", "FileRecord", "Manifest", "PlanRecord", "hash_files", "verify"]
 
 MANIFEST_JSON = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 SAMPLER = "few-step"
 """x_1 = sigma_1 z_1; x_{i+1} = D(x_i, sigma_i) + sigma_{i+1} z_{i+1}; cells take one step."""
 
@@ -34,6 +34,19 @@ class FileRecord:
 
     sha256: str
     bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRecord:
+    """The same engine for another kind of GPU, built and checked there."""
+
+    file: str
+    """Path relative to the repository."""
+    sha256: str
+    bytes: int
+    key: str
+    device: Device
+    parity: tuple[EngineParity, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +67,16 @@ class EngineRecord:
     sigmas: tuple[float, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    profile: tuple[int, int, int]
-    """Smallest, preferred and largest batch."""
+    profiles: tuple[Profile, ...]
+    """Smallest, preferred and largest batch of each optimisation profile."""
     precision: str
     builder: str
     """Name and version, such as ``onnxruntime 1.22.0``."""
     device: Device
     parity: tuple[EngineParity, ...]
     """Against torch in float32, one entry a checked batch size."""
+    others: tuple[PlanRecord, ...] = ()
+    """Plans of other compute capabilities (native flavour only)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +87,7 @@ class Manifest:
     """Version of this package that wrote the repository."""
     target: str
     flavour: str
-    """``python``: Triton's Python backend runs the engines."""
+    """``python``: Triton's Python backend runs the engines; ``native``: its TensorRT backend does."""
     fingerprint: str
     """Hash of all that the repository was made from; the same fingerprint needs no second build."""
     model_name: str
@@ -87,7 +102,12 @@ class Manifest:
     sigmas: tuple[float, ...]
     precision: str
     max_batch: int
+    batches: tuple[int, ...]
+    """Batches that engines, CUDA graphs and queues are tuned for."""
     threads: int
+    cuda_pool_bytes: int
+    """What the server must be given (``--cuda-memory-pool-byte-size=<gpu>:<bytes>``), lest tensors between models fall
+    back to host memory; 0 for a CPU."""
     stains: tuple[Stain, ...]
     engines: Mapping[str, EngineRecord]
     files: Mapping[str, FileRecord]
@@ -134,6 +154,9 @@ def verify(repository: Path, *, checkpoint: Path | None = None, environment: boo
         record = manifest.files[engine.file]
         _require(repository, f"engines.{name}.sha256", engine.sha256, record.sha256)
         _require(repository, f"engines.{name}.bytes", engine.bytes, record.bytes)
+        for other in engine.others:
+            found = manifest.files.get(other.file)
+            _require(repository, f"engines.{name}.others", other.sha256, found.sha256 if found else None)
         for field in ("steps", "sigmas"):
             if engine.sampler and name.startswith("stain_"):
                 _require(repository, f"engines.{name}.{field}", getattr(engine, field), getattr(manifest, field))
@@ -150,7 +173,7 @@ def verify(repository: Path, *, checkpoint: Path | None = None, environment: boo
         for name, engine in manifest.engines.items():
             _require(repository, f"engines.{name}.builder", engine.builder, builder.version(), "here")
             _require(repository, f"engines.{name}.device.kind", engine.device.kind, here.kind, "here")
-            if here.kind == "cuda":
+            if here.kind == "cuda" and here not in [other.device for other in engine.others]:
                 _require(repository, f"engines.{name}.device", engine.device, here, "here")
     if checkpoint is not None:
         weights = checkpoint / "model.safetensors"
@@ -196,18 +219,18 @@ def _read(repository: Path) -> tuple[Manifest, bool]:
 def _manifest(data: dict[str, Any]) -> Manifest:
     data["stains"] = tuple(Stain(**stain) for stain in data["stains"])
     data["sigmas"] = tuple(data["sigmas"])
+    data["batches"] = tuple(data["batches"])
     data["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
     data["engines"] = {name: _engine(engine) for name, engine in data["engines"].items()}
     return Manifest(**data)
 
 
 def _engine(data: dict[str, Any]) -> EngineRecord:
-    smallest, preferred, largest = data["profile"]
     parsed: dict[str, Any] = {
         "sigmas": tuple(data["sigmas"]),
-        "profile": (smallest, preferred, largest),
-        "device": Device(**data["device"]),
-        "parity": tuple(EngineParity(**entry) for entry in data["parity"]),
+        "profiles": tuple((smallest, preferred, largest) for smallest, preferred, largest in data["profiles"]),
+        **_checked(data),
+        "others": tuple(PlanRecord(**{**other, **_checked(other)}) for other in data["others"]),
     }
     for side in ("inputs", "outputs"):
         parsed[side] = tuple(
@@ -215,6 +238,13 @@ def _engine(data: dict[str, Any]) -> EngineRecord:
             for tensor in data[side]
         )
     return EngineRecord(**{**data, **parsed})
+
+
+def _checked(data: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "device": Device(**data["device"]),
+        "parity": tuple(EngineParity(**entry) for entry in data["parity"]),
+    }
 
 
 def _verify_files(repository: Path, expected: Mapping[str, FileRecord]) -> None:

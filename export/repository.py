@@ -19,14 +19,13 @@ from staindiffuser.export import builders, triton_config
 from staindiffuser.export.builders import Builder, BuildOptions, engine_key
 from staindiffuser.export.description import GraphSet, file_sha256
 from staindiffuser.export.errors import ExportUsageError, ManifestError
-from staindiffuser.export.manifest import MANIFEST_JSON, SAMPLER, EngineRecord, Manifest, hash_files, verify
+from staindiffuser.export.manifest import MANIFEST_JSON, SAMPLER, EngineRecord, Manifest, PlanRecord, hash_files, verify
 from staindiffuser.export.parity import EngineParity, Golden, check_parity
 from staindiffuser.export.publishing import locked, staging_folder
 
 __all__ = ["BuildReport", "Plan", "build", "build_repository", "plan_repository"]
 
 TRITON_MODELS = Path(__file__).resolve().parent.parent / "triton_models"
-FLAVOUR = "python"
 Progress = Callable[[str], None]
 
 
@@ -42,6 +41,7 @@ class Plan:
     """Engine key by engine name."""
     engine_files: Mapping[str, str]
     """Engine file name, made from its key, by engine name."""
+    flavour: str
     configs: Mapping[str, str]
     """``config.pbtxt`` by model name."""
     sources: Mapping[str, tuple[Path, ...]]
@@ -64,7 +64,9 @@ def build_repository(
     graphs_dir: Path, output: Path, *, target: str = "onnxruntime", max_batch: int = 8, threads: int = 0
 ) -> Path:
     """Build and publish a model repository; see :func:`build`. Returns ``output``."""
-    return build(graphs_dir, output, target=target, max_batch=max_batch, threads=threads).repository
+    return build(
+        graphs_dir, output, target=target, options=BuildOptions(max_batch=max_batch, threads=threads)
+    ).repository
 
 
 def build(
@@ -72,8 +74,8 @@ def build(
     output: Path,
     *,
     target: str = "onnxruntime",
-    max_batch: int = 8,
-    threads: int = 0,
+    flavour: str = "python",
+    options: BuildOptions | None = None,
     progress: Progress = lambda message: None,
 ) -> BuildReport:
     """Build engines, check them against the golden samples, and publish a model repository.
@@ -82,8 +84,8 @@ def build(
         graphs_dir: what ``export graphs`` wrote.
         output: the repository's folder; replaced as a whole if it holds another one.
         target: one of :data:`staindiffuser.export.builders.TARGETS`.
-        max_batch: largest batch a client may send.
-        threads: threads of a CPU engine, 0 for all that the server may use.
+        flavour: one of :data:`staindiffuser.export.triton_config.FLAVOURS`.
+        options: batches, threads and what else the target takes.
         progress: told what is being done, one line each.
 
     Returns:
@@ -95,7 +97,7 @@ def build(
         BuilderMissingError: the target's builder is not installed.
         ParityError: an engine is too far from torch; ``output`` is untouched.
     """
-    plan = plan_repository(graphs_dir, target=target, max_batch=max_batch, threads=threads)
+    plan = plan_repository(graphs_dir, target=target, flavour=flavour, options=options)
     output = output.resolve()
     _refuse_foreign_folder(output)
     try:
@@ -104,9 +106,10 @@ def build(
             if current is not None and current.fingerprint == plan.fingerprint:
                 return BuildReport(repository=output, manifest=current, built=(), up_to_date=True)
             with staging_folder(output) as folder:
-                built = _write_models(plan, folder, output, progress)
+                others = _carry_others(plan, folder, output)
+                built = _write_models(plan, folder, output, others, progress)
                 parity = _run_parity(plan, folder, progress)
-                _manifest(plan, folder, parity).save(folder)
+                _manifest(plan, folder, parity, others).save(folder)
                 manifest = verify(folder)
             return BuildReport(repository=output, manifest=manifest, built=built, up_to_date=False)
     except OSError as error:
@@ -115,24 +118,36 @@ def build(
         ) from error
 
 
-def plan_repository(graphs_dir: Path, *, target: str = "onnxruntime", max_batch: int = 8, threads: int = 0) -> Plan:
+def plan_repository(
+    graphs_dir: Path, *, target: str = "onnxruntime", flavour: str = "python", options: BuildOptions | None = None
+) -> Plan:
     """Decide everything about a repository without building; fast."""
-    options = BuildOptions(max_batch=max_batch, threads=threads)
+    options = options or BuildOptions()
     builder = builders.get(target)
+    builder.version()  # a target that is not installed is refused before anything else
+    builder.check(options)
     graphs = GraphSet.load(graphs_dir)
     if graphs.precision not in builder.precisions:
         accepted = ", ".join(builder.precisions)
         raise ExportUsageError(f"target {target} does not take {graphs.precision} graphs: export them as {accepted}")
     keys = {name: engine_key(builder, engine, graphs.precision, options) for name, engine in graphs.engines.items()}
     files = {name: f"{key[:16]}{builder.suffix}" for name, key in keys.items()}
-    configs = triton_config.model_configs(graphs, builder, files, options)
-    engine_sources = (TRITON_MODELS / "engine" / "model.py", TRITON_MODELS / "engine" / f"{builder.runner}.py")
+    capability = builder.device().compute_capability
+    plans = {name: {capability: file} for name, file in files.items()}
+    configs = triton_config.model_configs(graphs, builder, plans, options, flavour)
+    engine_sources: tuple[Path, ...] = ()
+    if flavour == "python":
+        engine_sources = (TRITON_MODELS / "engine" / "model.py", TRITON_MODELS / "engine" / f"{builder.runner}.py")
     noise_sources = tuple(TRITON_MODELS / "noise" / name for name in ("model.py", "philox.py", "normal_quantiles.npy"))
-    sources = {triton_config.NOISE_MODEL: noise_sources, **dict.fromkeys(graphs.engines, engine_sources)}
+    sources: dict[str, tuple[Path, ...]] = {
+        triton_config.NOISE_MODEL: noise_sources,
+        **dict.fromkeys(graphs.engines, engine_sources),
+    }
     parts = {
         "staindiffuser": staindiffuser.__version__,
         "graphs": dataclasses.asdict(graphs),
         "target": [target, builder.version()],
+        "flavour": flavour,
         "options": dataclasses.asdict(options),
         "keys": keys,
         "configs": configs,
@@ -147,6 +162,7 @@ def plan_repository(graphs_dir: Path, *, target: str = "onnxruntime", max_batch:
         options=options,
         keys=keys,
         engine_files=files,
+        flavour=flavour,
         configs=configs,
         sources=sources,
         fingerprint=fingerprint,
@@ -160,19 +176,54 @@ def _refuse_foreign_folder(output: Path) -> None:
         raise ExportUsageError(f"{output} is not empty and no model repository: choose another folder")
 
 
-def _current(output: Path) -> Manifest | None:
+def _current(output: Path, *, environment: bool = True) -> Manifest | None:
     """The manifest of what stands there, if it is intact."""
     try:
-        return verify(output)
+        return verify(output, environment=environment)
     except ManifestError:
         return None
 
 
-def _write_models(plan: Plan, folder: Path, output: Path, progress: Progress) -> tuple[str, ...]:
+def _carry_others(plan: Plan, folder: Path, output: Path) -> dict[str, tuple[PlanRecord, ...]]:
+    """Keep the plans that the repository which is replaced has for other kinds of GPU (native flavour)."""
+    others: dict[str, tuple[PlanRecord, ...]] = dict.fromkeys(plan.graphs.engines, ())
+    old = _current(output, environment=False) if plan.flavour == "native" else None
+    if old is None or old.flavour != plan.flavour:
+        return others
+    here = plan.builder.device()
+    for name, graph in plan.graphs.engines.items():
+        record = old.engines.get(name)
+        if record is None or (record.graph_sha256, record.builder, record.profiles) != (
+            graph.graph_sha256,
+            plan.builder.version(),
+            plan.builder.profiles(plan.options),
+        ):
+            continue
+        found = {field.name: getattr(record, field.name) for field in dataclasses.fields(PlanRecord)}
+        for other in (PlanRecord(**found), *record.others):
+            if other.device.compute_capability != here.compute_capability:
+                target = folder / other.file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(output / other.file, target)
+                others[name] += (other,)
+    return others
+
+
+def _write_models(
+    plan: Plan, folder: Path, output: Path, others: Mapping[str, tuple[PlanRecord, ...]], progress: Progress
+) -> tuple[str, ...]:
     built = []
-    for model, text in plan.configs.items():
+    configs = plan.configs
+    if any(others.values()):
+        here = plan.builder.device().compute_capability
+        plans = {
+            name: {here: file, **{o.device.compute_capability: Path(o.file).name for o in others[name]}}
+            for name, file in plan.engine_files.items()
+        }
+        configs = triton_config.model_configs(plan.graphs, plan.builder, plans, plan.options, plan.flavour)
+    for model, text in configs.items():
         version = folder / model / "1"
-        version.mkdir(parents=True)
+        version.mkdir(parents=True, exist_ok=True)
         (folder / model / "config.pbtxt").write_text(text, encoding="utf-8")
         for source in plan.sources.get(model, ()):
             shutil.copyfile(source, version / source.name)
@@ -186,6 +237,8 @@ def _write_models(plan: Plan, folder: Path, output: Path, progress: Progress) ->
             graph = plan.graphs.engines[model]
             plan.builder.build(plan.graphs_dir / graph.file, graph, target, plan.options)
             built.append(model)
+        if plan.options.weight_stripped:
+            shutil.copyfile(plan.graphs_dir / plan.graphs.engines[model].file, version / "weights.onnx")
     return tuple(built)
 
 
@@ -195,10 +248,12 @@ def _reuse(plan: Plan, name: str, output: Path, target: Path) -> bool:
         old = Manifest.load(output).engines.get(name)
     except ManifestError:
         return False
-    if old is None or old.key != plan.keys[name]:
+    records: list[EngineRecord | PlanRecord] = [old, *old.others] if old is not None else []
+    same = [record for record in records if record.key == plan.keys[name]]
+    if not same:
         return False
-    source = output / old.file
-    if not source.is_file() or file_sha256(source) != old.sha256:
+    source = output / same[0].file
+    if not source.is_file() or file_sha256(source) != same[0].sha256:
         return False
     shutil.copyfile(source, target)
     return True
@@ -206,7 +261,7 @@ def _reuse(plan: Plan, name: str, output: Path, target: Path) -> bool:
 
 def _run_parity(plan: Plan, folder: Path, progress: Progress) -> dict[str, list[EngineParity]]:
     golden = Golden.load(plan.graphs_dir / plan.graphs.golden)
-    batches = plan.options.corners
+    batches = plan.options.corners(plan.builder.profiles(plan.options))
     progress(f"checking {golden.samples} golden samples at batch {', '.join(map(str, batches))}")
     engines = {
         name: plan.builder.load(folder / name / "1" / file, threads=plan.options.threads)
@@ -219,7 +274,12 @@ def _run_parity(plan: Plan, folder: Path, progress: Progress) -> dict[str, list[
             engine.close()
 
 
-def _manifest(plan: Plan, folder: Path, parity: Mapping[str, list[EngineParity]]) -> Manifest:
+def _manifest(
+    plan: Plan,
+    folder: Path,
+    parity: Mapping[str, list[EngineParity]],
+    others: Mapping[str, tuple[PlanRecord, ...]],
+) -> Manifest:
     graphs = plan.graphs
     files = hash_files(folder)
     engines = {}
@@ -240,16 +300,17 @@ def _manifest(plan: Plan, folder: Path, parity: Mapping[str, list[EngineParity]]
             sigmas=graphs.sigmas[:steps],
             inputs=graph.inputs,
             outputs=graph.outputs,
-            profile=plan.options.profile,
+            profiles=plan.builder.profiles(plan.options),
             precision=graphs.precision,
             builder=plan.builder.version(),
             device=plan.builder.device(),
             parity=tuple(parity[name]),
+            others=others[name],
         )
     return Manifest(
         staindiffuser=staindiffuser.__version__,
         target=plan.builder.target,
-        flavour=FLAVOUR,
+        flavour=plan.flavour,
         fingerprint=plan.fingerprint,
         model_name=graphs.name,
         model_version=graphs.model_version,
@@ -263,7 +324,11 @@ def _manifest(plan: Plan, folder: Path, parity: Mapping[str, list[EngineParity]]
         sigmas=graphs.sigmas,
         precision=graphs.precision,
         max_batch=plan.options.max_batch,
+        batches=plan.options.preferred,
         threads=plan.options.threads,
+        cuda_pool_bytes=0
+        if plan.builder.device().kind == "cpu"
+        else triton_config.cuda_pool_bytes(graphs, plan.options.max_batch),
         stains=graphs.stains,
         engines=engines,
         files=files,

@@ -17,21 +17,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from staindiffuser.export.builders import Builder, BuildOptions
 from staindiffuser.export.description import GraphSet, Stain, TensorSpec
-from staindiffuser.export.errors import GraphsError
+from staindiffuser.export.errors import ExportUsageError, GraphsError
 from staindiffuser.triton_models.noise.philox import ORIGIN_MULTIPLE, PICTURE_CHANNELS
 
 if TYPE_CHECKING:
     ModelConfig = Any  # protobuf's generated classes carry no types
 
-__all__ = ["ENSEMBLE", "check_ensemble", "contract_parameters", "model_configs", "parse", "to_text"]
+__all__ = [
+    "ENSEMBLE",
+    "FLAVOURS",
+    "Plans",
+    "check_ensemble",
+    "contract_parameters",
+    "cuda_pool_bytes",
+    "model_configs",
+    "parse",
+    "to_text",
+]
 
 ENSEMBLE = "staindiffuser"
 NOISE_MODEL = "noise"
@@ -39,6 +51,17 @@ ENCODER = "he_encoder"
 AFTER = "AFTER"
 """Input of the noise model that only orders it after the encoder."""
 _TYPES = {"uint8": pb.TYPE_UINT8, "float16": pb.TYPE_FP16, "float32": pb.TYPE_FP32, "int64": pb.TYPE_INT64}
+FLAVOURS = ("python", "native")
+"""``python``: Triton's Python backend runs the engines, anywhere. ``native``: its TensorRT backend does, in the
+vendor's container."""
+Plans = Mapping[str, str]
+"""Compute capability ("8.9"; "" on a CPU) to file name."""
+IN_FLIGHT = 4
+"""Requests whose tensors are on the GPU at once; decides the CUDA pool's size (ours)."""
+QUEUE_LENGTH = 64
+"""Requests that may wait for a model; the next one is refused (ours)."""
+QUEUE_TIMEOUT_US = 30_000_000
+"""Longest wait in a model's queue, microseconds (ours)."""
 
 
 class Contract(Protocol):
@@ -127,28 +150,56 @@ def check_ensemble(graphs: GraphSet) -> None:
             raise GraphsError(f"clients expect {_show(spec)}, but the ensemble has {_show(tensors.get(spec.name))}")
 
 
+def cuda_pool_bytes(graphs: GraphSet, max_batch: int) -> int:
+    """Bytes of all that lies between the ensemble's models, and of its results, for the requests that are in flight."""
+    engines = graphs.engines.values()
+    between = [*noise_outputs(graphs.tile, graphs.steps), *(spec for engine in engines for spec in engine.outputs)]
+    each = sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in between)
+    return IN_FLIGHT * max_batch * each
+
+
 def model_configs(
-    graphs: GraphSet, builder: Builder, engine_files: Mapping[str, str], options: BuildOptions
+    graphs: GraphSet,
+    builder: Builder,
+    engine_files: Mapping[str, Plans],
+    options: BuildOptions,
+    flavour: str = "python",
 ) -> dict[str, str]:
     """The text of every model's ``config.pbtxt``, by model name.
 
     Args:
         graphs: what is served.
         builder: the engines' target.
-        engine_files: file name of each engine inside its model's version folder.
-        options: batch and threads.
+        engine_files: files of each engine inside its model's version folder, by compute capability ("" on a CPU); the
+            first is the one that was built here.
+        options: batches and threads.
+        flavour: ``python`` or ``native``.
 
     Raises:
         GraphsError: the engines' tensors do not fit together.
+        ExportUsageError: the flavour does not exist or cannot run the target's engines.
     """
     check_ensemble(graphs)
+    if flavour not in FLAVOURS:
+        raise ExportUsageError(f"flavour {flavour!r}: choose {', '.join(FLAVOURS)}")
+    if flavour == "native" and builder.target != "tensorrt":
+        raise ExportUsageError(
+            f"flavour native is for Triton's TensorRT backend, which runs target tensorrt only, not {builder.target}: "
+            "take flavour python"
+        )
+    if flavour == "native" and options.weight_stripped:
+        raise ExportUsageError("flavour native cannot put weights back into stripped plans: leave out one of the two")
     gpu = builder.device().kind == "cuda"
     origin, seed = wire_inputs(graphs.tile)[1:]
     after = dataclasses.replace(graphs.engines[ENCODER].outputs[-1], name=AFTER)
     noise = noise_outputs(graphs.tile, graphs.steps)
     messages = [_python_model(NOISE_MODEL, (origin, seed, after), noise, options, gpu, {})]
     for name, engine in graphs.engines.items():
-        parameters = {"engine": engine_files[name], "runner": builder.runner, "threads": str(options.threads)}
+        if flavour == "native":
+            messages.append(_native_model(name, engine.inputs, engine.outputs, options, engine_files[name]))
+            continue
+        file = next(iter(engine_files[name].values()))
+        parameters = {"engine": file, "runner": builder.runner, "threads": str(options.threads)}
         messages.append(_python_model(name, engine.inputs, engine.outputs, options, gpu, parameters))
     messages.append(_ensemble(graphs, options))
     return {message.name: to_text(message) for message in messages}
@@ -192,14 +243,52 @@ def _python_model(
         message.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "no"
     # No dynamic batching: merging requests by chance would let the same request meet different batch sizes, and with
     # them results a grey level apart. Clients choose their batch.
+    _finish(message, inputs, options)
+    return message
+
+
+def _native_model(
+    name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], options: BuildOptions, plans: Plans
+) -> ModelConfig:
+    """One engine for Triton's TensorRT backend.
+
+    That server is shared by many clients, so requests are merged: to the batches that the plan has profiles and CUDA
+    graphs for, never waiting for more. A queue that is full, or a request that waited too long, is refused.
+    """
+    message = pb.ModelConfig(name=name, platform="tensorrt_plan", backend="tensorrt", max_batch_size=options.max_batch)
+    _add_tensors(message, inputs, outputs)
+    message.default_model_filename = next(iter(plans.values()))
+    for capability, file in plans.items():
+        message.cc_model_filenames[capability] = file
+    # One instance: with dynamic shapes each would hold the weights again.
+    group = message.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_GPU)
+    group.profile.extend(str(index) for index in range(len(options.profiles)))
+    batching = message.dynamic_batching
+    batching.preferred_batch_size.extend(options.preferred)
+    batching.max_queue_delay_microseconds = 0
+    queue = batching.default_queue_policy
+    queue.timeout_action = pb.ModelQueuePolicy.REJECT
+    queue.default_timeout_microseconds = QUEUE_TIMEOUT_US
+    queue.max_queue_size = QUEUE_LENGTH
+    cuda = message.optimization.cuda
+    cuda.graphs = True
+    for batch in options.preferred:
+        spec = cuda.graph_spec.add(batch_size=batch)
+        for tensor in inputs:
+            spec.input[tensor.name].dim.extend(tensor.shape)
+    _finish(message, inputs, options)
+    return message
+
+
+def _finish(message: ModelConfig, inputs: Iterable[TensorSpec], options: BuildOptions) -> None:
+    """What every model gets: no response cache, and a warm-up with the shapes it will meet."""
     message.response_cache.enable = False  # its key ignores shape, dtype and requested outputs
-    for batch in sorted({1, options.max_batch}):
+    for batch in options.preferred:
         warmup = message.model_warmup.add(name=f"batch_{batch}", batch_size=batch, count=1)
         for spec in inputs:
             warmup.inputs[spec.name].data_type = _TYPES[spec.dtype]
             warmup.inputs[spec.name].dims.extend(spec.shape)
             warmup.inputs[spec.name].zero_data = True
-    return message
 
 
 def _ensemble(graphs: GraphSet, options: BuildOptions) -> ModelConfig:

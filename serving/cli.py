@@ -18,6 +18,7 @@ def serve(
     grpc_port: Annotated[int, typer.Option(help="Port for clients, on 127.0.0.1; 0 for a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Port for Prometheus, on 127.0.0.1; 0 for a free one.")] = 8002,
     threads: Annotated[int | None, typer.Option(help="Threads of each CPU engine; 0 for all cores.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Serve only engines that come from this checkpoint.")] = None,
     log: Annotated[Path | None, typer.Option(help="Append Triton's log to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ready line as one JSON object.")] = False,
 ) -> None:
@@ -41,7 +42,12 @@ def serve(
     try:
         chosen = repository or demo_repository(lambda message: typer.echo(message, err=True))
         server = TritonServer(
-            chosen, grpc_port=grpc_port or None, metrics_port=metrics_port or None, log=log, threads=threads
+            chosen,
+            grpc_port=grpc_port or None,
+            metrics_port=metrics_port or None,
+            log=log,
+            threads=threads,
+            checkpoint=checkpoint,
         )
         with server:
             manifest = server.manifest

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from staindiffuser.export.cache import cache_folder
 from staindiffuser.export.errors import GraphsError
 from staindiffuser.export.repository import Progress, build, plan_repository
 
 __all__ = ["cache_folder", "demo_graphs", "demo_repository"]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-
-
-def cache_folder() -> Path:
-    """Where what can be made again is kept: ``$STAINDIFFUSER_CACHE``, or the user's cache folder."""
-    if chosen := os.environ.get("STAINDIFFUSER_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "staindiffuser"
 
 
 def demo_graphs() -> Path:

@@ -52,6 +52,7 @@ class TritonServer:
         metrics_port: int | None = None,
         log: Path | None = None,
         threads: int | None = None,
+        checkpoint: Path | None = None,
     ) -> None:
         """Describe a server; entering the context starts it.
 
@@ -60,11 +61,13 @@ class TritonServer:
             grpc_port, metrics_port: on 127.0.0.1; free ones by default.
             log: where Triton's log is appended; by default it is kept only while the server runs.
             threads: threads of each CPU engine instead of what the repository says; 0 for all.
+            checkpoint: checkpoint folder that the engines must come from, or None.
         """
         self.repository = repository.resolve()
         self._ports = (grpc_port, metrics_port)
         self._log = log
         self._threads = threads
+        self._checkpoint = checkpoint
         self._folder: Path | None = None
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._manifest: Manifest | None = None
@@ -107,7 +110,12 @@ class TritonServer:
             ServerMissingError: there is no tritonserver here, or too little shared memory.
             ServerStartError: it did not become ready; quotes its log.
         """
-        self._manifest = verify(self.repository)
+        self._manifest = verify(self.repository, checkpoint=self._checkpoint)
+        if self._manifest.flavour != "python":
+            raise ServerMissingError(
+                f"{self.repository} is for Triton's TensorRT backend, which the embedded server lacks: serve it in the "
+                "container, or build it with --flavour python"
+            )
         runtime = find_runtime()
         _require_shared_memory(self._manifest)
         for port in self._ports:
@@ -212,7 +220,7 @@ class TritonServer:
             arguments["allow-gpu-metrics"] = "false"
         else:
             # The features live here between models; a full pool silently falls back to host memory.
-            arguments["cuda-memory-pool-byte-size"] = f"0:{4 * sum(_model_bytes(self.manifest))}"
+            arguments["cuda-memory-pool-byte-size"] = f"0:{self.manifest.cuda_pool_bytes}"
         return [f"--{name}={value}" if value else f"--{name}" for name, value in arguments.items()]
 
     def _wait_until_ready(self) -> None:

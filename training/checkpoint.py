@@ -40,9 +40,9 @@ class CheckpointConfig:
     model: ModelConfig
     notice: str
     """What every output of this model must say of itself."""
-    tile: int = 256
+    tile: int = 512
     """Tile size it is served at unless an export says otherwise, pixels."""
-    margin: int = 32
+    margin: int = 64
     """Context cropped from each side of a served tile, pixels; a multiple of 16."""
     receptive_radius: int = 0
     """Largest distance at which an input pixel can reach an output pixel, pixels (from the architecture)."""

@@ -55,7 +55,7 @@ def stain_tiles(
         torch.from_numpy(n).to(device).float()
         for n in sampler_noise(seeds, origins, steps=steps, size=(he.shape[1], he.shape[2]))
     )
-    features = network.encoder(he_to_network(torch.from_numpy(he).to(device)))
+    features = network.encoder(he_to_network(torch.tensor(he, device=device)))
     results: dict[str, NDArray[np.uint8]] = {}
     for stain in config.stains:
         denoise = network.denoiser("pictures", stain.name, features)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib
 from typing import cast
 
-from staindiffuser.export.builders.base import Builder, BuildOptions, Device, Engine, engine_key
+from staindiffuser.export.builders.base import Builder, BuildOptions, Device, Engine, Profile, engine_key
 from staindiffuser.export.errors import ExportUsageError
 
-__all__ = ["TARGETS", "BuildOptions", "Builder", "Device", "Engine", "engine_key", "get"]
+__all__ = ["TARGETS", "BuildOptions", "Builder", "Device", "Engine", "Profile", "engine_key", "get"]
 
-TARGETS = {"onnxruntime": "OnnxRuntimeBuilder"}
+TARGETS = {
+    "onnxruntime": "OnnxRuntimeBuilder",
+    "tensorrt": "TensorRTBuilder",
+    "tensorrt-rtx": "TensorRTRtxBuilder",
+    "torch": "TorchBuilder",
+}
 """Target to its builder's class, in the module of this package named like the target."""
 
 

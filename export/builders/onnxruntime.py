@@ -9,14 +9,16 @@ machine that wrote it. So the portable bytes are kept, and ONNX Runtime optimise
 from __future__ import annotations
 
 import importlib.metadata
-import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from staindiffuser.export.builders.base import BuildOptions, Device, Engine
+from staindiffuser.export.builders.base import BuildOptions, Device, Engine, Profile, refuse_unused
+from staindiffuser.export.builders.checks import check_graph
+from staindiffuser.export.builders.devices import processor
 from staindiffuser.export.description import EngineGraph
-from staindiffuser.export.errors import BuilderMissingError, GraphsError
+from staindiffuser.export.errors import BuilderMissingError
 
 __all__ = ["OnnxRuntimeBuilder"]
 
@@ -38,7 +40,19 @@ class OnnxRuntimeBuilder:
 
     def device(self) -> Device:
         """This machine's processor."""
-        return Device(kind="cpu", name=_processor())
+        return processor()
+
+    def check(self, options: BuildOptions) -> None:
+        """Only threads and batches mean something here."""
+        refuse_unused(self.target, options, "threads")
+
+    def profiles(self, options: BuildOptions) -> tuple[Profile, ...]:
+        """ONNX Runtime takes any batch."""
+        return options.one_profile
+
+    def settings(self, options: BuildOptions) -> Mapping[str, Any]:
+        """Nothing: threads are the session's."""
+        return {}
 
     def build(self, graph: Path, description: EngineGraph, output: Path, options: BuildOptions) -> None:
         """Check the graph and copy it.
@@ -46,27 +60,7 @@ class OnnxRuntimeBuilder:
         Raises:
             GraphsError: the file is not a valid ONNX model, or its tensors are not those described.
         """
-        import onnx
-
-        try:
-            model = onnx.load(graph, load_external_data=False)
-            onnx.checker.check_model(model)
-        except Exception as error:  # protobuf's and the checker's errors share no base
-            raise GraphsError(f"{graph} is not a valid ONNX model: {str(error).splitlines()[0]}") from error
-        for side, tensors, described in (
-            ("input", model.graph.input, description.inputs),
-            ("output", model.graph.output, description.outputs),
-        ):
-            found = {}
-            for tensor in tensors:
-                dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.type.tensor_type.elem_type).name
-                found[tensor.name] = (dtype, tuple(d.dim_value for d in tensor.type.tensor_type.shape.dim[1:]))
-            for spec in described:
-                if found.get(spec.name) != (spec.dtype, spec.shape):
-                    raise GraphsError(
-                        f"{graph}: {side} {spec.name} is {found.get(spec.name)} in the graph, "
-                        f"{(spec.dtype, spec.shape)} in the description: export the graphs again"
-                    )
+        check_graph(graph, description)
         shutil.copyfile(graph, output)
 
     def load(self, path: Path, *, threads: int) -> Engine:
@@ -74,13 +68,3 @@ class OnnxRuntimeBuilder:
         from staindiffuser.triton_models.engine import engine_onnxruntime
 
         return engine_onnxruntime.load(path, threads=threads)
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

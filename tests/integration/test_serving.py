@@ -214,7 +214,7 @@ def test_a_repository_that_was_changed_is_refused(repository: Path, tmp_path: Pa
 def test_a_failed_start_quotes_the_reason(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = Path(shutil.copytree(repository, tmp_path / "broken"))
     (broken / "noise" / "1" / "model.py").write_text("raise RuntimeError('no such luck')\n")
-    monkeypatch.setattr(server_module, "verify", Manifest.load)
+    monkeypatch.setattr(server_module, "verify", lambda path, checkpoint=None: Manifest.load(path))
     with pytest.raises(ServerStartError, match="no such luck") as error, TritonServer(broken):
         pass
     assert "\n" not in str(error.value)

@@ -57,7 +57,7 @@ def test_what_was_built_verifies_and_says_what_it_is(built: Path) -> None:
     engine = manifest.engines["stain_cd3"]
     assert engine.steps == 2
     assert engine.sigmas == manifest.sigmas
-    assert engine.profile == (1, 2, 2)
+    assert engine.profiles == ((1, 2, 2),)
     assert engine.device.kind == "cpu"
     assert engine.device.name
     assert engine.builder.startswith("onnxruntime ")

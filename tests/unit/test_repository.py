@@ -19,6 +19,7 @@ import pytest
 
 from staindiffuser.benchmarks.synthetic import DEFAULT_STAINS, write_graphs
 from staindiffuser.export import publishing, triton_config
+from staindiffuser.export.builders import BuildOptions
 from staindiffuser.export.description import GraphSet, Stain, TensorSpec, file_sha256
 from staindiffuser.export.errors import ExportUsageError, GraphsError, ManifestError, ParityError
 from staindiffuser.export.manifest import Manifest, verify
@@ -98,12 +99,12 @@ def test_nothing_changed_builds_nothing_within_two_seconds(graphs: Path, tmp_pat
 
 
 def test_another_option_republishes_and_keeps_what_it_can(graphs: Path, tmp_path: Path) -> None:
-    build(graphs, tmp_path / "repository", max_batch=2)
-    again = build(graphs, tmp_path / "repository", max_batch=2, threads=1)
+    build(graphs, tmp_path / "repository", options=BuildOptions(max_batch=2))
+    again = build(graphs, tmp_path / "repository", options=BuildOptions(max_batch=2, threads=1))
     assert not again.up_to_date
     assert again.built == ()
     assert verify(again.repository).threads == 1
-    larger = build(graphs, tmp_path / "repository", max_batch=3)
+    larger = build(graphs, tmp_path / "repository", options=BuildOptions(max_batch=3))
     assert len(larger.built) == 5
 
 
@@ -112,7 +113,7 @@ def test_a_damaged_repository_is_mended_with_a_fresh_engine(graphs: Path, tmp_pa
     good = contents(output)
     (engine,) = output.glob("stain_cd3/1/*.onnx")
     engine.write_bytes(engine.read_bytes()[:-1] + b"\0")
-    assert build(graphs, output, max_batch=1).built == ("stain_cd3",)
+    assert build(graphs, output, options=BuildOptions(max_batch=1)).built == ("stain_cd3",)
     assert contents(output) == good
 
 
@@ -120,7 +121,7 @@ def test_an_added_stain_builds_its_own_two_engines(graphs: Path, tmp_path: Path)
     output = build_repository(graphs, tmp_path / "repository", max_batch=1)
     before = {name: record.sha256 for name, record in Manifest.load(output).engines.items()}
     write_graphs(tmp_path / "more", tile=32, stains=(*DEFAULT_STAINS, Stain(name="ki67", label="Ki-67")))
-    report = build(tmp_path / "more", output, max_batch=1)
+    report = build(tmp_path / "more", output, options=BuildOptions(max_batch=1))
     assert report.built == ("stain_ki67", "cells_ki67")
     after = {name: record.sha256 for name, record in report.manifest.engines.items()}
     assert {name: after[name] for name in before} == before
@@ -169,12 +170,12 @@ def test_over_the_parity_limit_nothing_is_published(graphs: Path, tmp_path: Path
     description = GraphSet.load(other, verify=False)
     dataclasses.replace(description, golden_sha256=file_sha256(other / "golden.npz")).save(other)
     with pytest.raises(ParityError, match="cells_cd3 differs"):
-        build(other, tmp_path / "repository", max_batch=1)
+        build(other, tmp_path / "repository", options=BuildOptions(max_batch=1))
     assert not (tmp_path / "repository").exists()
     good = build_repository(graphs, tmp_path / "repository", max_batch=1)
     before = contents(good)
     with pytest.raises(ParityError):
-        build(other, tmp_path / "repository", max_batch=1)
+        build(other, tmp_path / "repository", options=BuildOptions(max_batch=1))
     assert contents(good) == before
     assert leftovers(tmp_path) == []
 
@@ -219,7 +220,7 @@ def test_full_disk_publishes_nothing_and_leaves_the_old(
 
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(ExportUsageError, match="cannot be written: No space left on device: nothing was published"):
-        build(graphs, output, max_batch=2)
+        build(graphs, output, options=BuildOptions(max_batch=2))
     assert contents(output) == before
     assert leftovers(tmp_path) == []
 
@@ -246,12 +247,13 @@ BUILD = """
     import os, sys, time
     from pathlib import Path
     from staindiffuser.export import repository
+    from staindiffuser.export.builders import BuildOptions
     if len(sys.argv) > 3:
         def slow(*arguments):
             print("working", flush=True)
             time.sleep(60)
         repository._run_parity = slow
-    report = repository.build(Path(sys.argv[1]), Path(sys.argv[2]), max_batch=1)
+    report = repository.build(Path(sys.argv[1]), Path(sys.argv[2]), options=BuildOptions(max_batch=1))
     print(len(report.built), report.up_to_date, "torch" in sys.modules)
 """
 
@@ -277,5 +279,5 @@ def test_a_killed_build_is_cleaned_up_by_the_next(graphs: Path, tmp_path: Path) 
     process.communicate()
     assert any(name.startswith(".repository.building-") for name in leftovers(tmp_path))
     assert not (tmp_path / "repository").exists()
-    assert len(build(graphs, tmp_path / "repository", max_batch=1).built) == 5
+    assert len(build(graphs, tmp_path / "repository", options=BuildOptions(max_batch=1)).built) == 5
     assert leftovers(tmp_path) == []

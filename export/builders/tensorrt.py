@@ -1,0 +1,124 @@
+"""Target ``tensorrt``: plans for one GPU, by TensorRT 10.16 or 11 (the same code).
+
+A plan runs on the kind of GPU that built it. Tactics are timed on the GPU; the timings are kept in the user's cache
+folder, per TensorRT version and GPU, so that building again is quick and the artefact does not change its bytes for it.
+
+No machine with a GPU has run this file; on a CPU its network building is run by the tests through TensorRT-RTX, which
+has the same API.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from staindiffuser.export.builders.base import BuildOptions, Device, Engine, HostEngine, Profile, refuse_unused
+from staindiffuser.export.builders.checks import check_graph
+from staindiffuser.export.builders.devices import find_gpu
+from staindiffuser.export.builders.missing import missing
+from staindiffuser.export.builders.trt_network import serialize
+from staindiffuser.export.cache import cache_folder
+from staindiffuser.export.description import EngineGraph
+from staindiffuser.export.errors import ExportUsageError
+
+__all__ = ["TensorRTBuilder"]
+
+_OLDEST = (10, 16)
+
+
+class TensorRTBuilder:
+    """See :class:`staindiffuser.export.builders.base.Builder`."""
+
+    target = "tensorrt"
+    suffix = ".plan"
+    runner = "engine_tensorrt"
+    precisions: Sequence[str] = ("fp32", "fp16", "bf16")
+
+    def version(self) -> str:
+        """The installed TensorRT."""
+        return f"tensorrt {self._module().__version__}"
+
+    def device(self) -> Device:
+        """This machine's GPU."""
+        gpu = find_gpu()
+        if gpu is None:
+            raise missing(self.target, "no NVIDIA GPU here, and a plan is built on the GPU that runs it")
+        return gpu
+
+    def check(self, options: BuildOptions) -> None:
+        """A plan is for the GPU at hand; everything else may be chosen."""
+        if options.compute_capabilities:
+            raise ExportUsageError(
+                "target tensorrt builds for the GPU of this machine: leave out --compute-capability, and build into "
+                "the same repository on each kind of GPU"
+            )
+        refuse_unused(self.target, options, "workspace_mib", "verbosity", "version_compatible", "weight_stripped")
+
+    def profiles(self, options: BuildOptions) -> tuple[Profile, ...]:
+        """One per preferred batch: each gets the tactics that are fastest there."""
+        return options.profiles
+
+    def settings(self, options: BuildOptions) -> Mapping[str, Any]:
+        """What else decides the bytes."""
+        names = ("workspace_mib", "verbosity", "version_compatible", "weight_stripped")
+        return {name: getattr(options, name) for name in names}
+
+    def build(self, graph: Path, description: EngineGraph, output: Path, options: BuildOptions) -> None:
+        """Build a plan on this machine's GPU.
+
+        Raises:
+            GraphsError: the file is not the graph that was described.
+            BuildError: TensorRT refuses it.
+        """
+        check_graph(graph, description)
+        trt = self._module()
+        cache = _timing_cache(self.version(), self.device())
+        timings: list[Any] = []
+
+        def configure(config: Any) -> None:
+            known = cache.read_bytes() if cache.is_file() else b""
+            timings.append(config.create_timing_cache(known))
+            # A cache of another version or GPU is not an error: TensorRT then times anew.
+            config.set_timing_cache(timings[0], ignore_mismatch=False)
+
+        output.write_bytes(serialize(trt, graph, self.profiles(options), options, configure=configure))
+        _keep(cache, bytes(timings[0].serialize()))
+
+    def load(self, path: Path, *, threads: int) -> Engine:
+        """Load on this machine's GPU, as the server does."""
+        self.device()
+        del threads
+        engine_tensorrt = importlib.import_module("staindiffuser.triton_models.engine.engine_tensorrt")
+        return HostEngine(engine_tensorrt.load(path))
+
+    def _module(self) -> Any:
+        install = (
+            "pip install 'tensorrt>=10.16' (it downloads from NVIDIA's own index), or use the container "
+            "nvcr.io/nvidia/tritonserver"
+        )
+        try:
+            module = importlib.import_module("tensorrt")
+        except (ImportError, OSError):
+            raise missing(self.target, f"TensorRT is not installed: {install}") from None
+        if not hasattr(module, "Builder"):  # stubs for type checkers leave an empty package behind
+            raise missing(self.target, f"TensorRT is not installed: {install}")
+        if tuple(int(part) for part in module.__version__.split(".")[:2]) < _OLDEST:
+            raise missing(self.target, f"TensorRT {module.__version__} is too old: {install}")
+        return module
+
+
+def _timing_cache(version: str, device: Device) -> Path:
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{version}-{device.name}-{device.compute_capability}")
+    return cache_folder() / "timings" / f"{name}.cache"
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """Replace the cache as a whole; builds on other GPUs of this machine may do so at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    draft.write_bytes(data)
+    draft.replace(path)

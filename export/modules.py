@@ -1,0 +1,88 @@
+"""The engines as torch modules: what ``export graphs`` traces and what is measured against the compiled engines.
+
+Needs torch and nothing else: a machine with a GPU may have no ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from staindiffuser.export.folding import FoldedBranch, FoldedEncoder, features_unit
+from staindiffuser.training.config import StainConfig
+from staindiffuser.training.diffusion.edm import precondition
+from staindiffuser.training.model.network import DualDiffusion, Task, he_to_network
+
+__all__ = ["PRECISIONS", "BranchEngine", "EncoderEngine"]
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""What the trunk may compute in."""
+
+
+class EncoderEngine(nn.Module):
+    """HE uint8 [B, T, T, 3] → four features, half precision.
+
+    Args:
+        trunk: what the convolutions compute in.
+    """
+
+    def __init__(self, network: DualDiffusion, trunk: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.encoder = FoldedEncoder(network.encoder).to(trunk)
+
+    def forward(self, HE: Tensor) -> tuple[Tensor, ...]:
+        return tuple(f.half() for f in self.encoder(he_to_network(HE).to(self.trunk)))
+
+
+class BranchEngine(nn.Module):
+    """Features and noise → uint8 picture or cell map: attention once, then the unrolled sampler.
+
+    Args:
+        sigmas: noise level of each step; the cell branch has one, σ_max.
+        trunk: what the convolutions compute in; the preconditioning is float32.
+    """
+
+    def __init__(
+        self,
+        network: DualDiffusion,
+        task: Task,
+        stain: StainConfig,
+        sigmas: Sequence[float],
+        trunk: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        sigma = torch.tensor(sigmas, dtype=torch.float64)
+        sd = network.config.sigma_data
+        c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
+        branch = FoldedBranch(network.branch(task, stain.name), features_unit(network.encoder), c_noise.float())
+        self.branch = branch.to(trunk)
+        self.c_skip, self.c_out, self.c_in, self.sigmas = (v.tolist() for v in (c_skip, c_out, c_in, sigma))
+        pictures = task == "pictures"
+        mean, std = (stain.picture_mean, stain.picture_std) if pictures else (stain.cells_mean, stain.cells_std)
+        self.register_buffer("offset", 255 * torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("scale", 255 / sd * torch.tensor(std).view(1, -1, 1, 1))
+        self.offset: Tensor
+        self.scale: Tensor
+
+    def forward(
+        self, FEATURES_0: Tensor, FEATURES_1: Tensor, FEATURES_2: Tensor, FEATURES_3: Tensor, NOISE: Tensor
+    ) -> Tensor:
+        injections = self.branch.attend([f.to(self.trunk) for f in (FEATURES_0, FEATURES_1, FEATURES_2, FEATURES_3)])
+        # One unshuffle for all steps: [B, k, 3, H, W] as k·3 channels, then cut per step.
+        steps = NOISE.flatten(1, 2) if NOISE.ndim == 5 else NOISE
+        noise = F.pixel_unshuffle(steps, 2).chunk(len(self.sigmas), dim=1)
+        y: Tensor | None = None
+        for step, sigma in enumerate(self.sigmas):
+            z = noise[step].float()
+            x = z * sigma if y is None else y + z * sigma
+            f = self.branch((x * self.c_in[step]).to(self.trunk), step, injections).float()
+            y = x * self.c_skip[step] + f * self.c_out[step]
+        assert y is not None
+        result = (F.pixel_shuffle(y, 2) * self.scale + self.offset).clamp(0, 255).round()
+        # Permute before the cast: TensorRT's UINT8 tensors may only be cast.
+        return result.permute(0, 2, 3, 1).to(torch.uint8)

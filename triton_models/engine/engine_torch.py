@@ -1,0 +1,222 @@
+"""A graph run by torch: on a GPU without TensorRT each batch size is captured once as a CUDA graph and replayed.
+
+Copied beside ``model.py`` into the model repository; imports nothing of the project. The engine file is the ONNX graph
+itself; its dozen kinds of operation are run by torch one after another, so what runs is exactly what was hashed, and no
+pickle is ever loaded. On a CPU (tests, comparison) the same program runs without capture. No machine with a GPU has run
+this file yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["GraphProgram", "TorchEngine", "load"]
+
+_WARM_UPS = 3
+_MOST_CAPTURED = 8
+"""Batch sizes that are captured; others run without: each captured graph keeps its memory."""
+_DTYPES = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.BFLOAT16: torch.bfloat16,
+    onnx.TensorProto.UINT8: torch.uint8,
+    onnx.TensorProto.INT64: torch.int64,
+}
+
+
+def _shuffle(x: Tensor, size: int, mode: bytes) -> Tensor:
+    if mode == b"CRD":
+        return F.pixel_shuffle(x, size)
+    b, c, h, w = x.shape
+    x = x.view(b, size, size, c // size**2, h, w).permute(0, 3, 4, 1, 5, 2)
+    return x.reshape(b, c // size**2, h * size, w * size)
+
+
+def _unshuffle(x: Tensor, size: int) -> Tensor:
+    b, c, h, w = x.shape
+    x = x.view(b, c, h // size, size, w // size, size).permute(0, 3, 5, 1, 2, 4)
+    return x.reshape(b, c * size**2, h // size, w // size)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, **attributes: Any) -> Tensor:
+    top, left, bottom, right = attributes.get("pads", (0, 0, 0, 0))
+    if (top, left) != (bottom, right) or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
+        raise ValueError("only symmetric padding is known")
+    return F.conv2d(
+        x,
+        weight,
+        bias,
+        stride=attributes.get("strides", (1, 1)),
+        padding=(top, left),
+        dilation=attributes.get("dilations", (1, 1)),
+        groups=attributes.get("group", 1),
+    )
+
+
+def _resize(x: Tensor, roi: Any, scales: list[float], **attributes: Any) -> Tensor:
+    if attributes.get("mode") != b"nearest":
+        raise ValueError("only nearest-neighbour resizing is known")
+    return F.interpolate(x, scale_factor=tuple(scales[2:]), mode="nearest")
+
+
+def _split(x: Tensor, sizes: list[int] | None = None, *, axis: int = 0, num_outputs: int = 0) -> tuple[Tensor, ...]:
+    return torch.split(x, sizes if sizes is not None else -(-x.shape[axis] // num_outputs), axis)
+
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "Add": torch.add,
+    "AveragePool": lambda x, **a: F.avg_pool2d(x, a["kernel_shape"], a["strides"]),
+    "Cast": lambda x, to: x.to(_DTYPES[to]),
+    "Clip": lambda x, low, high: x.clamp(low, high),
+    "Concat": lambda *x, axis: torch.cat(x, axis),
+    "Conv": _conv,
+    "DepthToSpace": lambda x, blocksize, mode=b"DCR": _shuffle(x, blocksize, mode),
+    "Div": torch.div,
+    "Gather": lambda x, index, axis=0: x.select(axis, index),
+    "Identity": lambda x: x,
+    "Mul": torch.mul,
+    "Relu": torch.relu,
+    "Reshape": lambda x, shape: x.reshape(shape),
+    "Resize": _resize,
+    "Round": torch.round,
+    "Sigmoid": torch.sigmoid,
+    "Split": _split,
+    "SpaceToDepth": lambda x, blocksize: _unshuffle(x, blocksize),
+    "Sub": torch.sub,
+    "Transpose": lambda x, perm: x.permute(perm),
+}
+_CONSTANT_INPUTS = {"Split": (1,), "Reshape": (1,), "Resize": (2,), "Gather": (1,), "Clip": (1, 2)}
+"""Inputs that torch takes as Python numbers: they must be constants of the graph."""
+
+
+class GraphProgram(torch.nn.Module):
+    """An ONNX graph as a torch module; inputs in the graph's order.
+
+    Raises:
+        ValueError: the graph holds an operation that is not known here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        graph = onnx.load(path).graph
+        self.inputs = [value.name for value in graph.input]
+        self.outputs = [value.name for value in graph.output]
+        weights: dict[str, Tensor] = {}
+        numbers: dict[str, Any] = {}
+        for tensor in graph.initializer:
+            array = numpy_helper.to_array(tensor)
+            if array.dtype.name == "bfloat16":  # NumPy knows the bits, not the type
+                weights[tensor.name] = torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+            else:
+                weights[tensor.name] = torch.from_numpy(array.copy())
+                numbers[tensor.name] = array.tolist()
+        self._steps: list[tuple[Callable[..., Any], list[Any], dict[str, Any], list[str]]] = []
+        for node in graph.node:
+            operation = _OPERATIONS.get(node.op_type)
+            if operation is None:
+                raise ValueError(f"{path.name}: operation {node.op_type} is not known")
+            attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+            if node.op_type == "Cast" and node.input[0] in weights:
+                weights[node.output[0]] = operation(weights.pop(node.input[0]), **attributes)
+                continue
+            constant = _CONSTANT_INPUTS.get(node.op_type, ())
+            arguments = [(numbers[n] if i in constant else n) if n else None for i, n in enumerate(node.input)]
+            self._steps.append((operation, arguments, attributes, list(node.output)))
+        used = {argument for _, arguments, _, _ in self._steps for argument in arguments if isinstance(argument, str)}
+        # Parameter names may not hold dots.
+        self._weights = {name: f"weight_{index}" for index, name in enumerate(sorted(used & set(weights)))}
+        for name, attribute in self._weights.items():
+            self.register_buffer(attribute, weights[name])
+        last = {name: i for i, step in enumerate(self._steps) for name in step[1] if isinstance(name, str)}
+        self._free = [[n for n in last if last[n] == i and n not in self.outputs] for i in range(len(self._steps))]
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph."""
+        values = dict(zip(self.inputs, inputs, strict=True))
+        values.update({name: getattr(self, attribute) for name, attribute in self._weights.items()})
+        for (operation, arguments, attributes, outputs), free in zip(self._steps, self._free, strict=True):
+            result = operation(*(values[a] if isinstance(a, str) else a for a in arguments), **attributes)
+            values.update(zip(outputs, result if isinstance(result, tuple) else (result,), strict=True))
+            for name in free:
+                values.pop(name, None)
+        return tuple(values[name].contiguous() for name in self.outputs)
+
+
+class _Captured:
+    """One batch size: fixed input and output tensors, and the CUDA graph between them."""
+
+    def __init__(self, program: GraphProgram, inputs: list[Tensor]) -> None:
+        self.inputs = [tensor.clone() for tensor in inputs]
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # cuDNN chooses its algorithms before the capture
+            for _ in range(_WARM_UPS):
+                program(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = program(*self.inputs)
+
+    def run(self, inputs: list[Tensor]) -> list[Tensor]:
+        for held, tensor in zip(self.inputs, inputs, strict=True):
+            held.copy_(tensor)
+        self.graph.replay()
+        return [tensor.clone() for tensor in self.outputs]
+
+
+class TorchEngine:
+    """One graph on one device."""
+
+    def __init__(self, path: Path, *, threads: int = 0, device: int = 0) -> None:
+        self._cuda = torch.cuda.is_available()
+        self._device = torch.device("cuda", device) if self._cuda else torch.device("cpu")
+        if not self._cuda and threads:
+            torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        self._program = GraphProgram(path).to(self._device).eval()
+        self._captured: dict[int, _Captured] = {}
+
+    @torch.inference_mode()
+    def run(self, inputs: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
+        """Run one batch of NumPy or CuPy arrays, batch dimension first; returns NumPy arrays or, on a GPU, tensors that
+        speak DLPack."""
+        tensors = [self._tensor(inputs[name]) for name in self._program.inputs]
+        batch = len(tensors[0])
+        if self._cuda and batch not in self._captured and len(self._captured) < _MOST_CAPTURED:
+            self._captured[batch] = _Captured(self._program, tensors)
+        captured = self._captured.get(batch)
+        results = captured.run(tensors) if captured else list(self._program(*tensors))
+        if self._cuda:
+            torch.cuda.current_stream(self._device).synchronize()  # the server reads without knowing our stream
+        named = dict(zip(self._program.outputs, results, strict=True))
+        return {name: named[name] if self._cuda else named[name].numpy() for name in outputs}
+
+    def close(self) -> None:
+        """Free graphs and weights."""
+        self._captured.clear()
+        del self._program
+        if self._cuda:
+            torch.cuda.empty_cache()
+
+    def _tensor(self, array: Any) -> Tensor:
+        if isinstance(array, Tensor):
+            return array.to(self._device)
+        if isinstance(array, np.ndarray):
+            # Triton's arrays may be read-only; torch never writes to its inputs.
+            return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self._device)
+        tensor: Tensor = torch.utils.dlpack.from_dlpack(array)
+        return tensor.to(self._device)
+
+
+def load(path: Path, *, threads: int = 0, device: int = 0) -> TorchEngine:
+    """Load a graph on a GPU, or on the CPU where there is none."""
+    return TorchEngine(path, threads=threads, device=device)

@@ -9,25 +9,21 @@ machine that wrote it. So the portable bytes are kept, and ONNX Runtime optimise
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from staindiffuser.export.builders.base import BuildOptions, Device, Engine, Profile, refuse_unused
-from staindiffuser.export.builders.checks import check_graph
+from staindiffuser.export.builders.base import Device, Engine
 from staindiffuser.export.builders.devices import processor
-from staindiffuser.export.description import EngineGraph
+from staindiffuser.export.builders.graph_engine import GraphEngineBuilder
 from staindiffuser.export.errors import BuilderMissingError
 
 __all__ = ["OnnxRuntimeBuilder"]
 
 
-class OnnxRuntimeBuilder:
+class OnnxRuntimeBuilder(GraphEngineBuilder):
     """See :class:`staindiffuser.export.builders.base.Builder`."""
 
     target = "onnxruntime"
-    suffix = ".onnx"
     runner = "engine_onnxruntime"
     precisions: Sequence[str] = ("fp32", "fp16")
 
@@ -41,27 +37,6 @@ class OnnxRuntimeBuilder:
     def device(self) -> Device:
         """This machine's processor."""
         return processor()
-
-    def check(self, options: BuildOptions) -> None:
-        """Only threads and batches mean something here."""
-        refuse_unused(self.target, options, "threads")
-
-    def profiles(self, options: BuildOptions) -> tuple[Profile, ...]:
-        """ONNX Runtime takes any batch."""
-        return options.one_profile
-
-    def settings(self, options: BuildOptions) -> Mapping[str, Any]:
-        """Nothing: threads are the session's."""
-        return {}
-
-    def build(self, graph: Path, description: EngineGraph, output: Path, options: BuildOptions) -> None:
-        """Check the graph and copy it.
-
-        Raises:
-            GraphsError: the file is not a valid ONNX model, or its tensors are not those described.
-        """
-        check_graph(graph, description)
-        shutil.copyfile(graph, output)
 
     def load(self, path: Path, *, threads: int) -> Engine:
         """One session, with the options the server uses."""

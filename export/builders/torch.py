@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from staindiffuser.export.builders.base import BuildOptions, Device, Engine, HostEngine, Profile, refuse_unused
-from staindiffuser.export.builders.checks import check_graph
+from staindiffuser.export.builders.base import Device, Engine, HostEngine
 from staindiffuser.export.builders.devices import find_gpu, processor
+from staindiffuser.export.builders.graph_engine import GraphEngineBuilder
 from staindiffuser.export.builders.missing import missing
-from staindiffuser.export.description import EngineGraph
 
 __all__ = ["TorchBuilder"]
 
 
-class TorchBuilder:
+class TorchBuilder(GraphEngineBuilder):
     """See :class:`staindiffuser.export.builders.base.Builder`."""
 
     target = "torch"
-    suffix = ".onnx"
     runner = "engine_torch"
     precisions: Sequence[str] = ("fp32", "fp16", "bf16")
 
@@ -44,27 +40,6 @@ class TorchBuilder:
         if gpu is not None and "+cpu" not in self.version():
             return gpu
         return processor()
-
-    def check(self, options: BuildOptions) -> None:
-        """Only threads and batches mean something here."""
-        refuse_unused(self.target, options, "threads")
-
-    def profiles(self, options: BuildOptions) -> tuple[Profile, ...]:
-        """Any batch runs; each that is met is captured."""
-        return options.one_profile
-
-    def settings(self, options: BuildOptions) -> Mapping[str, Any]:
-        """Nothing."""
-        return {}
-
-    def build(self, graph: Path, description: EngineGraph, output: Path, options: BuildOptions) -> None:
-        """Check the graph and copy it.
-
-        Raises:
-            GraphsError: the file is not the graph that was described.
-        """
-        check_graph(graph, description)
-        shutil.copyfile(graph, output)
 
     def load(self, path: Path, *, threads: int) -> Engine:
         """One program on the device, as the server does."""

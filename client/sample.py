@@ -13,6 +13,7 @@ from pathlib import Path
 
 from staindiffuser.client.errors import SlideError
 from staindiffuser.client.run import file_sha256
+from staindiffuser.files import cache_folder
 
 __all__ = ["NAME", "SLIDES_VARIABLE", "Sample", "choose_slide"]
 
@@ -69,9 +70,7 @@ def choose_slide(given: Path | None, output: Path, say: Callable[[str], None]) -
 def _folders() -> list[Path]:
     """Where the slide may lie; the last is where it is downloaded to."""
     named = os.environ.get(SLIDES_VARIABLE)
-    cache = os.environ.get("STAINDIFFUSER_CACHE")
-    base = Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "staindiffuser"
-    return [*([Path(named)] if named else []), base / "slides"]
+    return [*([Path(named)] if named else []), cache_folder() / "slides"]
 
 
 class _DownloadError(Exception):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from staindiffuser.export.cache import cache_folder
 from staindiffuser.export.errors import GraphsError
 from staindiffuser.export.repository import Progress, build, plan_repository
+from staindiffuser.files import cache_folder
 
-__all__ = ["cache_folder", "demo_graphs", "demo_repository"]
+__all__ = ["demo_graphs", "demo_repository"]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 

@@ -21,9 +21,9 @@ from staindiffuser.export.builders.checks import check_graph
 from staindiffuser.export.builders.devices import find_gpu
 from staindiffuser.export.builders.missing import missing
 from staindiffuser.export.builders.trt_network import serialize
-from staindiffuser.export.cache import cache_folder
 from staindiffuser.export.description import EngineGraph
 from staindiffuser.export.errors import ExportUsageError
+from staindiffuser.files import cache_folder
 
 __all__ = ["TensorRTBuilder"]
 

@@ -1,14 +1,23 @@
-"""Writing small files so that nothing incomplete ever stands under a final name."""
+"""Files: where what can be made again is kept, and writing so that nothing incomplete stands under a final name."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from staindiffuser.errors import UsageError
 
-__all__ = ["write_json"]
+__all__ = ["cache_folder", "write_json"]
+
+
+def cache_folder() -> Path:
+    """``$STAINDIFFUSER_CACHE``, or the user's cache folder."""
+    if chosen := os.environ.get("STAINDIFFUSER_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "staindiffuser"
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -1,14 +1,26 @@
 """Crops depend on the run's seed and the sample's number, and on nothing else."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from staindiffuser.training.data.dataset import CropDataset, GlobalSampler, jitter_stain, load_tile, measure_stains
+from staindiffuser.training.data.cache import TileCache
+from staindiffuser.training.data.dataset import (
+    CropDataset,
+    GlobalSampler,
+    jitter_stain,
+    load_tile,
+    measure_stains,
+    normal_noise,
+    turned,
+)
 from staindiffuser.training.data.pairs import PairedTiles
+from staindiffuser.training.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +56,79 @@ def test_pictures_and_masks_are_cropped_and_turned_together(tiles: PairedTiles) 
         brown = (item["ck818"] == torch.tensor([130, 80, 45], dtype=torch.uint8)).all(-1)
         assert torch.equal(cells, brown)
         assert (item["ck818_mask"][cells] > 25).float().mean() > 0.9 if cells.any() else True
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cache_bytes", [0, 40_000, 1 << 30])
+def test_samples_depend_on_neither_cache_nor_processes(tiles: PairedTiles, workers: int, cache_bytes: int) -> None:
+    plain = CropDataset(tiles, crop=32, seed=3, cache_bytes=0)
+    data = CropDataset(tiles, crop=32, seed=3, cache_bytes=cache_bytes)
+    for _ in range(2):  # the second time from the cache, where there is one
+        sampler = GlobalSampler(lambda: 0, 24, 4, rank=lambda: 0, world=lambda: 1)
+        batches = DataLoader(data, batch_size=4, sampler=sampler, num_workers=workers)
+        for number, batch in enumerate(batches):
+            for i in range(4):
+                for name, value in plain[4 * number + i].items():
+                    assert torch.equal(batch[name][i], value), name
+
+
+def test_workers_fill_one_cache_together(tiles: PairedTiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = CropDataset(tiles, crop=32, seed=0)
+    assert data.cache.nbytes == len(data) * 64 * 64 * 11
+    for _ in DataLoader(data, batch_size=2, sampler=range(len(data)), num_workers=2):
+        pass
+    monkeypatch.setattr("staindiffuser.training.data.dataset.load_tile", lambda *_: pytest.fail("decoded again"))
+    for sample in range(len(data)):
+        data[sample]
+
+
+def test_cache_stays_in_its_budget() -> None:
+    cache = TileCache([10, 20, 30, 5], 45)
+    assert cache.nbytes == 30, "the third does not fit, and places are in order"
+    for index, size in enumerate([10, 20, 30, 5]):
+        assert cache.get(index) is None
+        cache.put(index, [np.full(size - 5, index + 1, np.uint8), np.full((1, 5), index + 1, np.uint8)])
+    for index, size in enumerate([10, 20]):
+        kept = cache.get(index)
+        assert kept is not None
+        np.testing.assert_array_equal(kept, np.full(size, index + 1, np.uint8))
+    assert cache.get(2) is None
+    assert cache.get(3) is None
+    copy = pickle.loads(pickle.dumps(cache))
+    assert copy.get(0) is None, "a spawned process starts with an empty one"
+    assert copy.nbytes == 30
+
+
+def test_the_eight_turns_are_different_and_copies() -> None:
+    image = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
+    seen = {tuple(turned(image, turn)[..., 0].flatten().tolist()) for turn in range(8)}
+    assert len(seen) == 8
+    whole = turned(image, 0)
+    whole[0, 0] = 99
+    assert image[0, 0, 0] == 0
+
+
+def test_noise_is_standard_normal() -> None:
+    noise = normal_noise(np.random.default_rng(0), (2, 4, 256, 256))
+    assert noise.shape == (2, 4, 256, 256)
+    assert noise.dtype == torch.float32
+    assert abs(noise.mean()) < 0.005
+    assert abs(noise.std() - 1) < 0.005
+    share = float((noise.abs() > 1.959964).float().mean())
+    assert abs(share - 0.05) < 0.002
+    assert abs((noise[0, 0] * noise[0, 1]).mean()) < 0.02
+
+
+def test_jitter_touches_the_he_alone(tiles: PairedTiles) -> None:
+    plain, jittered = (CropDataset(tiles, crop=32, seed=1, jitter=strength)[5] for strength in (0.0, 0.2))
+    assert not torch.equal(plain["he"], jittered["he"])
+    for name in ("cd3", "cd3_mask", "ck818", "ck818_mask"):
+        assert torch.equal(plain[name], jittered[name])
+
+
+def test_tiles_smaller_than_the_crop(tiles: PairedTiles) -> None:
+    with pytest.raises(DataError, match=r"tiles\.csv, row 2: the tile is 64 × 64, smaller than the crop of 96"):
+        CropDataset(tiles, crop=96, seed=0)
 
 
 def test_stain_jitter_keeps_white_nearly_white_and_order_of_density() -> None:

@@ -52,6 +52,7 @@ def test_load(folder: Path) -> None:
     assert [tile.slide for tile in tiles.split("val")] == ["slide 1"]
     assert tiles.tiles[0].masks["cd3"] == folder / "m/0.png"
     assert tiles.tiles[0].mpp == 0.5
+    assert tiles.tiles[0].size == (48, 32)
 
 
 def test_masks_may_be_empty_or_absent(folder: Path) -> None:
@@ -123,6 +124,33 @@ def test_what_is_refused(folder: Path, change: Callable[[Path], None], words: li
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_pixel_sizes_that_disagree(folder: Path) -> None:
+    assert PairedTiles.load(folder, mpp=0.505).tiles[0].mpp == 0.5
+    with pytest.raises(DataError, match=r"tiles\.csv, row 2: mpp is 0\.5, but 0\.25 is needed"):
+        PairedTiles.load(folder, mpp=0.25)
+    changed(2, mpp="0.25")(folder)
+    with pytest.raises(DataError, match=r"tiles\.csv, row 4: mpp is 0\.25 here and 0\.5 in row 2"):
+        PairedTiles.load(folder)
+
+
+def test_more_than_eight_bits(folder: Path) -> None:
+    Image.fromarray(np.zeros((32, 48), np.uint16)).save(folder / "m/1.png")
+    with pytest.raises(DataError, match=r"row 3: cd3_mask.*8 bits"):
+        PairedTiles.load(folder)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "LA"])
+def test_png_of_any_kind_reads_as_pillow_reads_it(tmp_path: Path, mode: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(tmp_path / "a.png")
+    for wanted in ("RGB", "L"):
+        with Image.open(tmp_path / "a.png") as image:
+            expected = np.asarray(image.convert(wanted))
+        picture = read_picture(tmp_path / "a.png", mode=wanted)
+        np.testing.assert_array_equal(picture, expected)
+        assert picture.flags.writeable, "torch warns of arrays that are not"
 
 
 def test_missing_folder(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ one ``<stain>_mask`` per stain (a cell may be empty: the mask is then derived), 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import math
@@ -19,17 +18,30 @@ from typing import IO, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 
 from staindiffuser.errors import UsageError
 from staindiffuser.training.data.labels import is_stain_name
+from staindiffuser.training.data.pictures import picture_size, read_picture, write_png
 from staindiffuser.training.errors import DataError
 
-__all__ = ["TILES_CSV", "PairedTile", "PairedTiles", "PairedTilesWriter", "Split", "read_picture"]
+__all__ = [
+    "MPP_TOLERANCE",
+    "SPLITS",
+    "TILES_CSV",
+    "PairedTile",
+    "PairedTiles",
+    "PairedTilesWriter",
+    "Split",
+    "check_one_split",
+    "read_picture",
+    "write_png",
+]
 
 TILES_CSV = "tiles.csv"
 Split = Literal["train", "val", "test"]
-SPLITS: tuple[str, ...] = get_args(Split)
+SPLITS: tuple[Split, ...] = get_args(Split)
+MPP_TOLERANCE = 0.02
+"""Pixel sizes that differ by a larger share are different."""
 _FIXED = ("he", "slide", "split", "mpp")
 _MASK = "_mask"
 
@@ -51,6 +63,10 @@ class PairedTile:
     split: Split
     mpp: float
     """Pixel size, µm."""
+    size: tuple[int, int]
+    """Width and height, pixels."""
+    file: Path
+    """The ``tiles.csv`` that the row stands in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +79,16 @@ class PairedTiles:
     tiles: tuple[PairedTile, ...]
 
     @classmethod
-    def load(cls, folder: Path | str, *, check: Literal["headers", "pixels"] = "headers") -> PairedTiles:
+    def load(
+        cls, folder: Path | str, *, check: Literal["headers", "pixels"] = "headers", mpp: float | None = None
+    ) -> PairedTiles:
         """Read and validate ``folder``.
 
         Args:
             folder: holds ``tiles.csv``.
             check: ``headers`` opens every picture and compares sizes; ``pixels`` also decodes it, which finds
                 truncated files.
+            mpp: the pixel size that is needed (a model's), µm; by default that of the first row.
 
         Raises:
             DataError: naming the file, the row and the field that is wrong, and what to do.
@@ -96,27 +115,23 @@ class PairedTiles:
             raise DataError(f"{path}, row {reader.line_num}: not valid CSV: {error}") from error
         if not tiles:
             raise DataError(f"{path} has no rows: nothing to train on")
-        _check_splits(path, tiles)
+        _check_mpp(path, tiles, mpp)
+        check_one_split(tiles)
         return cls(folder=folder, stains=stains, tiles=tiles)
+
+    @property
+    def parts(self) -> tuple[PairedTiles, ...]:
+        """The folders that tiles come from: this one alone (:class:`~.mixing.MixedTiles` has several)."""
+        return (self,)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of the samples that each of ``parts`` gives."""
+        return (1.0,)
 
     def split(self, split: Split) -> tuple[PairedTile, ...]:
         """The tiles of one split, in file order; may be empty."""
         return tuple(tile for tile in self.tiles if tile.split == split)
-
-
-def read_picture(path: Path, *, mode: Literal["RGB", "L"] = "RGB") -> npt.NDArray[np.uint8]:
-    """Decode a picture: uint8 [H, W, 3], or [H, W] with mode ``L``.
-
-    Raises:
-        DataError: the file is missing, no picture, or truncated.
-    """
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert(mode))
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as a picture: {error}") from error
 
 
 class PairedTilesWriter:
@@ -240,24 +255,6 @@ class PairedTilesWriter:
             self._partial.replace(self.folder / TILES_CSV)
 
 
-def write_png(path: Path, picture: npt.NDArray[np.uint8]) -> None:
-    """Write uint8 [H, W, 3] or [H, W] as PNG under a temporary name, then rename.
-
-    Raises:
-        UsageError: the place cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # zlib's run-length strategy: on scanner noise a fifth faster and smaller than its level 1.
-        Image.fromarray(picture).save(temporary, format="PNG", compress_level=1, compress_type=3)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
 def _rows_of(path: Path, columns: list[str]) -> dict[str, list[str]]:
     """Rows of an interrupted run that are whole and whose pictures stand; by the H&E's path."""
     with path.open(encoding="utf-8", newline="") as file:
@@ -338,8 +335,10 @@ def _tile(
         stains={stain: pictures[stain] for stain in stains},
         masks=masks,
         slide=values["slide"],
-        split=split,  # type: ignore[arg-type]  # checked above
+        split=split,
         mpp=mpp,
+        size=size,
+        file=path,
     )
 
 
@@ -357,20 +356,37 @@ def _picture(path: Path, row: int, column: str, value: str) -> Path:
 
 def _size(path: Path, row: int, column: str, file: Path, check: Literal["headers", "pixels"]) -> tuple[int, int]:
     try:
-        with Image.open(file) as image:
-            if check == "pixels":
-                image.load()
-            return image.size
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}, row {row}: {column}: {file} cannot be read as a picture: {error}") from error
+        return picture_size(file, decode=check == "pixels")
+    except DataError as error:
+        raise DataError(f"{path}, row {row}: {column}: {error}") from error
 
 
-def _check_splits(path: Path, tiles: tuple[PairedTile, ...]) -> None:
+def _check_mpp(path: Path, tiles: tuple[PairedTile, ...], needed: float | None) -> None:
+    first = tiles[0]
+    for tile in tiles:
+        if needed is not None and abs(tile.mpp / needed - 1) > MPP_TOLERANCE:
+            raise DataError(
+                f"{path}, row {tile.row}: mpp is {tile.mpp:g}, but {needed:g} is needed; resample the tiles first"
+            )
+        if abs(tile.mpp / first.mpp - 1) > MPP_TOLERANCE:
+            raise DataError(
+                f"{path}, row {tile.row}: mpp is {tile.mpp:g} here and {first.mpp:g} in row {first.row}; "
+                "all tiles of a folder have one pixel size"
+            )
+
+
+def check_one_split(tiles: Iterable[PairedTile]) -> None:
+    """Refuse a slide that is in two splits.
+
+    Raises:
+        DataError: naming both rows.
+    """
     first: dict[str, PairedTile] = {}
     for tile in tiles:
         other = first.setdefault(tile.slide, tile)
         if other.split != tile.split:
+            where = "" if other.file == tile.file else f" of {other.file}"
             raise DataError(
-                f"{path}, row {tile.row}: slide {tile.slide!r} is in split {tile.split!r} here and in {other.split!r} "
-                f"in row {other.row}; all tiles of a slide belong to one split"
+                f"{tile.file}, row {tile.row}: slide {tile.slide!r} is in split {tile.split!r} here and in "
+                f"{other.split!r} in row {other.row}{where}; all tiles of a slide belong to one split"
             )

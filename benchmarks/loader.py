@@ -1,0 +1,193 @@
+"""``staindiffuser bench loader``: how fast the training loader makes augmented crops, and what each part costs.
+
+Torch is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from staindiffuser.training.data.dataset import CropDataset
+
+__all__ = ["LoaderReport", "Speed", "bench_loader", "loader"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What one run of the loader took."""
+
+    tiles_per_second: float
+    """By the clock, the start of the workers included."""
+    cpu_ms_per_tile: float
+    """Processor time of all processes together: what is left of the clock's number where others use the cores too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderReport:
+    """What was measured."""
+
+    tiles: int
+    """Training tiles in the folder."""
+    samples: int
+    """Crops per run."""
+    stains: int
+    crop: int
+    batch: int
+    workers: int
+    cores: int
+    """That this process may use."""
+    cold: Speed
+    """Every tile decoded from its files (which the operating system may have in memory)."""
+    warm: Speed
+    """Every tile from the cache of decoded tiles."""
+    parts_ms: Mapping[str, float]
+    """Processor time of each part of a sample, in one process, ms."""
+
+
+def bench_loader(
+    data: list[str],
+    *,
+    crop: int = 256,
+    workers: int = 2,
+    batch: int = 16,
+    samples: int = 1024,
+    progress: Callable[[str], None] = lambda message: None,
+) -> LoaderReport:
+    """Measure the loader that training uses, augmentation and noise included.
+
+    Args:
+        data: as ``train --data``: folders of paired tiles.
+        samples: crops per run.
+        progress: told before each run.
+
+    Raises:
+        DataError: the tiles cannot be used.
+    """
+    from staindiffuser.training.data.dataset import CropDataset
+    from staindiffuser.training.data.mixing import open_tiles
+
+    tiles = open_tiles(data)
+    dataset = CropDataset(tiles, crop=crop, seed=0, cache_bytes=0)
+    samples = max(batch, samples // batch * batch)
+    progress(f"parts of {len(dataset)} tiles, one process")
+    parts = _parts(dataset, min(64, samples))
+    progress("cold: tiles are decoded")
+    cold = _run(dataset, samples, batch, workers)
+    progress("warm: tiles come from the cache")
+    dataset = CropDataset(tiles, crop=crop, seed=0, cache_bytes=1 << 40)
+    for sample in range(samples):
+        dataset.decoded(dataset.index(sample))
+    return LoaderReport(
+        tiles=len(dataset),
+        samples=samples,
+        stains=len(dataset.stains),
+        crop=crop,
+        batch=batch,
+        workers=workers,
+        cores=len(os.sched_getaffinity(0)),
+        cold=cold,
+        warm=_run(dataset, samples, batch, workers),
+        parts_ms=parts,
+    )
+
+
+def _run(dataset: CropDataset, samples: int, batch: int, workers: int) -> Speed:
+    import torch
+    from torch.utils.data import DataLoader
+
+    from staindiffuser.training.data.dataset import GlobalSampler
+
+    sampler = GlobalSampler(lambda: 0, samples, batch, rank=lambda: 0, world=lambda: 1)
+    pin = torch.cuda.is_available()
+    start, cpu = time.perf_counter(), _cpu_seconds()
+    batches: DataLoader[Any] = DataLoader(
+        dataset, batch_size=batch, sampler=sampler, num_workers=workers, pin_memory=pin
+    )
+    seen = sum(len(item["he"]) for item in batches)
+    seconds = time.perf_counter() - start
+    # The workers have ended with the loop, so what they used is counted.
+    return Speed(
+        tiles_per_second=round(seen / seconds, 1), cpu_ms_per_tile=round((_cpu_seconds() - cpu) / seen * 1e3, 2)
+    )
+
+
+def _cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def _parts(dataset: CropDataset, samples: int) -> dict[str, float]:
+    """Median processor time of each part, ms per tile."""
+    import numpy as np
+
+    from staindiffuser.training.data.dataset import jitter_stain, load_tile, normal_noise, turned
+
+    rng = np.random.default_rng(0)
+    crop, shape = dataset.crop, (len(dataset.stains), 4, dataset.crop, dataset.crop)
+    seconds: dict[str, list[float]] = {}
+
+    def timed(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        start = time.process_time()
+        result = work(*arguments)
+        seconds.setdefault(name, []).append(time.process_time() - start)
+        return result
+
+    def augment(arrays: Mapping[str, Any], turn: int) -> list[Any]:
+        return [turned(array[:crop, :crop], turn) for array in arrays.values()]
+
+    for sample in range(samples):
+        arrays = timed("decode", load_tile, dataset.rows[dataset.index(sample)], dataset.stains)
+        timed("augment", augment, arrays, sample % 8)
+        timed("jitter", jitter_stain, arrays["he"][:crop, :crop], rng, dataset.jitter)
+        timed("noise", normal_noise, rng, shape)
+    return {name: round(float(np.median(values)) * 1e3, 3) for name, values in seconds.items()}
+
+
+def loader(
+    data: Annotated[
+        list[str], typer.Option(help="Folder of paired tiles, or FOLDER=WEIGHT; repeat it to mix.", show_default=False)
+    ],
+    crop: Annotated[int, typer.Option(min=16, help="Edge of a crop, pixels.")] = 256,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Crops a batch.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Crops a run.")] = 1024,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the report here as JSON; - for the screen.")
+    ] = None,
+) -> None:
+    """Crops per second of the training loader: decoded from PNG, and from the cache; and the cost of each part."""
+    import dataclasses
+    import json
+
+    from staindiffuser.files import write_json
+
+    report = bench_loader(
+        data,
+        crop=crop,
+        workers=workers,
+        batch=batch,
+        samples=samples,
+        progress=lambda message: typer.echo(message, err=True),
+    )
+    if json_file is not None and str(json_file) == "-":
+        typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
+        return
+    if json_file is not None:
+        write_json(json_file, dataclasses.asdict(report))
+    typer.echo(
+        f"{report.crop} px, {report.stains} stains, {report.workers} workers on {report.cores} cores, "
+        f"{report.samples} crops of {report.tiles} tiles"
+    )
+    for label, speed in (("cold", report.cold), ("warm", report.warm)):
+        typer.echo(f"{label}: {speed.tiles_per_second:.0f} tiles/s, {speed.cpu_ms_per_tile:.1f} ms of CPU a tile")
+    for name, milliseconds in report.parts_ms.items():
+        typer.echo(f"{name:>8} {milliseconds:7.2f} ms")

@@ -1,0 +1,76 @@
+"""Pictures on disk: decoded fast, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Literal
+
+import imagecodecs
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from staindiffuser.errors import UsageError
+from staindiffuser.training.errors import DataError
+
+__all__ = ["picture_size", "read_picture", "write_png"]
+
+_UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def read_picture(path: Path, *, mode: Literal["RGB", "L"] = "RGB") -> npt.NDArray[np.uint8]:
+    """Decode a picture: uint8 [H, W, 3], or [H, W] with mode ``L``.
+
+    Raises:
+        DataError: the file is missing, no picture, or truncated.
+    """
+    try:
+        if path.suffix == ".png":
+            # A third faster than Pillow. What it refuses, or decodes to another form, is left to Pillow.
+            with contextlib.suppress(imagecodecs.PngError):
+                decoded: npt.NDArray[np.uint8] = imagecodecs.png_decode(path.read_bytes())
+                if decoded.dtype == np.uint8 and decoded.shape[2:] == ((3,) if mode == "RGB" else ()):
+                    return decoded
+        with Image.open(path) as image:
+            return np.array(image.convert(mode))  # a copy: what asarray gives cannot be written to
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except _UNREADABLE as error:
+        raise DataError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def picture_size(path: Path, *, decode: bool = False) -> tuple[int, int]:
+    """Width and height of a picture, pixels, from its header; with ``decode`` its pixels are tried as well.
+
+    Raises:
+        DataError: the file is no picture, one of more than 8 bits a channel, or (with ``decode``) truncated.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"{path} has more than 8 bits a channel: convert it to 8")
+            if decode:
+                image.load()
+            return image.size
+    except _UNREADABLE as error:
+        raise DataError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def write_png(path: Path, picture: npt.NDArray[np.uint8]) -> None:
+    """Write uint8 [H, W, 3] or [H, W] as PNG under a temporary name, then rename.
+
+    Raises:
+        UsageError: the place cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # zlib's run-length strategy: on scanner noise a fifth faster and smaller than its level 1.
+        Image.fromarray(picture).save(temporary, format="PNG", compress_level=1, compress_type=3)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,1 @@
+"""From slides and public data sets to paired tiles."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import Checkpoint
@@ -15,15 +17,28 @@ from staindiffuser.training.config import ModelConfig
 from staindiffuser.training.data.dataset import load_tile
 from staindiffuser.training.data.pairs import PairedTile, PairedTiles, Split
 from staindiffuser.training.errors import DataError
-from staindiffuser.training.infer import HEUN_STEPS, Sampler, stain_tiles
+from staindiffuser.training.infer import HEUN_STEPS, Sampler, stain_tiles_with
 from staindiffuser.training.metrics import StainScore
 from staindiffuser.training.model.network import DualDiffusion
+from staindiffuser.training.perceptual import Networks
+from staindiffuser.training.scoring import KID_TILES, ScoredTile, Stainer, score_tiles
 
-__all__ = ["Evaluation", "check_data", "evaluate", "evaluate_tiles", "sampler_of"]
+__all__ = [
+    "Evaluation",
+    "check_data",
+    "evaluate",
+    "evaluate_steps",
+    "evaluate_tiles",
+    "restain",
+    "sampler_of",
+    "summarize",
+]
+
+U8 = NDArray[np.uint8]
 
 
 def check_data(tiles: PairedTiles, model: ModelConfig) -> None:
-    """Refuse data that the model cannot use: another pixel size, a stain that is missing, an odd tile size.
+    """Refuse data that the model cannot use: a stain that is missing, another pixel size.
 
     Raises:
         DataError: naming the row and the field.
@@ -54,6 +69,13 @@ def sampler_of(checkpoint: Checkpoint, steps: int) -> Sampler:
         raise UsageError(f"--steps {steps}: this checkpoint has samplers of {known} steps") from None
 
 
+def _stainer(network: DualDiffusion, samplers: Sequence[Sampler]) -> Stainer:
+    """Every tile has the origin (0, 0)."""
+    return lambda he, seeds: stain_tiles_with(
+        network, he, samplers=samplers, seeds=seeds, origins=np.zeros((len(he), 2), np.int64)
+    )
+
+
 def evaluate_tiles(
     network: DualDiffusion,
     rows: Sequence[PairedTile],
@@ -63,41 +85,25 @@ def evaluate_tiles(
     batch: int = 4,
     seen: Callable[[PairedTile, dict[str, Any], dict[str, Any]], None] | None = None,
 ) -> dict[str, StainScore]:
-    """Stain ``rows`` and score each stain.
+    """Stain ``rows`` with one sampler and score each stain, leaving out what takes long.
 
     Args:
         seed: of the noise; every tile has the origin (0, 0) and the seed ``seed`` + its place in the list.
         seen: called with each tile, its data and its results (for pictures).
     """
-    stains = tuple(stain.name for stain in network.config.stains)
-    scores = {stain: StainScore() for stain in stains}
-    for start in range(0, len(rows), batch):
-        chunk = rows[start : start + batch]
-        data = [load_tile(row, stains) for row in chunk]
-        results = stain_tiles(
-            network,
-            np.stack([d["he"] for d in data]),
-            sigmas=sigmas,
-            seeds=np.arange(seed + start, seed + start + len(chunk), dtype=np.int64)[:, None],
-            origins=np.zeros((len(chunk), 2), np.int64),
-        )
-        for i, row in enumerate(chunk):
-            result = {name: array[i] for name, array in results.items()}
-            for stain in stains:
-                scores[stain].add(
-                    virtual=result[f"STAIN_{stain.upper()}"],
-                    real=data[i][stain],
-                    cells=result[f"CELLS_{stain.upper()}"][..., 0],
-                    mask=data[i][f"{stain}_mask"],
-                )
-            if seen:
-                seen(row, data[i], result)
-    return scores
+    return score_tiles(
+        _stainer(network, [sigmas]),
+        rows,
+        stains=tuple(stain.name for stain in network.config.stains),
+        seed=seed,
+        batch=batch,
+        seen=None if seen is None else lambda tile: seen(tile.row, tile.data, tile.results[0]),
+    )[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A scored checkpoint."""
+    """A checkpoint scored at one number of steps."""
 
     checkpoint: Checkpoint
     rows: tuple[PairedTile, ...]
@@ -105,33 +111,66 @@ class Evaluation:
     steps: int
     seed: int
     seconds: float
+    """Of the whole run, all numbers of steps together."""
     scores: Mapping[str, StainScore]
+    networks: Mapping[str, str] = field(default_factory=dict)
+    """The networks whose features were used: name → which weights."""
 
-    def summary(self) -> dict[str, Any]:
-        """Everything but pictures, ready for JSON; ``intervals_95`` are bootstrap intervals over tiles."""
+    def head(self) -> dict[str, Any]:
+        """What all numbers of steps of a run have in common."""
         return {
             "model": self.checkpoint.config.name,
-            "steps": self.steps,
             "split": self.split,
             "tiles": len(self.rows),
+            "kid_tiles": min(len(self.rows), KID_TILES),
             "seed": self.seed,
             "seconds": round(self.seconds, 2),
-            "stains": {name: score.metrics() for name, score in self.scores.items()},
-            "intervals_95": {name: score.intervals() for name, score in self.scores.items()},
+            "networks": dict(self.networks),
         }
 
-    def restain(self, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The data of tile ``index`` and the results that it was scored by."""
-        stains = tuple(stain.name for stain in self.checkpoint.config.model.stains)
-        data = load_tile(self.rows[index], stains)
-        results = stain_tiles(
-            self.checkpoint.network,
-            data["he"][None],
-            sigmas=sampler_of(self.checkpoint, self.steps),
-            seeds=np.array([[self.seed + index]]),
-            origins=np.zeros((1, 2), np.int64),
-        )
-        return data, {name: result[0] for name, result in results.items()}
+    def figures(self) -> dict[str, Any]:
+        """The metrics per stain; ``intervals_95`` are bootstrap intervals over tiles. What is undefined is None.
+
+        ``counts`` are of how much they speak: see :meth:`StainScore.counts`.
+        """
+        return {
+            "steps": self.steps,
+            "stains": {
+                stain: {name: _finite(value) for name, value in score.metrics().items()}
+                for stain, score in self.scores.items()
+            },
+            "intervals_95": {
+                stain: {name: [_finite(low), _finite(high)] for name, (low, high) in score.intervals().items()}
+                for stain, score in self.scores.items()
+            },
+            "counts": {stain: score.counts() for stain, score in self.scores.items()},
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but pictures, ready for JSON."""
+        return self.head() | self.figures()
+
+
+def summarize(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """A run's numbers of steps together, ready for JSON: what they have in common, and ``results``."""
+    return evaluations[0].head() | {"results": [evaluation.figures() for evaluation in evaluations]}
+
+
+def _finite(value: float) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
+
+
+def restain(evaluations: Sequence[Evaluation], index: int) -> ScoredTile:
+    """Tile ``index`` with the results that it was scored by, one per evaluation of a run."""
+    first = evaluations[0]
+    row = first.rows[index]
+    data = load_tile(row, tuple(first.scores))
+    stainer = _stainer(first.checkpoint.network, [sampler_of(e.checkpoint, e.steps) for e in evaluations])
+    results = stainer(data["he"][None], np.array([[first.seed + index]]))
+    return ScoredTile(
+        row=row, number=index, data=data, results=[{name: a[0] for name, a in r.items()} for r in results]
+    )
 
 
 def evaluate(
@@ -143,24 +182,73 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Score a checkpoint; see :func:`evaluate_tiles`.
+    """Score a checkpoint at one number of steps; see :func:`evaluate_steps`."""
+    return evaluate_steps(checkpoint, tiles, steps=[steps], split=split, limit=limit, seed=seed)[0]
+
+
+def evaluate_steps(
+    checkpoint: Checkpoint,
+    tiles: PairedTiles,
+    *,
+    steps: Sequence[int],
+    split: Split = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    batch: int = 4,
+    detail: bool = True,
+    networks: Networks | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Evaluation, ...]:
+    """Score a checkpoint at several numbers of steps, on the same tiles and from the same noise.
+
+    Args:
+        limit: at most this many tiles, evenly spread over the split.
+        detail: also measure what takes longer: edges and cells.
+        networks: also measure what takes networks.
+        progress: called with the number of tiles done and of all.
 
     Raises:
         DataError: the split is empty or the data does not fit the model.
         UsageError: no sampler of that many steps.
     """
     check_data(tiles, checkpoint.config.model)
-    rows = tiles.split(split)[:limit]
+    samplers = [sampler_of(checkpoint, k) for k in steps]
+    rows = tiles.split(split)
     if not rows:
         raise DataError(f"{tiles.folder / 'tiles.csv'}: no rows in split {split!r}; choose another with --split")
+    if limit is not None and limit < len(rows):
+        rows = tuple(rows[n * len(rows) // limit] for n in range(limit))
+    done = 0
+
+    def seen(_tile: ScoredTile) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, len(rows))
+
     start = time.perf_counter()
-    scores = evaluate_tiles(checkpoint.network, rows, sigmas=sampler_of(checkpoint, steps), seed=seed)
-    return Evaluation(
-        checkpoint=checkpoint,
-        rows=rows,
-        split=split,
-        steps=steps,
+    scores = score_tiles(
+        _stainer(checkpoint.network, samplers),
+        rows,
+        stains=tuple(stain.name for stain in checkpoint.config.model.stains),
+        samplers=len(samplers),
         seed=seed,
-        seconds=time.perf_counter() - start,
-        scores=scores,
+        batch=batch,
+        detail=detail,
+        networks=networks,
+        seen=seen,
+    )
+    seconds = time.perf_counter() - start
+    return tuple(
+        Evaluation(
+            checkpoint=checkpoint,
+            rows=rows,
+            split=split,
+            steps=k,
+            seed=seed,
+            seconds=seconds,
+            scores=score,
+            networks=networks.identities() if networks else {},
+        )
+        for k, score in zip(steps, scores, strict=True)
     )

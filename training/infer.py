@@ -14,7 +14,7 @@ from staindiffuser.training.diffusion.samplers import few_step, heun
 from staindiffuser.training.model.network import DualDiffusion, he_to_network, unstandardize
 from staindiffuser.triton_models.noise.philox import tile_noise
 
-__all__ = ["HEUN_STEPS", "Sampler", "sampler_noise", "stain_tiles"]
+__all__ = ["HEUN_STEPS", "Sampler", "sampler_noise", "stain_tiles", "stain_tiles_with"]
 
 HEUN_STEPS = 18
 Sampler = Sequence[float] | None
@@ -28,7 +28,6 @@ def sampler_noise(
     return tile_noise(seeds, origins, steps=steps, height=size[0], width=size[1])
 
 
-@torch.inference_mode()
 def stain_tiles(
     network: DualDiffusion,
     he: NDArray[np.uint8],
@@ -48,25 +47,40 @@ def stain_tiles(
     Returns:
         ``STAIN_<NAME>`` uint8 [B, H, W, 3] and ``CELLS_<NAME>`` uint8 [B, H, W, 1] for each stain.
     """
+    return stain_tiles_with(network, he, samplers=[sigmas], seeds=seeds, origins=origins)[0]
+
+
+@torch.inference_mode()
+def stain_tiles_with(
+    network: DualDiffusion,
+    he: NDArray[np.uint8],
+    *,
+    samplers: Sequence[Sampler],
+    seeds: NDArray[Any],
+    origins: NDArray[Any],
+) -> list[dict[str, NDArray[np.uint8]]]:
+    """:func:`stain_tiles` for several samplers at once: encoder, attention, noise and cell maps are computed once."""
     config = network.config
     device = next(network.parameters()).device
-    steps = len(sigmas) if sigmas is not None else 1
+    steps = max(len(sigmas) if sigmas is not None else 1 for sigmas in samplers)
     noise, cell_noise = (
         torch.from_numpy(n).to(device).float()
         for n in sampler_noise(seeds, origins, steps=steps, size=(he.shape[1], he.shape[2]))
     )
     features = network.encoder(he_to_network(torch.tensor(he, device=device)))
-    results: dict[str, NDArray[np.uint8]] = {}
+    results: list[dict[str, NDArray[np.uint8]]] = [{} for _ in samplers]
     for stain in config.stains:
-        denoise = network.denoiser("pictures", stain.name, features)
-        if sigmas is None:
-            y = heun(denoise, noise[:, 0], steps=HEUN_STEPS, sigma_max=config.sigma_max, sigma_min=config.sigma_min)
-        else:
-            y = few_step(denoise, list(noise.unbind(1)), sigmas)
-        results[f"STAIN_{stain.name.upper()}"] = _bytes(unstandardize(y, stain, "pictures", config.sigma_data))
         denoise = network.denoiser("cells", stain.name, features)
         y = few_step(denoise, [cell_noise], [config.sigma_max])
-        results[f"CELLS_{stain.name.upper()}"] = _bytes(unstandardize(y, stain, "cells", config.sigma_data))
+        cells = _bytes(unstandardize(y, stain, "cells", config.sigma_data))
+        denoise = network.denoiser("pictures", stain.name, features)
+        for sigmas, result in zip(samplers, results, strict=True):
+            if sigmas is None:
+                y = heun(denoise, noise[:, 0], steps=HEUN_STEPS, sigma_max=config.sigma_max, sigma_min=config.sigma_min)
+            else:
+                y = few_step(denoise, list(noise.unbind(1))[: len(sigmas)], sigmas)
+            result[f"STAIN_{stain.name.upper()}"] = _bytes(unstandardize(y, stain, "pictures", config.sigma_data))
+            result[f"CELLS_{stain.name.upper()}"] = cells
     return results
 
 

@@ -1,0 +1,208 @@
+"""Evaluations of a checkpoint: several numbers of steps at once, what they refuse, and their report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from staindiffuser.errors import UsageError
+from staindiffuser.training.checkpoint import Checkpoint
+from staindiffuser.training.data.pairs import PairedTiles, PairedTilesWriter
+from staindiffuser.training.errors import DataError
+from staindiffuser.training.evaluate import Evaluation, evaluate, evaluate_steps, evaluate_tiles, restain, summarize
+from staindiffuser.training.infer import stain_tiles, stain_tiles_with
+from staindiffuser.training.measures import Reference, measure_cells, measure_picture
+from staindiffuser.training.perceptual import FeatureNetwork, Networks
+from staindiffuser.training.report import figure, write_report
+from staindiffuser.training.scoring import ScoredTile, score_tiles
+
+STAINS = ("cd3", "ck818")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
+    return Checkpoint.load(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def tiles(tiles_folder: Path) -> PairedTiles:
+    return PairedTiles.load(tiles_folder)
+
+
+def means(pictures: np.ndarray) -> torch.Tensor:
+    return torch.tensor(pictures.mean(axis=(1, 2)))
+
+
+@pytest.fixture(scope="module")
+def evaluations(checkpoint: Checkpoint, tiles: PairedTiles) -> Sequence[Evaluation]:
+    networks = Networks(
+        features=(FeatureNetwork(name="encoder", identity="the means of the channels", features=means),),
+        lpips=lambda a, b: [float(np.abs(x.astype(float) - y).mean()) for x, y in zip(a, b, strict=True)],
+    )
+    return evaluate_steps(checkpoint, tiles, steps=(1, 4, 18), batch=3, networks=networks)
+
+
+def test_samplers_together_give_what_each_gives_alone(checkpoint: Checkpoint) -> None:
+    he = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8)
+    seeds, origins = np.array([[3], [4]]), np.array([[0, 0], [16, 32]])
+    samplers = [(80.0,), (80.0, 21.4, 4.2, 0.5), None]
+    together = stain_tiles_with(checkpoint.network, he, samplers=samplers, seeds=seeds, origins=origins)
+    for sigmas, result in zip(samplers, together, strict=True):
+        alone = stain_tiles(checkpoint.network, he, sigmas=sigmas, seeds=seeds, origins=origins)
+        assert result.keys() == alone.keys()
+        for name, array in alone.items():
+            np.testing.assert_array_equal(result[name], array)
+
+
+def test_an_evaluation_at_several_steps_is_several_evaluations(
+    evaluations: Sequence[Evaluation], checkpoint: Checkpoint, tiles: PairedTiles
+) -> None:
+    alone = evaluate(checkpoint, tiles, steps=4)
+    assert [e.steps for e in evaluations] == [1, 4, 18]
+    for stain in STAINS:
+        together, single = evaluations[1].scores[stain].metrics(), alone.scores[stain].metrics()
+        assert set(together) - set(single) == {"kid_encoder", "lpips"}
+        for name, value in single.items():
+            assert together[name] == pytest.approx(value, nan_ok=True), name
+        cells = {e.scores[stain].metrics()["cell_dice"] for e in evaluations}
+        assert len(cells) == 1  # the cell map does not depend on the steps
+
+
+def test_scores_are_in_the_tiles_order_whatever_the_batch(checkpoint: Checkpoint, tiles: PairedTiles) -> None:
+    rows, sigmas = tiles.split("train"), (80.0,)
+    network = checkpoint.network
+    seen: list[str] = []
+    by_one = evaluate_tiles(network, rows, sigmas=sigmas, batch=1, seen=lambda row, *_: seen.append(row.he.name))
+    by_three = evaluate_tiles(network, rows, sigmas=sigmas, batch=3)
+    assert seen == [row.he.name for row in rows]
+    for stain in STAINS:
+        for a, b in zip(by_one[stain].rows, by_three[stain].rows, strict=True):
+            assert a.keys() == b.keys()
+            # A batch may sum in another order, which may move a value by one grey level.
+            assert a["od_x"] == pytest.approx(b["od_x"], rel=1e-3)
+            assert a["od_y"] == b["od_y"]
+
+
+def test_any_method_can_be_scored_with_or_without_cell_maps(tiles: PairedTiles) -> None:
+    rows = tiles.split("val")
+    scored: list[ScoredTile] = []
+
+    def copy_of_he(he: np.ndarray, seeds: np.ndarray) -> list[dict[str, np.ndarray]]:
+        assert seeds.shape == (len(he), 1)
+        return [{f"STAIN_{stain.upper()}": he for stain in STAINS}]
+
+    (scores,) = score_tiles(copy_of_he, rows, stains=STAINS, detail=True, seen=scored.append)
+    for stain in STAINS:
+        assert "positive_cell_f1" in scores[stain].metrics()
+        assert "cell_dice" not in scores[stain].metrics()
+        assert scores[stain].rows[2] == measure_picture(
+            scored[2].data["he"], Reference(scored[2].data[stain], scored[2].data[f"{stain}_mask"], 0.5), detail=True
+        )
+
+
+def test_each_tile_is_measured_as_alone(evaluations: Sequence[Evaluation]) -> None:
+    tile = restain(evaluations, 1)
+    for evaluation, result in zip(evaluations, tile.results, strict=True):
+        for stain in STAINS:
+            reference = Reference(tile.data[stain], tile.data[f"{stain}_mask"], 0.5)
+            row = measure_cells(result[f"CELLS_{stain.upper()}"][..., 0], reference, detail=True)
+            row |= measure_picture(result[f"STAIN_{stain.upper()}"], reference, detail=True)
+            measured = evaluation.scores[stain].rows[1]
+            assert measured["real"] == row["real"]
+            assert measured["od_x"] == pytest.approx(row["od_x"], rel=1e-3)
+            assert measured["map_virtual"] == pytest.approx(row["map_virtual"], abs=3)
+            assert measured["lpips_tiles"] == 1
+
+
+def test_limit_takes_tiles_evenly_spread(checkpoint: Checkpoint, tiles: PairedTiles) -> None:
+    rows = evaluate_steps(checkpoint, tiles, steps=[1], split="train", limit=3, detail=False)[0].rows
+    assert rows == tuple(tiles.split("train")[i] for i in (0, 2, 5))
+
+
+def test_progress_counts_every_tile(checkpoint: Checkpoint, tiles: PairedTiles) -> None:
+    calls: list[tuple[int, int]] = []
+    evaluate_steps(checkpoint, tiles, steps=[1], detail=False, progress=lambda *call: calls.append(call))
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def folder_of(path: Path, sizes: Sequence[int]) -> PairedTiles:
+    rng = np.random.default_rng(0)
+    with PairedTilesWriter(path, STAINS, masks=False) as writer:
+        for i, size in enumerate(sizes):
+            pictures = rng.integers(0, 255, (3, size, size, 3), dtype=np.uint8)
+            pair = dict(zip(STAINS, pictures[1:], strict=True))
+            writer.add(f"t{i}", he=pictures[0], stains=pair, slide=f"s{i}", split="test", mpp=0.5)
+    return PairedTiles.load(path)
+
+
+def test_tiles_of_several_sizes_are_scored(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    score = evaluate(checkpoint, folder_of(tmp_path, (32, 48, 48, 32)), steps=1).scores["cd3"]
+    assert [row["od_n"] for row in score.rows] == [32**2, 48**2, 48**2, 32**2]
+
+
+def test_a_size_that_cannot_be_stained_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"t1\.png has 40 x 40 pixels: width and height must be multiples of 16"):
+        evaluate(checkpoint, folder_of(tmp_path, (32, 40)), steps=1)
+
+
+def test_refusals(checkpoint: Checkpoint, tiles: PairedTiles, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--steps 3: this checkpoint has samplers of 1, 2, 4, 18 steps"):
+        evaluate(checkpoint, tiles, steps=3)
+    with pytest.raises(DataError, match="no rows in split 'val'"):
+        evaluate(checkpoint, folder_of(tmp_path, (32,)), steps=1, split="val")
+
+
+def test_summary_is_json_without_nan(evaluations: Sequence[Evaluation]) -> None:
+    data = json.loads(json.dumps(summarize(evaluations), allow_nan=False))
+    assert data["networks"] == {"encoder": "the means of the channels"}
+    assert [result["steps"] for result in data["results"]] == [1, 4, 18]
+    assert data["results"][1]["stains"] == evaluations[1].summary()["stains"]
+    low, high = data["results"][0]["intervals_95"]["cd3"]["psnr"]
+    assert low <= data["results"][0]["stains"]["cd3"]["psnr"] <= high
+    assert data["results"][0]["counts"]["cd3"]["real_cells"] > 0
+
+
+def test_report_has_a_column_per_number_of_steps_and_pictures(
+    evaluations: Sequence[Evaluation], tmp_path: Path
+) -> None:
+    text = write_report(evaluations, tmp_path).read_text()
+    assert text.count("| metric | better | 1 step | 4 steps | 18 steps |") == len(STAINS)
+    assert "- **hausdorff95_um**: 95th percentile" in text
+    assert "**fid_inception**" not in text
+    value = evaluations[2].scores["ck818"].metrics()["psnr"]
+    line = next(x for x in text[text.index("## ck818") :].splitlines() if x.startswith("| psnr |"))
+    assert line.split("|")[5].strip().startswith(f"{value:.3f} (")
+    for name in ("cd3-best", "ck818-worst"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            # H&E, real, three virtual stains, cell map
+            assert picture.size == (6 * 64 + 5 * 8, 64)
+        assert f"({name}.png)" in text
+    assert "(metrics.png)" in text
+    assert (tmp_path / "metrics.png").stat().st_size > 1000
+
+
+def test_report_without_matplotlib_says_so(
+    evaluations: Sequence[Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    assert "No chart: matplotlib is not installed" in write_report(evaluations, tmp_path).read_text()
+    assert not (tmp_path / "metrics.png").exists()
+
+
+def test_report_that_cannot_be_written(evaluations: Sequence[Evaluation], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"cannot be written: .*; choose another --report"):
+        write_report(evaluations, tmp_path / "file")
+
+
+def test_figures() -> None:
+    assert figure(0.5, (0.25, float("inf"))) == "0.500 (0.250 to ∞)"
+    assert figure(float("nan")) == "–"

@@ -61,9 +61,16 @@ class BranchEngine(nn.Module):
         c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
         branch = FoldedBranch(network.branch(task, stain.name), features_unit(network.encoder), c_noise.float())
         self.branch = branch.to(trunk)
-        self.c_skip, self.c_out, self.c_in, self.sigmas = (v.tolist() for v in (c_skip, c_out, c_in, sigma))
-        pictures = task == "pictures"
-        mean, std = (stain.picture_mean, stain.picture_std) if pictures else (stain.cells_mean, stain.cells_std)
+        # One value per channel and not one number: numbers end up in the text of TensorRT-RTX's kernels, so that each
+        # step has kernels of its own (the engine of k = 4 was 1.18 times the size of k = 1, with this 1.14 times).
+        channels = 4 * (3 if task == "pictures" else 1)
+        for name, value in (("c_skip", c_skip), ("c_out", c_out), ("c_in", c_in), ("sigma", sigma)):
+            self.register_buffer(name, value.float().view(-1, 1, 1, 1, 1).repeat(1, 1, channels, 1, 1))
+        self.c_skip: Tensor
+        self.c_out: Tensor
+        self.c_in: Tensor
+        self.sigma: Tensor
+        mean, std = stain.constants(task)
         self.register_buffer("offset", 255 * torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("scale", 255 / sd * torch.tensor(std).view(1, -1, 1, 1))
         self.offset: Tensor
@@ -75,9 +82,9 @@ class BranchEngine(nn.Module):
         injections = self.branch.attend([f.to(self.trunk) for f in (FEATURES_0, FEATURES_1, FEATURES_2, FEATURES_3)])
         # One unshuffle for all steps: [B, k, 3, H, W] as k·3 channels, then cut per step.
         steps = NOISE.flatten(1, 2) if NOISE.ndim == 5 else NOISE
-        noise = F.pixel_unshuffle(steps, 2).chunk(len(self.sigmas), dim=1)
+        noise = F.pixel_unshuffle(steps, 2).chunk(len(self.sigma), dim=1)
         y: Tensor | None = None
-        for step, sigma in enumerate(self.sigmas):
+        for step, sigma in enumerate(self.sigma):
             z = noise[step].float()
             x = z * sigma if y is None else y + z * sigma
             f = self.branch((x * self.c_in[step]).to(self.trunk), step, injections).float()

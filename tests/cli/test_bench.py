@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from staindiffuser.benchmarks.serving import Spread
-from staindiffuser.benchmarks.synthetic import write_graphs
 from staindiffuser.export.repository import build_repository
+from tests.synthetic_graphs import write_graphs
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

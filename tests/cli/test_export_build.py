@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from staindiffuser.benchmarks.synthetic import write_graphs
+from tests.synthetic_graphs import write_graphs
 
 BLOCKED = "torch lightning safetensors torchmetrics"
 

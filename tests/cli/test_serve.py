@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import tritonclient.grpc as triton
 
-from staindiffuser.benchmarks.synthetic import write_graphs
 from staindiffuser.export.repository import build_repository
+from tests.synthetic_graphs import write_graphs
 
 PROGRAM = (
     "import sys; sys.modules.update({name: None for name in ('torch', 'lightning', 'safetensors')});"

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from staindiffuser.benchmarks.synthetic import write_graphs
 from staindiffuser.export.description import Stain
 from staindiffuser.export.manifest import MANIFEST_JSON, Manifest
 from staindiffuser.export.repository import build, build_repository
+from tests.synthetic_graphs import write_graphs
 
 ENGINES = ("he_encoder", "stain_cd3", "cells_cd3", "stain_ck818", "cells_ck818")
 

@@ -13,13 +13,13 @@ import pytest
 import tritonclient.grpc as triton
 from onnx import TensorProto, helper, numpy_helper
 
-from staindiffuser.benchmarks.synthetic import write_graphs
 from staindiffuser.export.description import GraphSet, file_sha256
 from staindiffuser.export.manifest import Manifest
 from staindiffuser.export.parity import run_pipeline
 from staindiffuser.export.repository import build_repository
 from staindiffuser.serving.server import TritonServer
 from staindiffuser.triton_models.engine.engine_onnxruntime import OnnxRuntimeEngine
+from tests.synthetic_graphs import write_graphs
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 ALL = ("STAIN_CD3", "CELLS_CD3", "STAIN_CK818", "CELLS_CK818")

@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import tritonclient.grpc as triton
 
-from staindiffuser.benchmarks.synthetic import write_graphs
 from staindiffuser.errors import UsageError
 from staindiffuser.export.errors import ManifestError
 from staindiffuser.export.manifest import Manifest
@@ -27,6 +26,7 @@ from staindiffuser.serving import server as server_module
 from staindiffuser.serving.errors import PortInUseError, ServerLostError, ServerMissingError, ServerStartError
 from staindiffuser.serving.runtime import find_runtime
 from staindiffuser.serving.server import RESTRICTED, TritonServer
+from tests.synthetic_graphs import write_graphs
 
 
 @pytest.fixture(scope="module")

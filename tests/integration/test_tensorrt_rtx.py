@@ -22,10 +22,7 @@ from staindiffuser.export.errors import BuilderMissingError, BuildError, ExportU
 STEPS = (1, 2, 4)
 PRECISIONS = ("fp32", "fp16")
 MOST_GROWTH = 1.15
-"""Size of the engines of four steps over those of one."""
-MOST_PICTURE_GROWTH = {("demo", "fp16"): 1.16}
-"""For the picture's engine alone, where it is more: in half precision a small model's weights are less than half of its
-engine, the rest is the source text of kernels, of which a step adds one (compressed, the growth is 1.04)."""
+"""Size of the picture's engine of four steps over that of one."""
 OPTIONS = BuildOptions(batches=(1, 8, 32))
 
 
@@ -69,14 +66,12 @@ def compile_all(written: dict[tuple[str, int, str], tuple[Path, EngineGraph]], f
     return sizes
 
 
-def check_sizes(preset: str, sizes: dict[Any, int]) -> None:
+def check_sizes(sizes: dict[Any, int]) -> None:
     assert len(sizes) == len(PRECISIONS) * (len(STEPS) + 2)
     for precision in PRECISIONS:
         one, four = sizes[precision, 1, "stain_cd3"], sizes[precision, 4, "stain_cd3"]
         print(f"{precision}: k = 1 {one / 1e6:.2f} MB, k = 4 {four / 1e6:.2f} MB, ratio {four / one:.3f}")
-        assert four <= MOST_PICTURE_GROWTH.get((preset, precision), MOST_GROWTH) * one, precision
-        others = sizes[precision, 1, "he_encoder"] + sizes[precision, 1, "cells_cd3"]
-        assert others + four <= MOST_GROWTH * (others + one), precision
+        assert four <= MOST_GROWTH * one, precision
 
 
 def test_default_capabilities_are_those_that_are_promised() -> None:
@@ -87,14 +82,14 @@ def test_default_capabilities_are_those_that_are_promised() -> None:
 def test_demo_compiles_and_unrolling_shares_the_weights(tmp_path: Path) -> None:
     """Every engine of the demo preset, k = 1, 2, 4, in both precisions, for all default GPUs at once."""
     written = write_graphs("demo", tmp_path, tile=256)
-    check_sizes("demo", compile_all(written, tmp_path))
+    check_sizes(compile_all(written, tmp_path))
 
 
 @pytest.mark.slow  # minutes: graphs of 50 M parameters are exported six times
 @pytest.mark.timeout(1800)
 def test_base_compiles_and_unrolling_shares_the_weights(tmp_path: Path) -> None:
     written = write_graphs("base", tmp_path, tile=256)
-    check_sizes("base", compile_all(written, tmp_path))
+    check_sizes(compile_all(written, tmp_path))
 
 
 def test_engines_of_a_graphs_folder(tiny_graphs: Path, tmp_path: Path) -> None:

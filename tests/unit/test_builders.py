@@ -8,13 +8,13 @@ from typing import Any
 import onnx
 import pytest
 
-from staindiffuser.benchmarks.synthetic import write_graphs
 from staindiffuser.errors import DependencyError
 from staindiffuser.export import builders
 from staindiffuser.export.builders import BuildOptions, engine_key
 from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import BuilderMissingError, ExportUsageError, GraphsError
 from staindiffuser.triton_models.engine.engine_onnxruntime import available_cpus
+from tests.synthetic_graphs import write_graphs
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from staindiffuser.benchmarks.synthetic import write_graphs
 from staindiffuser.export import builders
 from staindiffuser.export.builders import devices
 from staindiffuser.export.errors import BuilderMissingError
 from staindiffuser.export.repository import build
+from tests.synthetic_graphs import write_graphs
 
 
 class Driver:

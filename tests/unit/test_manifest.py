@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from staindiffuser.benchmarks.synthetic import write_graphs
 from staindiffuser.errors import VerificationError
 from staindiffuser.export import manifest as manifests
 from staindiffuser.export.errors import ManifestError
 from staindiffuser.export.manifest import MANIFEST_JSON, Manifest, verify
 from staindiffuser.export.repository import build_repository
+from tests.synthetic_graphs import write_graphs
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from staindiffuser.benchmarks.synthetic import write_graphs
 from staindiffuser.errors import DependencyError
 from staindiffuser.export import builders, triton_config
 from staindiffuser.export.builders import BuildOptions, Device, Engine
@@ -22,6 +21,7 @@ from staindiffuser.export.manifest import verify
 from staindiffuser.export.repository import build
 from staindiffuser.serving.server import TritonServer
 from staindiffuser.triton_models.engine import engine_onnxruntime
+from tests.synthetic_graphs import write_graphs
 
 L4 = Device(kind="cuda", name="NVIDIA L4", compute_capability="8.9")
 A100 = Device(kind="cuda", name="NVIDIA A100", compute_capability="8.0")

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from staindiffuser.benchmarks.synthetic import write_graphs
 from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import GraphsError, ParityError
 from staindiffuser.export.parity import Golden, check_parity
 from staindiffuser.triton_models.engine.engine_onnxruntime import OnnxRuntimeEngine
+from tests.synthetic_graphs import write_graphs
 
 
 @pytest.fixture(scope="module")

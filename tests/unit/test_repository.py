@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from staindiffuser.benchmarks.synthetic import DEFAULT_STAINS, write_graphs
 from staindiffuser.export import publishing, triton_config
 from staindiffuser.export.builders import BuildOptions
 from staindiffuser.export.description import GraphSet, Stain, TensorSpec, file_sha256
 from staindiffuser.export.errors import ExportUsageError, GraphsError, ManifestError, ParityError
 from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.export.repository import build, build_repository
+from tests.synthetic_graphs import DEFAULT_STAINS, write_graphs
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from staindiffuser.benchmarks.synthetic import write_graphs
 from staindiffuser.export import builders
 from staindiffuser.export.builders import BuildOptions
 from staindiffuser.export.errors import BuilderMissingError, ExportUsageError
 from staindiffuser.export.manifest import verify
 from staindiffuser.export.repository import build
 from staindiffuser.triton_models.engine import engine_onnxruntime, engine_torch
+from tests.synthetic_graphs import write_graphs
 
 
 def test_repository_passes_parity_and_verifies(tiny_graphs: Path, tmp_path: Path) -> None:

@@ -18,13 +18,14 @@ from torch import Tensor
 from staindiffuser.errors import UsageError
 from staindiffuser.training.config import ModelConfig, from_json
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
+from staindiffuser.training.distill.gate import gate_lines
 from staindiffuser.training.errors import CheckpointError, ConfigError
 from staindiffuser.training.model.network import DualDiffusion
 
 __all__ = ["WEIGHTS", "Checkpoint", "CheckpointConfig", "tensors_sha256"]
 
 CONFIG, WEIGHTS, METRICS, CARD = "config.json", "model.safetensors", "metrics.json", "MODEL_CARD.md"
-FORMAT = 1
+FORMAT = 2  # 1: c_in was that of EDM
 NOTICE = (
     "The model was trained on {trained_on}. For research use only: what it paints has no medical meaning and must not "
     "be used for diagnosis."
@@ -163,4 +164,6 @@ def model_card(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
         for stain, values in stains_metrics.items():
             lines.append(f"| {stain} | " + " | ".join(f"{values[name]:.3f}" for name in names) + " |")
         lines.append("")
+    if "gate" in metrics:
+        lines += gate_lines(metrics["gate"])
     return "\n".join(lines)

@@ -6,13 +6,15 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from staindiffuser.training.data.labels import is_stain_name
 from staindiffuser.training.errors import ConfigError
 
-__all__ = ["LEVELS", "PRESETS", "ModelConfig", "StainConfig", "TrainConfig", "WidthConfig", "from_json"]
+__all__ = ["LEVELS", "PRESETS", "ModelConfig", "StainConfig", "Task", "TrainConfig", "WidthConfig", "from_json"]
 
+Task = Literal["pictures", "cells"]
+"""Which of a stain's two branches: its picture, or its cells."""
 LEVELS = 4
 """Resolutions of the pyramid: 1/2, 1/4, 1/8, 1/16 of the tile."""
 
@@ -58,6 +60,12 @@ class StainConfig:
         _require(is_stain_name(self.name), "name", self.name, "lower-case: [a-z][a-z0-9_]*")
         _require(min(*self.picture_std, self.cells_std) > 0, "picture_std, cells_std", self.picture_std, "positive")
 
+    def constants(self, task: Task) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel of a task's targets, in [0, 1]."""
+        if task == "pictures":
+            return self.picture_mean, self.picture_std
+        return (self.cells_mean,), (self.cells_std,)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -90,7 +98,9 @@ class TrainConfig:
     steps: int = 4000
     """Optimiser steps."""
     batch: int = 8
-    """Crops per step, over all processes."""
+    """Crops per step, over all processes and accumulated parts."""
+    accumulate: int = 1
+    """Parts that a step's crops are worked through in, one after the other, where memory does not hold them at once."""
     crop: int = 128
     """Height and width of a training crop, pixels; a multiple of 16."""
     learning_rate: float = 1e-2
@@ -117,13 +127,18 @@ class TrainConfig:
     """Loader processes."""
     checkpoint_minutes: float = 5.0
     """Time between training snapshots."""
+    checkpoint_steps: int | None = None
+    """Steps between training snapshots too, if given."""
     validate_every: int = 500
     """Steps between validations."""
     validation_tiles: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "validate_every"):
+        for name in ("steps", "batch", "accumulate", "validate_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.batch % self.accumulate == 0, "accumulate", self.accumulate, f"a divisor of batch ({self.batch})")
+        every = self.checkpoint_steps
+        _require(every is None or every >= 1, "checkpoint_steps", every, "at least 1, or not given")
         _require(self.crop >= 32 and self.crop % 16 == 0, "crop", self.crop, "a multiple of 16, at least 32")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
         _require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
@@ -156,13 +171,13 @@ PRESETS: dict[str, Preset] = {
     ),
     "demo": Preset(
         model=_model((32, 48, 64, 96), (32, 64, 96, 128)),
-        # For two cores and an hour or two: a small batch wants a smaller learning rate, and the noise levels are drawn
-        # around those that the two-step sampler uses (80 and 1.5), since a short run learns the lowest ones last.
+        # For two cores and an hour or two: the noise levels are drawn around those that the two-step sampler uses (80
+        # and 1.5), since a short run learns the lowest ones last.
         train=TrainConfig(
-            steps=3000,
-            batch=8,
-            crop=96,
-            learning_rate=4e-3,
+            steps=10_000,
+            batch=5,
+            crop=128,
+            learning_rate=1e-2,
             cooldown=0.6,
             p_mean=0.4,
             p_std=1.4,

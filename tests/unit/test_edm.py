@@ -9,22 +9,23 @@ from torch import Tensor
 from staindiffuser.training.diffusion.edm import Denoiser, Uncertainty, draw_sigma, edm_loss, precondition
 
 
-def test_preconditioning_is_that_of_edm_table_1() -> None:
+def test_preconditioning_is_that_of_edm_table_1_but_for_the_input() -> None:
     c_skip, c_out, c_in, c_noise = (v.item() for v in precondition(torch.tensor(1.5), 0.5))
     assert c_skip == pytest.approx(0.25 / 2.5)
     assert c_out == pytest.approx(1.5 * 0.5 / math.sqrt(2.5))
-    assert c_in == pytest.approx(1 / math.sqrt(2.5))
+    assert c_in == pytest.approx(0.5 / 2.5)
     assert c_noise == pytest.approx(math.log(1.5) / 4)
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.1, 1.0, 80.0])
-def test_network_input_and_training_target_have_unit_variance(sigma: float) -> None:
+def test_network_input_is_the_linear_estimate_and_the_target_has_unit_variance(sigma: float) -> None:
     torch.manual_seed(0)
     y = 0.5 * torch.randn(4, 3, 64, 64)
     n = torch.randn_like(y)
     c_skip, c_out, c_in, _ = precondition(torch.tensor(sigma), 0.5)
     x = y + sigma * n
-    assert (c_in * x).std().item() == pytest.approx(1, abs=0.03)
+    estimate = (x.flatten() @ y.flatten()) / (x.flatten() @ x.flatten()) * x  # least squares
+    torch.testing.assert_close(c_in * x, estimate / 0.5, atol=0.03, rtol=0.03)
     assert ((y - c_skip * x) / c_out).std().item() == pytest.approx(1, abs=0.03)
 
 

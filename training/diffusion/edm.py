@@ -16,9 +16,15 @@ __all__ = ["Denoiser", "Uncertainty", "draw_sigma", "edm_loss", "precondition"]
 
 
 def precondition(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(c_skip, c_out, c_in, c_noise) of EDM, Table 1; each of σ's shape."""
+    """(c_skip, c_out, c_in, c_noise) of EDM, Table 1, but for c_in; each of σ's shape.
+
+    c_in is c_skip / sd instead of 1 / √(σ² + sd²) (ours): the network sees the best linear estimate of y from x, in
+    units of sd, which fades as the noise grows. With EDM's, unit noise fills every channel of the stem at σ_max, where
+    x says nothing, and the features have to outshout it.
+    """
     total = sigma**2 + sigma_data**2
-    return sigma_data**2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
+    c_skip = sigma_data**2 / total
+    return c_skip, sigma * sigma_data / total.sqrt(), c_skip / sigma_data, sigma.log() / 4
 
 
 class Denoiser:

@@ -61,7 +61,6 @@ class MPConv(nn.Module):
         bias: add a learned bias (ours: it stands for EDM2's constant input channel, which zero padding would turn
             into a frame around the tile).
         gain: initial value of a learned gain per output channel; None for no gain.
-        gain_rate: factor of the learned gain, so of the speed at which Adam (whose steps have a fixed size) moves it.
     """
 
     def __init__(
@@ -74,21 +73,19 @@ class MPConv(nn.Module):
         after_silu: bool = False,
         bias: bool = False,
         gain: float | None = None,
-        gain_rate: float = 1.0,
     ) -> None:
         super().__init__()
-        self.gain_rate = gain_rate
         self.kernel, self.stride = kernel, stride
         self.scale = SILU_GAIN if after_silu else 1.0
         self.weight = nn.Parameter(torch.randn(cout, cin, kernel, kernel) if kernel else torch.randn(cout, cin))
         self.bias = nn.Parameter(torch.zeros(cout)) if bias else None
-        self.gain = nn.Parameter(torch.full((cout,), gain / gain_rate)) if gain is not None else None
+        self.gain = nn.Parameter(torch.full((cout,), gain)) if gain is not None else None
 
     def plain_weight(self) -> Tensor:
         """The weight of the equivalent plain convolution: normalisation, SiLU's gain and the learned gain folded in."""
         weight = _unit(self.weight) * (self.scale / math.sqrt(self.weight[0].numel()))
         if self.gain is not None:
-            weight = weight * (self.gain_rate * self.gain).view(-1, *([1] * (weight.ndim - 1)))
+            weight = weight * self.gain.view(-1, *([1] * (weight.ndim - 1)))
         return weight
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-from staindiffuser.training.config import ModelConfig, StainConfig
+from staindiffuser.training.config import ModelConfig, StainConfig, Task
 from staindiffuser.training.diffusion.edm import Denoiser
 from staindiffuser.training.model.branch import Branch
 from staindiffuser.training.model.encoder import HEEncoder
 
 __all__ = ["DualDiffusion", "Task", "he_to_network", "standardize", "unstandardize"]
-
-Task = Literal["pictures", "cells"]
-"""Which of a stain's two branches: its picture, or its cells."""
 
 
 class DualDiffusion(nn.Module):
@@ -51,7 +46,7 @@ def he_to_network(he: Tensor) -> Tensor:
 
 
 def _constants(stain: StainConfig, task: Task, like: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = (stain.picture_mean, stain.picture_std) if task == "pictures" else (stain.cells_mean, stain.cells_std)
+    mean, std = stain.constants(task)
     shape = (1, -1, 1, 1)
     return torch.as_tensor(mean).to(like).view(shape), torch.as_tensor(std).to(like).view(shape)
 

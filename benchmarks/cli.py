@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from staindiffuser.benchmarks.ablations_cli import ablations
+from staindiffuser.benchmarks.loader import loader
+
 app = typer.Typer(no_args_is_help=True, help="Measure this machine: latency, throughput, quality.")
 
 
@@ -160,3 +163,7 @@ def engines(
         f"four stains: {report.four_stains_ms:.0f} ms, encoder + 4 pictures + 4 cell maps alone "
         f"{report.four_stains_sum_ms:.0f} ms: x {report.four_stains_ratio:.3f}"
     )
+
+
+app.command(epilog="Example: staindiffuser bench loader --data tiles --crop 256 --workers 2 --json loader.json")(loader)
+app.command()(ablations)

@@ -152,17 +152,17 @@ def model_card(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
         *(f"- {key}: {value}" for key, value in config.provenance.items()),
         "",
     ]
-    stains_metrics = metrics.get("stains", {})
-    if stains_metrics:
-        names = list(next(iter(stains_metrics.values())))
+    scores = metrics.get("stains", {})
+    if scores:
         lines += [
             f"## Measured on {metrics.get('tiles')} tiles that it never saw ({metrics.get('steps')} steps)",
             "",
-            "| stain | " + " | ".join(names) + " |",
-            "|---" * (len(names) + 1) + "|",
+            "| | " + " | ".join(scores) + " |",
+            "|---" * (len(scores) + 1) + "|",
         ]
-        for stain, values in stains_metrics.items():
-            lines.append(f"| {stain} | " + " | ".join(f"{values[name]:.3f}" for name in names) + " |")
+        for name in next(iter(scores.values())):
+            values = (stain.get(name) for stain in scores.values())
+            lines.append(f"| {name} | " + " | ".join("–" if v is None else f"{v:.3f}" for v in values) + " |")
         lines.append("")
     if "gate" in metrics:
         lines += gate_lines(metrics["gate"])

@@ -1,14 +1,17 @@
-"""``staindiffuser train`` and ``staindiffuser evaluate``."""
+"""``staindiffuser train`` and ``staindiffuser train add-stain``."""
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-__all__ = ["evaluate", "train"]
+__all__ = ["add_stain", "app", "train"]
+
+app = typer.Typer(invoke_without_command=True, subcommand_metavar="[COMMAND]")
 
 
 class PresetName(StrEnum):
@@ -20,105 +23,188 @@ class PresetName(StrEnum):
     large = "large"
 
 
-class SplitName(StrEnum):
-    """Splits of a folder of paired tiles."""
+class StrategyName(StrEnum):
+    """How several processes share the work."""
 
-    train = "train"
-    val = "val"
-    test = "test"
+    auto = "auto"
+    ddp = "ddp"
+    fsdp = "fsdp"
 
 
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Folder of paired tiles (tiles.csv). Required; several are mixed: FOLDER=WEIGHT.", metavar="FOLDER"
+    ),
+]
+Output = Annotated[Path | None, typer.Option(help="Run folder; the same command resumes it. Required.")]
+Steps = Annotated[int | None, typer.Option(help="Optimiser steps, instead of the recipe's.")]
+Batch = Annotated[int | None, typer.Option(help="Crops per step over all processes, instead of the recipe's.")]
+Accumulate = Annotated[int | None, typer.Option(help="Parts that a step's crops are worked through in: less memory.")]
+Crop = Annotated[int | None, typer.Option(help="Crop size in pixels, instead of the recipe's.")]
+LearningRate = Annotated[float | None, typer.Option(help="Peak rate, instead of the recipe's.")]
+Seed = Annotated[int | None, typer.Option(help="Decides weights, crops and noise, instead of the recipe's.")]
+Workers = Annotated[int | None, typer.Option(help="Loader processes, instead of the recipe's.")]
+TrainedOn = Annotated[str, typer.Option(help="What every output says the model was trained on.")]
+Resume = Annotated[
+    str, typer.Option(help="auto: go on from the run's last snapshot; never; or a snapshot.", metavar="auto|never|PATH")
+]
+Strategy = Annotated[
+    StrategyName, typer.Option(help="With torchrun: ddp, or fsdp, which shares the weights too (large's own choice).")
+]
+LogEvery = Annotated[int, typer.Option(help="Steps between two lines of the curves.", min=1)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check data, settings and output; train and write nothing.")]
+Progress = Annotated[bool, typer.Option(help="Show a progress bar.")]
+
+TRAINED_ON = "the data named in its card"
+
+
+@app.callback()
 def train(
-    data: Annotated[Path, typer.Option(help="Folder of paired tiles (tiles.csv).", show_default=False)],
-    output: Annotated[Path, typer.Option(help="Run folder; the same command resumes it.", show_default=False)],
-    preset: Annotated[PresetName, typer.Option(help="Size and recipe.")] = PresetName.demo,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of the preset's.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Crops per step, instead of the preset's.")] = None,
-    crop: Annotated[int | None, typer.Option(help="Crop size in pixels, instead of the preset's.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate, instead of the preset's.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides weights, crops and noise.")] = 0,
-    workers: Annotated[int | None, typer.Option(help="Loader processes, instead of the preset's.")] = None,
+    ctx: typer.Context,
+    data: Data = None,
+    output: Output = None,
+    preset: Annotated[
+        PresetName | None, typer.Option(help="Size and recipe; the settings file's, or demo.", show_default=False)
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Settings, TOML or JSON: preset, and fields of train and model to change.")
+    ] = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    accumulate: Accumulate = None,
+    crop: Crop = None,
+    learning_rate: LearningRate = None,
+    seed: Seed = None,
+    workers: Workers = None,
     name: Annotated[str, typer.Option(help="Name written into the checkpoint.")] = "model",
-    trained_on: Annotated[
-        str, typer.Option(help="What every output says the model was trained on.")
-    ] = "the data named in its card",
-    resume: Annotated[bool, typer.Option(help="Go on from the run's last snapshot.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check data and settings, train nothing.")] = False,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    trained_on: TrainedOn = TRAINED_ON,
+    resume: Resume = "auto",
+    strategy: Strategy = StrategyName.auto,
+    log_every: LogEvery = 20,
+    dry_run: DryRun = False,
+    progress: Progress = True,
 ) -> None:
-    """Train a dual-diffusion checkpoint on paired tiles.
+    """Train a dual-diffusion checkpoint on paired tiles, or add a stain to one.
 
     Example: staindiffuser train --data tiles --output runs/demo --preset demo
-    """
-    import dataclasses
 
-    from staindiffuser.training.config import PRESETS
+    Several GPUs: torchrun --nproc-per-node 8 --no-python staindiffuser train --data tiles --output runs/base
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    data, output = _required(ctx, data, output)
+
     from staindiffuser.training.loop import RunOptions
     from staindiffuser.training.loop import train as run
+    from staindiffuser.training.settings import choose_preset
 
-    chosen = PRESETS[preset.value]
-    asked = {
-        "steps": steps,
-        "batch": batch,
-        "crop": crop,
-        "seed": seed,
-        "workers": workers,
-        "learning_rate": learning_rate,
-    }
-    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    chosen = dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, **changes))
-    options = RunOptions(
-        output=output, name=name, trained_on=trained_on, resume=resume, progress=progress, dry_run=dry_run
-    )
-    folder = run(chosen, data, options)
-    typer.echo(f"{data}: everything checked, nothing trained" if dry_run else f"checkpoint: {folder}")
-
-
-def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.", show_default=False)],
-    data: Annotated[Path, typer.Option(help="Folder of paired tiles.", show_default=False)],
-    steps: Annotated[int, typer.Option(help="Sampler steps: 1, 2 or 4, or 18 for the teacher's.")] = 2,
-    split: Annotated[SplitName, typer.Option(help="Rows to score.")] = SplitName.test,
-    limit: Annotated[int | None, typer.Option(help="At most this many tiles.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON.")] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write report.md here, with the best, median and worst tiles.")
-    ] = None,
-) -> None:
-    """Score a checkpoint on paired tiles that it never saw.
-
-    Per stain: DAB-Dice, optical-density correlation, positive-area error, cell-map Dice, radial power, SSIM, PSNR.
-
-    Example: staindiffuser evaluate runs/demo/checkpoint --data tiles --steps 2 --json scores.json --report scores
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    from staindiffuser.files import write_json
-    from staindiffuser.training.checkpoint import Checkpoint
-    from staindiffuser.training.data.pairs import PairedTiles
-    from staindiffuser.training.evaluate import evaluate as score
-    from staindiffuser.training.report import write_report
-
-    evaluation = score(
-        Checkpoint.load(checkpoint),
-        PairedTiles.load(data),
+    changes = _changes(
         steps=steps,
-        split=split.value,
-        limit=limit,
+        batch=batch,
+        accumulate=accumulate,
+        crop=crop,
+        learning_rate=learning_rate,
         seed=seed,
+        workers=workers,
     )
-    result = evaluation.summary()
-    if json_file is not None:
-        write_json(json_file, result)
-    if report is not None:
-        typer.echo(f"report: {write_report(evaluation, report)}")
-    table = Table(title=f"{result['model']}, {result['steps']} steps, {result['tiles']} {split.value} tiles")
-    stains = result["stains"]
-    table.add_column("metric")
-    for stain in stains:
-        table.add_column(stain, justify="right")
-    for metric in next(iter(stains.values())):
-        table.add_row(metric, *(f"{values[metric]:.3f}" for values in stains.values()))
-    Console().print(table)
+    size, chosen = choose_preset(preset and preset.value, config, changes)
+    options = RunOptions(
+        output=output,
+        name=name,
+        trained_on=trained_on,
+        resume=_resume(resume),
+        strategy=_strategy(strategy, size),
+        log_every=log_every,
+        progress=progress,
+        dry_run=dry_run,
+    )
+    _report(run(chosen, data, options), data, dry_run=dry_run)
+
+
+@app.command("add-stain")
+def add_stain(
+    ctx: typer.Context,
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.", show_default=False)],
+    stain: Annotated[str, typer.Option(help="The new stain: its column in the data.", show_default=False)],
+    data: Data = None,
+    output: Output = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Settings, TOML or JSON: fields of train that differ from its recipe.")
+    ] = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    accumulate: Accumulate = None,
+    crop: Crop = None,
+    learning_rate: LearningRate = None,
+    seed: Seed = None,
+    workers: Workers = None,
+    name: Annotated[
+        str, typer.Option(help="Name of the new checkpoint; the old one's if not given.", show_default=False)
+    ] = "",
+    trained_on: TrainedOn = TRAINED_ON,
+    resume: Resume = "auto",
+    strategy: Strategy = StrategyName.ddp,
+    log_every: LogEvery = 20,
+    dry_run: DryRun = False,
+    progress: Progress = True,
+) -> None:
+    """Add a stain to a checkpoint: a new pair of branches on its encoder; the old stains do not change by a bit.
+
+    The recipe is the one that the checkpoint was trained by, unless options say otherwise.
+
+    Example: staindiffuser train add-stain runs/mine/checkpoint --stain ki67 --data tiles --output runs/ki67
+    """
+    data, output = _required(ctx, data, output)
+
+    from staindiffuser.training.add_stain import add_stain as run
+    from staindiffuser.training.loop import RunOptions
+
+    changes = _changes(
+        steps=steps,
+        batch=batch,
+        accumulate=accumulate,
+        crop=crop,
+        learning_rate=learning_rate,
+        seed=seed,
+        workers=workers,
+    )
+    options = RunOptions(
+        output=output,
+        name=name,
+        trained_on=trained_on,
+        resume=_resume(resume),
+        strategy=_strategy(strategy, ""),
+        log_every=log_every,
+        progress=progress,
+        dry_run=dry_run,
+    )
+    _report(run(checkpoint, stain, data, options, file=config, **changes), data, dry_run=dry_run)
+
+
+def _required(ctx: typer.Context, data: list[str] | None, output: Path | None) -> tuple[list[str], Path]:
+    """Both, or the usual complaint: ``train`` needs neither when a subcommand follows it."""
+    if not data:
+        ctx.fail("Missing option '--data'.")
+    if output is None:
+        ctx.fail("Missing option '--output'.")
+    return data, output
+
+
+def _changes(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _resume(value: str) -> bool | Path:
+    return {"auto": True, "never": False}.get(value, Path(value))
+
+
+def _strategy(asked: StrategyName, size: str) -> Any:
+    if asked is not StrategyName.auto:
+        return asked.value
+    return "fsdp" if size == "large" and int(os.environ.get("WORLD_SIZE", "1")) > 1 else "ddp"
+
+
+def _report(folder: Path, data: list[str], *, dry_run: bool) -> None:
+    if os.environ.get("RANK", "0") == "0":  # torchrun's
+        typer.echo(f"{', '.join(data)}: everything checked, nothing trained" if dry_run else f"checkpoint: {folder}")

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
-from staindiffuser.errors import StainDiffuserError
+from staindiffuser.errors import StainDiffuserError, UsageError
 from staindiffuser.training.config import ModelConfig, TrainConfig
 from staindiffuser.training.data.dataset import NEGATIVE, POSITIVE
 from staindiffuser.training.diffusion.edm import Uncertainty, draw_sigma, edm_loss
+from staindiffuser.training.model.branch import Branch
 from staindiffuser.training.model.layers import normalize_weight_
 from staindiffuser.training.model.network import DualDiffusion, Task, he_to_network, standardize
 
-__all__ = ["TASKS", "DivergedError", "TeacherModule", "learning_rate"]
+__all__ = ["TASKS", "DivergedError", "TeacherModule", "learning_rate", "stop_if_not_finite"]
 
 TASKS: tuple[Task, ...] = ("pictures", "cells")
+
+
+BANDS = {
+    "error": (0.0, math.inf),
+    "error_low_sigma": (0.0, 0.2),
+    "error_middle_sigma": (0.2, 2.0),
+    "error_high_sigma": (2.0, math.inf),
+}
+"""The curves of a branch's error: at all noise levels, and within bands of σ."""
 
 
 class DivergedError(StainDiffuserError):
@@ -33,15 +49,54 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return warm * max(0.0, min(1.0, left))
 
 
-class TeacherModule(L.LightningModule):
-    """The network, its moving average, and one learned uncertainty per branch."""
+def stop_if_not_finite(module: L.LightningModule, loss: Tensor, batch: dict[str, Any]) -> None:
+    """Stop every process if any one's loss is not a number; that one saves its batch beside the run.
 
-    def __init__(self, model: ModelConfig, config: TrainConfig) -> None:
+    Raises:
+        DivergedError: naming the file.
+    """
+    finite = bool(torch.isfinite(loss))
+    if module.trainer.strategy.reduce_boolean_decision(finite, all=True):
+        return
+    what = f"the loss is not finite at step {module.global_step}"
+    if finite:
+        raise DivergedError(f"{what} on another process, which names the batch")
+    rank = f"-{module.global_rank}" if module.global_rank else ""
+    path = Path(module.trainer.default_root_dir) / f"diverged-batch{rank}.pt"
+    torch.save({"batch": batch, "step": module.global_step}, path)
+    raise DivergedError(f"{what}: the batch is in {path}; lower the learning rate")
+
+
+class TeacherModule(L.LightningModule):
+    """The network, its moving average, and one learned uncertainty per branch.
+
+    Args:
+        tasks: the branches that are trained, of each stain; the others keep their first weights.
+        encoder: the state of a trained encoder, which is then left as it is to the bit.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TrainConfig,
+        *,
+        tasks: tuple[Task, ...] = TASKS,
+        encoder: dict[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.tasks = config, tasks
         self.net = DualDiffusion(model)
+        if encoder is not None:
+            self.net.encoder.load_state_dict(encoder)
+        self.trained: tuple[str, ...] = tasks if encoder is not None else ("encoder", *tasks)
+        """The parts of the network that are trained."""
+        for name, part in self.net.named_children():
+            part.requires_grad_(name in self.trained)
         self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
-        self.uncertainty = nn.ModuleDict({_key(t, s.name): Uncertainty() for s in model.stains for t in TASKS})
+        self.uncertainty = nn.ModuleDict({_key(t, s.name): Uncertainty() for s in model.stains for t in tasks})
+        self.shared = False
+        """Whether each process holds only a share of the weights."""
+        self._sums: dict[str, Tensor] = {}
 
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """The loss of a batch; per branch the weighted squared error [B] and the noise levels [B] it was at.
@@ -54,7 +109,9 @@ class TeacherModule(L.LightningModule):
         errors, sigmas = {}, {}
         for s, stain in enumerate(model.stains):
             mask = batch[f"{stain.name}_mask"][:, None]
-            for t, task in enumerate(TASKS):
+            for t, task in enumerate(TASKS):  # the draws are of both tasks, so that they are the same without one
+                if task not in self.tasks:
+                    continue
                 if task == "pictures":
                     target, valid = batch[stain.name].permute(0, 3, 1, 2), None
                     noise, share = batch["noise"][:, s, :3], config.picture_max_share
@@ -84,38 +141,87 @@ class TeacherModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], _index: int) -> Tensor:
         loss, errors, sigmas = self.losses(batch)
-        if not torch.isfinite(loss):
-            self._refuse(batch)
-        self.log("loss", loss, prog_bar=True)
-        for key, error in errors.items():
-            error = error.detach()
-            self.log(f"error/{key}", error.mean())
-            for name, low, high in (("low", 0.0, 0.2), ("middle", 0.2, 2.0), ("high", 2.0, 1e9)):
-                inside = (sigmas[key] >= low) & (sigmas[key] < high)
-                if inside.any():
-                    self.log(f"error_{name}_sigma/{key}", error[inside].mean())
+        stop_if_not_finite(self, loss, batch)
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a helper of Lightning's
+        if (self.global_step + 1) % every == 0:
+            self._collect(loss, errors, sigmas)
+        self.log("loss", loss, prog_bar=True, logger=False)
         return loss
 
-    def _refuse(self, batch: dict[str, Any]) -> None:
-        path = Path(self.trainer.default_root_dir) / "diverged-batch.pt"
-        torch.save({"batch": batch, "step": self.global_step}, path)
-        raise DivergedError(
-            f"the loss is not finite at step {self.global_step}: the batch is in {path}; lower the learning rate"
-        )
+    def _collect(self, loss: Tensor, errors: dict[str, Tensor], sigmas: dict[str, Tensor]) -> None:
+        """Add what the curves show, as (sum, count), to what other parts of the same step gave."""
+        found = {"loss": torch.stack([loss.detach(), torch.ones_like(loss)])}
+        for key, error in errors.items():
+            for name, (low, high) in BANDS.items():
+                inside = ((sigmas[key] >= low) & (sigmas[key] < high)).float()
+                found[f"{name}/{key}"] = torch.stack([(error.detach() * inside).sum(), inside.sum()])
+        self._sums = {name: value + self._sums.get(name, 0) for name, value in found.items()}
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        normalize_weight_(self.net)
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """The step, and what follows it: weights normalised, the average moved, a line of the curves."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        step = self.global_step + 1  # Lightning counts this one only after this method
         normalize_weight_(self.uncertainty)
-        n = self.global_step
-        decay = min(self.config.ema, (1 + n) / (10 + n))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
+        decay = min(self.config.ema, (1 + step) / (10 + step))
+        for name in self.trained:
+            part, average = getattr(self.net, name), getattr(self.ema, name)
+            normalize_weight_(part)
+            with torch.no_grad():
+                torch._foreach_lerp_(_local(average), _local(part), 1 - decay)
+        if self._sums:
+            sums = self.trainer.strategy.reduce(torch.stack(list(self._sums.values())), reduce_op="sum").tolist()
+            values = {name: total / n for name, (total, n) in zip(self._sums, sums, strict=True) if n}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(values, step=step)
+            self._sums = {}
+
+    def configure_model(self) -> None:
+        """Share the weights over the processes, if that is asked for (FSDP2: ``--strategy fsdp``).
+
+        The encoder and every branch are gathered one at a time, where they are used. The moving average is shared in
+        the same way, so that each process averages what it holds. Two processes on a CPU give the curve of one; on
+        GPUs this has not been run.
+        """
+        if self.shared or not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        mesh = self.trainer.strategy.device_mesh["data_parallel"]
+        for network in (self.net, self.ema):
+            for part in (network.encoder, *network.pictures.values(), *network.cells.values()):
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)
+                if isinstance(part, Branch):
+                    register_fsdp_forward_method(part, "attend")
+        for part in self.uncertainty.values():
+            fully_shard(part, mesh=mesh)
+        self.shared = True
+
+    def averaged(self) -> DualDiffusion:
+        """The moving average as a plain network; where the weights are shared, every process must call this."""
+        if not self.shared:
+            return self.ema
+        network = DualDiffusion(self.net.config)
+        state = self.ema.state_dict()
+        network.load_state_dict({n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in state.items()})
+        return network.to(self.device).requires_grad_(False).eval()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["model"] = dataclasses.asdict(self.net.config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get("model", mine := dataclasses.asdict(self.net.config)) != mine:
+            raise UsageError("the run was begun with another model or other data: choose another --output")
 
     def configure_optimizers(self) -> Any:
-        parameters = [*self.net.parameters(), *self.uncertainty.parameters()]
+        parameters = [p for part in (self.net, self.uncertainty) for p in part.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, lr=self.config.learning_rate, betas=self.config.betas, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, self.config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _local(module: nn.Module) -> list[Tensor]:
+    """What this process holds of a module's parameters."""
+    return [p.to_local() if isinstance(p, DTensor) else p.data for p in module.parameters()]
 
 
 def _key(task: str, stain: str) -> str:

@@ -17,8 +17,11 @@ from staindiffuser.client.cli import stain
 from staindiffuser.errors import EXIT_INTERRUPTED, DependencyError, StainDiffuserError
 from staindiffuser.export.cli import app as export_app
 from staindiffuser.serving.cli import serve
-from staindiffuser.training.cli import evaluate, train
+from staindiffuser.training.cli import app as train_app
+from staindiffuser.training.data.prepare.cli import app as prepare_app
 from staindiffuser.training.data.simulate.cli import app as simulate_app
+from staindiffuser.training.distill.cli import distill
+from staindiffuser.training.evaluate_cli import evaluate
 
 __all__ = ["app", "main"]
 
@@ -56,9 +59,11 @@ def _root(version: bool = typer.Option(False, "--version", callback=_version, is
 app.command(rich_help_panel="Use")(stain)
 app.command(rich_help_panel="Use")(serve)
 app.add_typer(bench_app, name="bench", help="Measure speed.", rich_help_panel="Use")
-app.command(rich_help_panel="Make")(train)
-app.command(rich_help_panel="Make")(evaluate)
+app.add_typer(prepare_app, name="prepare", help="Slides and public data sets → paired tiles.", rich_help_panel="Make")
 app.add_typer(simulate_app, name="simulate", help="Make simulated tissue.", rich_help_panel="Make")
+app.add_typer(train_app, name="train", rich_help_panel="Make")
+app.command(rich_help_panel="Make")(distill)
+app.command(rich_help_panel="Make")(evaluate)
 app.add_typer(export_app, name="export", help="Checkpoint → graphs → engines.", rich_help_panel="Make")
 
 

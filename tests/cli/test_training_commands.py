@@ -1,13 +1,19 @@
-"""Tiles → train → evaluate → graphs → repository, as a user types it, on the debug preset."""
+"""Tiles → train → graphs → repository, as a user types it, on the debug preset."""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from staindiffuser.cli import main
 
 
 def staindiffuser(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -37,30 +43,153 @@ def test_checkpoint_says_what_it_is(run_folder: Path) -> None:
     assert 0 <= config["provenance"]["speed"]["data_wait_share"] <= 1
 
 
-@pytest.mark.parametrize("steps", [1, 18])
-def test_evaluate_writes_every_metric(run_folder: Path, tiles_folder: Path, tmp_path: Path, steps: int) -> None:
-    scores, report = tmp_path / "scores.json", tmp_path / "report"
-    outputs: list[str | Path] = ["--json", scores, "--report", report]
-    result = staindiffuser(
-        "evaluate", run_folder / "checkpoint", "--data", tiles_folder, "--steps", str(steps), "--limit", "2", *outputs
-    )
+def test_a_stain_is_added_to_it(run_folder: Path, tiles_folder: Path, tmp_path: Path) -> None:
+    tiles = copy_tiles(tiles_folder, tmp_path / "tiles")
+    edit(tiles, lambda text: text.replace("cd3", "ki67", 1))
+    asked: list[str | Path] = [
+        "--stain",
+        "ki67",
+        "--data",
+        tiles,
+        "--output",
+        tmp_path / "run",
+        "--name",
+        "three",
+        "--no-progress",
+    ]
+    result = staindiffuser("train", "add-stain", run_folder / "checkpoint", *asked)
     assert result.returncode == 0, result.stderr
-    data = json.loads(scores.read_text())
-    assert data["steps"] == steps
-    assert data["tiles"] == 2
-    for stain in ("cd3", "ck818"):
-        low, high = data["intervals_95"][stain]["psnr"]
-        assert low <= data["stains"][stain]["psnr"] <= high
-        for pick in ("best", "median", "worst"):
-            assert f"{stain}-{pick}.png" in (report / "report.md").read_text()
-            assert (report / f"{stain}-{pick}.png").is_file()
-        assert set(data["stains"][stain]) >= {"dab_dice", "od_correlation", "positive_area_error", "cell_dice", "ssim"}
+    config = json.loads((tmp_path / "run" / "checkpoint" / "config.json").read_text())
+    assert config["name"] == "three"
+    assert [stain["name"] for stain in config["model"]["stains"]] == ["cd3", "ck818", "ki67"]
+    assert config["provenance"]["added stains"]["ki67"]["recipe"] == config["provenance"]["recipe"]
 
 
-def test_evaluate_refuses_a_sampler_that_is_not_there(run_folder: Path, tiles_folder: Path) -> None:
-    result = staindiffuser("evaluate", run_folder / "checkpoint", "--data", tiles_folder, "--steps", "3")
-    assert result.returncode == 2
-    assert result.stderr == "error: --steps 3: this checkpoint has samplers of 1, 2, 4, 18 steps\n"
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command line in this process; it must end with the exit code. Returns its complaint."""
+
+    def run(code: int, *arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["staindiffuser", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == code
+        return capsys.readouterr().err
+
+    return run
+
+
+def copy_tiles(source: Path, folder: Path) -> Path:
+    shutil.copytree(source, folder)
+    return folder
+
+
+def edit(tiles: Path, change: Callable[[str], str]) -> None:
+    path = tiles / "tiles.csv"
+    text = path.read_text()
+    assert change(text) != text
+    path.write_text(change(text))
+
+
+def cut(picture: Path) -> None:
+    picture.write_bytes(picture.read_bytes()[:200])
+
+
+def shrink(picture: Path) -> None:
+    with Image.open(picture) as image:
+        image.resize((48, 48)).save(picture)
+
+
+BAD_DATA: dict[str, tuple[Callable[[Path], None], str]] = {
+    "unreadable tile": (lambda tiles: cut(tiles / "he" / "t00.png"), "row 2: he: .*t00.png cannot be read"),
+    "pair of different size": (lambda tiles: shrink(tiles / "cd3" / "t01.png"), "row 3: cd3 .*48 x 48 .*64 x 64"),
+    "missing column": (lambda tiles: edit(tiles, lambda t: t.replace("slide", "sled", 1)), "row 1: column 'slide'"),
+    "mask without stain": (lambda tiles: edit(tiles, lambda t: t.replace("ck818", "cd8_mask", 1)), "'cd8_mask' is a"),
+    "split that shares a slide": (
+        lambda tiles: edit(tiles, lambda t: t.replace("s2,val", "s0,val", 1)),
+        "row 4: slide 's0' is in split 'val' here and in 'train' in row 2",
+    ),
+    "mpp that is not the model's": (lambda tiles: edit(tiles, lambda t: t.replace(",0.5\n", ",0.25\n")), "mpp is 0.25"),
+    "mpp that differs between rows": (lambda tiles: edit(tiles, lambda t: t.replace(",0.5\n", ",0.25\n", 1)), "mpp is"),
+    "no validation": (lambda tiles: edit(tiles, lambda t: t.replace(",val,", ",test,")), "no rows with split 'val'"),
+}
+
+
+@pytest.mark.parametrize("dry_run", [True, False], ids=["dry run", "run"])
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_refused_before_training(
+    refused: Callable[..., str], tiles_folder: Path, tmp_path: Path, name: str, dry_run: bool
+) -> None:
+    tiles = copy_tiles(tiles_folder, tmp_path / "tiles")
+    spoil, message = BAD_DATA[name]
+    spoil(tiles)
+    options = ["--preset", "debug", "--steps", "1", "--crop", "32", "--no-progress", *["--dry-run"][: int(dry_run)]]
+    error = refused(4, "train", "--data", tiles, "--output", tmp_path / "run", *options)
+    assert re.search(message, error), error
+    assert str(tiles / "tiles.csv") in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.toml", "[train]\nstep = 5\n", "a.toml: train: unknown field 'step'; known: accumulate, "),
+        ("a.toml", "[model.encoder]\nchanels = [1]\n", "a.toml: model: encoder: unknown field 'chanels'"),
+        ("a.toml", "[training]\nsteps = 5\n", "a.toml: unknown field 'training'; known: preset, train, model"),
+        ("a.toml", "[train]\nsteps = 'many'\n", "a.toml: train: steps is 'many', must be like 60"),
+        ("a.toml", "[train]\nsteps = 0\n", "a.toml: train: steps is 0, must be at least 1"),
+        ("a.toml", "preset = 'tiny'\n", "a.toml: preset is 'tiny', must be one of debug, demo"),
+        ("a.toml", "[train\n", "a.toml is not valid"),
+        ("a.json", '{"model": {"mpp": "0.5"}}', "a.json: model: mpp is '0.5', must be like 0.5"),
+        ("a.json", "[1]", "a.json must hold fields"),
+    ],
+)
+def test_bad_settings_are_refused(
+    refused: Callable[..., str], tiles_folder: Path, tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    asked = ["--data", tiles_folder, "--output", tmp_path / "run", "--config", tmp_path / name]
+    error = refused(2, "train", *asked, *([] if "preset" in text else ["--preset", "debug"]))
+    assert f"{tmp_path}/{message}" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "run"], "Missing option '--data'"),
+        (["--data", "tiles"], "Missing option '--output'"),
+        (["--data", "tiles", "--output", "run", "--config", "none.toml"], "none.toml cannot be read: No such file"),
+        (["--data", "tiles", "--output", "run", "--batch", "7", "--accumulate", "2"], "accumulate is 2, must be a"),
+        (["--data", "tiles", "--output", "run", "--resume", "none.ckpt"], "--resume none.ckpt: no such snapshot"),
+        (["--data", "tiles", "--output", "run", "--strategy", "fsdp"], "start them with torchrun"),
+    ],
+)
+def test_wrong_usage_is_refused(
+    refused: Callable[..., str], tiles_folder: Path, tmp_path: Path, monkeypatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiles").symlink_to(tiles_folder)
+    assert message in refused(2, "train", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_and_options_have_their_order(tmp_path: Path) -> None:
+    from staindiffuser.training.settings import choose_preset
+
+    path = tmp_path / "settings.toml"
+    path.write_text(
+        'preset = "debug"\n[train]\nsteps = 7\nbatch = 2\nbetas = [0.8, 0.9]\n[model]\nmpp = 1\n'
+        "[model.encoder]\nblocks = 2\n[[model.stains]]\nname = 'er'\nlabel = 'ER'\n"
+    )
+    name, preset = choose_preset(None, path, {"batch": 3})
+    assert (name, preset.train.steps, preset.train.batch, preset.train.betas) == ("debug", 7, 3, (0.8, 0.9))
+    assert (preset.model.mpp, preset.model.encoder.blocks, preset.model.stains[0].label) == (1, 2, "ER")
+    assert preset.model.encoder.channels == (16, 16, 24, 32)
+    assert choose_preset("base", path, {})[0] == "base"
+    assert choose_preset(None, None, {})[0] == "demo"
 
 
 def test_graphs_and_repository_follow(run_folder: Path, tmp_path: Path) -> None:

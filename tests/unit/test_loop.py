@@ -5,19 +5,25 @@ from __future__ import annotations
 import csv
 import dataclasses
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import Checkpoint
-from staindiffuser.training.config import PRESETS, Preset, TrainConfig
+from staindiffuser.training.config import PRESETS, ModelConfig, Preset, TrainConfig
 from staindiffuser.training.curves import draw_curves, read_curves
-from staindiffuser.training.data.pairs import PairedTiles
+from staindiffuser.training.data.dataset import CropDataset
+from staindiffuser.training.data.pairs import PairedTiles, read_picture
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.evaluate import evaluate
-from staindiffuser.training.loop import RunOptions, train
+from staindiffuser.training.loop import RunOptions, fit, train
 from staindiffuser.training.module import DivergedError, TeacherModule, learning_rate
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -51,25 +57,106 @@ def test_training_learns_and_its_checkpoint_can_be_scored(tiles_folder: Path, tm
     assert set(scores["stains"]) == {"cd3", "ck818"}
 
 
+def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch, how: Callable[[], None]) -> None:
+    """From now on ``how`` happens in the training step number ``step``."""
+    real = TeacherModule.training_step
+
+    def training_step(module: TeacherModule, batch: dict[str, Any], index: int) -> torch.Tensor:
+        if module.global_step == step:
+            how()
+        return real(module, batch, index)
+
+    monkeypatch.setattr(TeacherModule, "training_step", training_step)
+
+
+def lost() -> None:
+    raise RuntimeError("lost")
+
+
+@pytest.mark.parametrize(
+    ("error", "how", "kept"),
+    [(RuntimeError, lost, 2), (KeyboardInterrupt, lambda: signal.raise_signal(signal.SIGTERM), 4)],
+    ids=["lost between snapshots", "asked to stop"],
+)
 def test_interrupted_run_goes_on_as_if_nothing_had_happened(
-    tiles_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiles_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+    how: Callable[[], None],
+    kept: int,
 ) -> None:
-    whole = Checkpoint.load(train(preset(6), tiles_folder, options(tmp_path / "whole")))
-    step = TeacherModule.training_step
-
-    def killed(module: TeacherModule, batch: dict[str, Any], index: int) -> torch.Tensor:
-        if module.global_step == 3:
-            raise KeyboardInterrupt
-        return step(module, batch, index)
-
+    recipe = preset(7, checkpoint_steps=2, accumulate=2)
+    every_step = dataclasses.replace(options(tmp_path / "whole"), log_every=1)
+    whole = Checkpoint.load(train(recipe, tiles_folder, every_step))
+    every_step = dataclasses.replace(every_step, output=tmp_path / "parts")
     with monkeypatch.context() as patch:
-        patch.setattr(TeacherModule, "training_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(preset(6), tiles_folder, options(tmp_path / "parts"))
+        stopped_at(3, patch, how)
+        with pytest.raises(error):
+            train(recipe, tiles_folder, every_step)
     assert not (tmp_path / "parts" / "checkpoint").exists()
-    parts = Checkpoint.load(train(preset(6), tiles_folder, options(tmp_path / "parts")))
+    snapshot = tmp_path / "parts" / "snapshots" / "last.ckpt"
+    assert torch.load(snapshot, weights_only=False)["global_step"] == kept
+    parts = Checkpoint.load(train(recipe, tiles_folder, every_step))
     for name, tensor in whole.network.state_dict().items():
         assert torch.equal(tensor, parts.network.state_dict()[name]), name
+    for name, (steps, values) in read_curves(tmp_path / "whole").items():
+        if not name.startswith("speed/"):
+            again = read_curves(tmp_path / "parts")[name]
+            np.testing.assert_array_equal(again[0], steps)
+            np.testing.assert_array_equal(again[1], values)
+    train(recipe, tiles_folder, every_step)  # a finished run stays finished, and keeps its curves
+    assert len(read_curves(tmp_path / "parts")["loss"][0]) == 7
+
+
+def test_what_a_run_goes_on_from_is_chosen(tiles_folder: Path, tmp_path: Path) -> None:
+    first = dataclasses.replace(options(tmp_path / "first"), log_every=1)
+    train(preset(2), tiles_folder, first)
+    last = first.output / "snapshots" / "last.ckpt"
+    with pytest.raises(UsageError, match="holds a run already"):
+        train(preset(3), tiles_folder, dataclasses.replace(first, resume=False))
+    with pytest.raises(UsageError, match="begun with another model or other data"):
+        train(dataclasses.replace(PRESETS["demo"], train=preset(3).train), tiles_folder, first)
+    with pytest.raises(UsageError, match=r"none\.ckpt: no such snapshot"):
+        train(preset(3), tiles_folder, dataclasses.replace(first, resume=tmp_path / "none.ckpt"))
+    other = dataclasses.replace(first, output=tmp_path / "other", resume=last)
+    train(preset(3), tiles_folder, other)
+    assert list(read_curves(other.output)["loss"][0]) == [3]
+
+
+def test_parts_of_a_step_give_the_curve_of_the_whole(tiles_folder: Path, tmp_path: Path) -> None:
+    curves = []
+    for parts in (1, 4):
+        asked = dataclasses.replace(options(tmp_path / str(parts)), log_every=1)
+        train(preset(8, batch=8, accumulate=parts, bf16=False), tiles_folder, asked)
+        curves.append(read_curves(asked.output))
+    assert set(curves[0]) == set(curves[1])
+    for name in ("loss", "error/pictures-cd3", "error_high_sigma/cells-ck818"):
+        np.testing.assert_array_equal(curves[0][name][0], curves[1][name][0])
+        np.testing.assert_allclose(curves[0][name][1], curves[1][name][1], atol=1e-4)
+
+
+def test_single_task_leaves_the_other_branch_alone(tiny_model: ModelConfig, tiles_folder: Path, tmp_path: Path) -> None:
+    recipe = preset(2, bf16=False)
+    module = TeacherModule(tiny_model, recipe.train, tasks=("pictures",))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    dataset = CropDataset(PairedTiles.load(tiles_folder), crop=32, seed=0)
+    assert fit(module, dataset, recipe.train, options(tmp_path)) > 0
+    for name, tensor in module.state_dict().items():
+        if name.startswith(("net.cells", "ema.cells")):
+            assert torch.equal(tensor, before[name]), name
+    for name in ("net.encoder.stem.weight", "net.pictures.cd3.stem.weight", "ema.pictures.cd3.head.gain"):
+        assert not torch.equal(module.state_dict()[name], before[name]), name
+    assert set(module.uncertainty) == {"pictures-cd3", "pictures-ck818"}
+
+
+def test_folders_are_mixed(tiles_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiles_folder, other)
+    checkpoint = Checkpoint.load(train(preset(1), [f"{tiles_folder}=3", str(other)], options(tmp_path / "run")))
+    data = checkpoint.config.provenance["data"]
+    assert data["shares"] == [0.75, 0.25]
+    assert data["training tiles"] == 16
 
 
 def test_diverging_loss_stops_the_run_and_keeps_the_batch(
@@ -79,6 +166,7 @@ def test_diverging_loss_stops_the_run_and_keeps_the_batch(
     with pytest.raises(DivergedError, match="not finite at step 0"):
         train(preset(5), tiles_folder, options(tmp_path))
     assert "he" in torch.load(tmp_path / "diverged-batch.pt")["batch"]
+    assert not (tmp_path / "snapshots" / "last.ckpt").exists()
 
 
 def test_learning_rate_warms_up_and_cools_down() -> None:
@@ -111,6 +199,24 @@ def test_unusable_data_is_refused_before_training(tiles_folder: Path, tmp_path: 
 def test_crop_larger_than_the_tiles_is_refused(tiles_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="smaller than the crop of 128"):
         train(preset(5, crop=128), tiles_folder, options(tmp_path))
+
+
+def test_validation_tiles_of_odd_size_are_refused(tiles_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tiles"
+    shutil.copytree(tiles_folder, folder)
+    for column in ("he", "cd3", "ck818"):
+        picture = folder / column / "t10.png"
+        Image.fromarray(read_picture(picture)[:60]).save(picture)
+    with pytest.raises(DataError, match=r"row 12: the tile is 64 × 60; tiles to validate by must be of one size"):
+        train(preset(5), folder, options(tmp_path / "run"))
+
+
+def test_output_that_cannot_be_written_is_refused_by_a_dry_run_too(tiles_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for dry_run in (True, False):
+        asked = dataclasses.replace(options(tmp_path / "file" / "run"), dry_run=dry_run)
+        with pytest.raises(UsageError, match="cannot be written"):
+            train(preset(5), tiles_folder, asked)
 
 
 def test_dry_run_checks_every_pixel_and_trains_nothing(tiles_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""The tiles of :mod:`~staindiffuser.benchmarks.ablations`: checked, cut to one size, drawn for each run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from staindiffuser.training.data.dataset import load_tile
+from staindiffuser.training.data.pairs import PairedTile, PairedTiles, PairedTilesWriter, check_one_split
+from staindiffuser.training.errors import DataError
+
+if TYPE_CHECKING:
+    from staindiffuser.benchmarks.ablations import Plan
+
+__all__ = ["fingerprint", "open_tiles", "subset"]
+
+
+def open_tiles(plan: Plan, progress: Callable[[str], None]) -> tuple[PairedTiles, tuple[PairedTile, ...]]:
+    """The tiles to train on, and those to score on, spread over their split; cut if asked for.
+
+    Raises:
+        DataError: too few tiles, too small ones, a stain that is missing, or a slide on both sides.
+    """
+    tiles = PairedTiles.load(plan.data, mpp=plan.preset.model.mpp)
+    others = PairedTiles.load(plan.test, mpp=plan.preset.model.mpp) if plan.test else tiles
+    path = others.folder / "tiles.csv"
+    for stain in tiles.stains:
+        if stain not in others.stains:
+            raise DataError(f"{path}, row 1: column {stain!r} is missing, which {plan.data} has")
+    train, rows = tiles.split("train"), others.split(plan.split)
+    largest = max((size for size in plan.sizes if size is not None), default=1)
+    if len(train) < largest:
+        raise DataError(f"{plan.data / 'tiles.csv'}: {len(train)} training tiles, but --sizes asks for {largest}")
+    if not rows:
+        raise DataError(f"{path}: no rows with split {plan.split!r} to score on; name another folder with --test")
+    rows = rows[:: max(1, len(rows) // plan.test_tiles)][: plan.test_tiles]
+    check_one_split((*train, *rows))
+    side = plan.tile or plan.preset.train.crop
+    for row in (*train, *rows):
+        if min(row.size) < side:
+            raise DataError(
+                f"{row.file}, row {row.row}: the tile is {row.size[0]} × {row.size[1]}, smaller than {side}: "
+                "use --tile or --crop"
+            )
+    if None not in plan.sizes:
+        order = np.random.default_rng(0).permutation(len(train))[:largest]
+        train = tuple(train[index] for index in sorted(order))
+    tiles = dataclasses.replace(tiles, tiles=train)
+    if plan.tile is None:
+        return tiles, rows
+    progress(f"{len(train)} training tiles and {len(rows)} to score on, cut to {plan.tile} × {plan.tile}")
+    cut = _cut(tiles, rows, plan.tile, plan.output)
+    return dataclasses.replace(cut, tiles=cut.split("train")), cut.split(plan.split)
+
+
+def _cut(tiles: PairedTiles, rows: tuple[PairedTile, ...], side: int, output: Path) -> PairedTiles:
+    """The middle ``side`` × ``side`` pixels of each tile, as a folder of paired tiles."""
+    key = hashlib.sha256(f"{fingerprint(tiles.tiles)} {fingerprint(rows)} {side}".encode()).hexdigest()
+    folder = output / f"tiles-{key[:12]}"
+    if not (folder / "tiles.csv").is_file():
+        with PairedTilesWriter(folder, tiles.stains, resume=True) as writer:
+            for row in (*tiles.tiles, *rows):
+                name = f"{row.split}-{row.row:07d}"
+                if writer.has(name):
+                    continue
+                top, left = ((length - side) // 2 for length in reversed(row.size))
+                data = load_tile(row, tiles.stains)
+                data = {name: array[top : top + side, left : left + side] for name, array in data.items()}
+                writer.add(
+                    name,
+                    he=data["he"],
+                    stains=data,
+                    masks={stain: data[f"{stain}_mask"] for stain in tiles.stains},
+                    slide=row.slide,
+                    split=row.split,
+                    mpp=row.mpp,
+                )
+    return PairedTiles.load(folder)
+
+
+def subset(tiles: PairedTiles, number: int | None, seed: int) -> PairedTiles:
+    """The tiles of a run: a larger number holds the smaller one's tiles; every seed draws others."""
+    if number is None:
+        return tiles
+    order = np.random.default_rng((seed, 3)).permutation(len(tiles.tiles))[:number]
+    return dataclasses.replace(tiles, tiles=tuple(tiles.tiles[index] for index in sorted(order)))
+
+
+def fingerprint(rows: tuple[PairedTile, ...]) -> str:
+    """Of the rows and the sizes of their files: enough to notice other tiles, without reading them all."""
+    digest = hashlib.sha256()
+    for row in rows:
+        files = (row.he, *row.stains.values(), *(mask for mask in row.masks.values() if mask))
+        digest.update(repr((row.slide, row.split, row.mpp, [(f.name, f.stat().st_size) for f in files])).encode())
+    return digest.hexdigest()

@@ -1,0 +1,335 @@
+"""Baselines and ablations in one table: who learns most from the same tiles in the same number of optimiser steps.
+
+Every arm sees the same tiles, crops, augmentations and batches (they follow from the seed and the sample's number) and
+is scored on the same unseen tiles. Each finished run is written at once to ``runs/``, with everything that decides its
+numbers; a run is done again only when something of that has changed.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+import staindiffuser.training
+from staindiffuser.benchmarks.ablation_tiles import fingerprint, open_tiles, subset
+from staindiffuser.errors import DependencyError, UsageError
+from staindiffuser.files import write_json
+from staindiffuser.training.baselines.pix2pix import Pix2PixModule
+from staindiffuser.training.baselines.unet import RegressionModule, parameter_count
+from staindiffuser.training.config import PRESETS, ModelConfig, Preset, TrainConfig, WidthConfig
+from staindiffuser.training.data.dataset import CropDataset, load_tile, measure_stains
+from staindiffuser.training.data.pairs import PairedTile, PairedTiles, Split
+from staindiffuser.training.diffusion.samplers import START_SIGMAS
+from staindiffuser.training.evaluate import evaluate_tiles
+from staindiffuser.training.loop import RunOptions, fit
+from staindiffuser.training.metrics import StainScore
+from staindiffuser.training.module import TASKS, TeacherModule
+
+__all__ = ["ARMS", "EVERY_SIZE", "SMALL", "ArmName", "Plan", "Run", "bench_ablations", "chosen_preset"]
+
+ArmName = Literal["regression", "pix2pix", "single", "plain", "separate", "dual"]
+ARMS: tuple[ArmName, ...] = get_args(ArmName)
+EVERY_SIZE: tuple[ArmName, ...] = ("regression", "single", "dual")
+"""Arms that are trained at every number of tiles; the others at the middle one alone."""
+Scores = dict[str, dict[str, float]]
+"""Per stain its metrics by name."""
+
+SMALL = Preset(
+    model=ModelConfig(
+        encoder=WidthConfig(channels=(16, 24, 32, 48)),
+        picture=WidthConfig(channels=(16, 32, 48, 64)),
+        cells=WidthConfig(channels=(8, 16, 24, 32)),
+        embedding=64,
+    ),
+    train=dataclasses.replace(PRESETS["demo"].train, steps=400, batch=8, crop=96, warmup=40, workers=0),
+)
+"""Between ``debug`` and ``demo``, with the latter's recipe: a run of about a minute on one core."""
+LEARNING_RATES: dict[str, float] = {"regression": 3e-3, "pix2pix": 1e-3}
+"""Peak rates of the baselines, chosen on validation tiles; the other arms have the preset's."""
+_CODE = (
+    "baselines",
+    "diffusion",
+    "model",
+    "data/dataset.py",
+    "data/mixing.py",
+    "data/optical_density.py",
+    "module.py",
+    "infer.py",
+    "metrics.py",
+    "measures.py",
+)
+"""The parts of the training package that decide a run's numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is compared, on what, and for how long."""
+
+    data: Path
+    """Paired tiles to train on."""
+    output: Path
+    """Gets ``runs/``, ``results.json``, ``ablations.md`` and ``ablations.png``."""
+    preset: Preset
+    """Size of the model and the recipe of all arms."""
+    test: Path | None = None
+    """Paired tiles to score on; ``data`` if not given."""
+    split: Split = "test"
+    """Rows to score on: ``test``, or ``val`` to choose settings by."""
+    arms: tuple[ArmName, ...] = ARMS
+    sizes: tuple[int | None, ...] = (64, 256, 1024)
+    """Numbers of training tiles; None for all that there are."""
+    seeds: int = 3
+    tile: int | None = 128
+    """Tiles are cut to this side, pixels, from their middle; None leaves them whole."""
+    test_tiles: int = 128
+    sampler_steps: int = 2
+    """Steps of the few-step sampler, for the arms that diffuse."""
+    learning_rate: float | None = None
+    """Instead of each arm's own."""
+    resume: bool = True
+    """Keep runs that are done already."""
+
+    def __post_init__(self) -> None:
+        side = self.preset.train.crop
+        if self.tile is not None and (self.tile < side or self.tile % 16):
+            raise UsageError(f"--tile {self.tile}: must be a multiple of 16 and hold a crop of {side}")
+        if self.sampler_steps not in START_SIGMAS:
+            raise UsageError(f"--sampler-steps {self.sampler_steps}: there are {', '.join(map(str, START_SIGMAS))}")
+        if not self.sizes or not self.arms or self.seeds < 1:
+            raise UsageError("--arms, --sizes and --seeds: name at least one each")
+
+    def runs(self) -> Iterator[Run]:
+        """All runs, seed by seed: an interrupted table is whole for the seeds that are done."""
+        middle = self.sizes[len(self.sizes) // 2]
+        for seed in range(self.seeds):
+            for size in self.sizes:
+                for arm in self.arms:
+                    if arm in EVERY_SIZE or size == middle:
+                        yield Run(arm=arm, tiles=size, seed=seed)
+
+    def recipe(self, run: Run) -> TrainConfig:
+        """How a run is trained."""
+        rate = self.learning_rate or LEARNING_RATES.get(run.arm, self.preset.train.learning_rate)
+        return dataclasses.replace(self.preset.train, seed=run.seed, learning_rate=rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run of the table (of ``separate``: one a stain)."""
+
+    arm: ArmName
+    tiles: int | None
+    """Training tiles; None for all."""
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{self.tiles or 'all'}-{self.seed}"
+
+
+def chosen_preset(name: str, *, steps: int | None = None, batch: int | None = None, crop: int | None = None) -> Preset:
+    """A preset by name (``small`` is this table's own), with what was asked for instead of its values."""
+    preset = SMALL if name == "small" else PRESETS[name]
+    asked: dict[str, Any] = {"steps": steps, "batch": batch, "crop": crop}
+    changes = {field: value for field, value in asked.items() if value is not None}
+    return dataclasses.replace(preset, train=dataclasses.replace(preset.train, **changes))
+
+
+def bench_ablations(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Do every run of the plan that is not done yet, then write the table, the chart and ``results.json``.
+
+    Returns:
+        what stands in ``results.json``.
+
+    Raises:
+        DataError: the tiles cannot be used; before any training starts.
+        UsageError: the output cannot be written.
+        DependencyError: nothing to draw the chart with.
+    """
+    if find_spec("matplotlib") is None:  # now, not after an hour
+        raise DependencyError("matplotlib is not installed, which draws the chart: pip install 'staindiffuser[dev]'")
+    from staindiffuser.benchmarks.ablation_report import write_report
+
+    tiles, rows = open_tiles(plan, progress)
+    shared = {
+        "data": fingerprint(tiles.split("train")),
+        "scored_on": fingerprint(rows),
+        "scored_tiles": len(rows),
+        "sampler_steps": plan.sampler_steps,
+        "code": _code(),
+    }
+    runs = list(plan.runs())
+    records = []
+    for number, run in enumerate(runs, 1):
+        config = plan.recipe(run)
+        about = {
+            "arm": run.arm,
+            "tiles": len(subset(tiles, run.tiles, run.seed).tiles),
+            "seed": run.seed,
+            "model": dataclasses.asdict(plan.preset.model),
+            "train": dataclasses.asdict(config),
+            **shared,
+        }
+        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        file = plan.output / "runs" / f"{run.name}.json"
+        record = _finished(file, key) if plan.resume else None
+        if record is None:
+            record = {"key": key, "settings": about, **_do(plan, run, config, tiles, rows, file.with_suffix(""), key)}
+            write_json(file, record)
+            progress(f"[{number}/{len(runs)}] {run.name}: {_line(record)}")
+        else:
+            progress(f"[{number}/{len(runs)}] {run.name}: done before")
+        records.append(record)
+    return write_report(plan, records)
+
+
+def _line(record: dict[str, Any]) -> str:
+    dice = ", ".join(f"{stain} {values['dab_dice']:.3f}" for stain, values in record["stains"].items())
+    return f"DAB-Dice {dice}; {record['seconds']:.0f} s ({record['cpu_seconds']:.0f} s of a core)"
+
+
+def _finished(file: Path, key: str) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if record.get("key") == key else None
+
+
+def _do(
+    plan: Plan, run: Run, config: TrainConfig, tiles: PairedTiles, rows: tuple[PairedTile, ...], folder: Path, key: str
+) -> dict[str, Any]:
+    """Train and score; what is kept on the way is in a folder of this key and goes when it is done."""
+    folder = folder.with_name(f"{folder.name}-{key[:12]}")
+    chosen = subset(tiles, run.tiles, run.seed)
+    parts = [(stain,) for stain in chosen.stains] if run.arm == "separate" else [chosen.stains]
+    clock, parameters = Clock(), 0
+    scores: Scores = {}
+    for stains in parts:
+        part = dataclasses.replace(chosen, stains=stains)
+        model = dataclasses.replace(plan.preset.model, stains=measure_stains(part))
+        torch.manual_seed(run.seed)
+        module = _module(run.arm, model, config)
+        clock += _fit(module, part, config, folder / "-".join(stains))
+        parameters += _trained_parameters(module)
+        scores |= _score(module, rows, plan.sampler_steps)
+    shutil.rmtree(folder)
+    return {
+        "models": len(parts),
+        "parameters": parameters,
+        "steps": len(parts) * config.steps,
+        "seconds": round(clock.seconds, 1),
+        "cpu_seconds": round(clock.cpu_seconds, 1),
+        "stains": scores,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """What a run took."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """Of this process, over all its threads: where other programs have a share of the cores, the better measure."""
+
+    @classmethod
+    def now(cls) -> Clock:
+        return cls(seconds=time.perf_counter(), cpu_seconds=time.process_time())
+
+    def __add__(self, other: Clock) -> Clock:
+        return Clock(seconds=self.seconds + other.seconds, cpu_seconds=self.cpu_seconds + other.cpu_seconds)
+
+    def __sub__(self, other: Clock) -> Clock:
+        return Clock(seconds=self.seconds - other.seconds, cpu_seconds=self.cpu_seconds - other.cpu_seconds)
+
+
+def _fit(module: RegressionModule | TeacherModule, tiles: PairedTiles, config: TrainConfig, folder: Path) -> Clock:
+    """Train to the end, from where an earlier sitting was stopped; what all sittings took."""
+    file = folder / "clock.json"
+    before = Clock(**json.loads(file.read_text())) if file.is_file() else Clock()
+    start = Clock.now()
+    try:
+        fit(module, CropDataset(tiles, crop=config.crop, seed=config.seed), config, _quietly(folder))
+    finally:
+        clock = before + Clock.now() - start
+        write_json(file, dataclasses.asdict(clock))
+    return clock
+
+
+def _quietly(folder: Path) -> RunOptions:
+    return RunOptions(output=folder, progress=False)
+
+
+class _Unchanged(nn.Module):
+    """In the place of task attention: the encoder's features as they are, which the branch then injects."""
+
+    def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        return features
+
+
+def _module(arm: ArmName, model: ModelConfig, config: TrainConfig) -> RegressionModule | TeacherModule:
+    if arm == "regression":
+        return RegressionModule(model, config)
+    if arm == "pix2pix":
+        return Pix2PixModule(model, config)
+    module = TeacherModule(model, config, tasks=("pictures",) if arm == "single" else TASKS)
+    if arm == "plain":
+        for network in (module.net, module.ema):
+            for branch in (*network.pictures.values(), *network.cells.values()):
+                branch.add_module("attention", _Unchanged())
+    return module
+
+
+def _trained_parameters(module: RegressionModule | TeacherModule) -> int:
+    """Of the network that stains (and maps cells): no discriminator, no branch that was left out."""
+    if isinstance(module, RegressionModule):
+        return parameter_count(module.net)
+    return sum(parameter_count(getattr(module.net, part)) for part in module.trained)
+
+
+def _score(module: RegressionModule | TeacherModule, rows: tuple[PairedTile, ...], steps: int) -> Scores:
+    scores: dict[str, StainScore]
+    module.cpu().eval()
+    if isinstance(module, TeacherModule):
+        scores = evaluate_tiles(module.averaged(), rows, sigmas=START_SIGMAS[steps])
+        cells = "cells" in module.tasks
+    else:
+        cells, stains = False, tuple(stain.name for stain in module.model.stains)
+        scores = {stain: StainScore(mpp=rows[0].mpp) for stain in stains}
+        for row in rows:
+            data = load_tile(row, stains)
+            pictures = module.stain_tiles(data["he"][None])
+            for stain, score in scores.items():
+                score.add(virtual=pictures[stain][0], real=data[stain], mask=data[f"{stain}_mask"])
+    return {
+        stain: {
+            name: value
+            for name, value in score.metrics().items()
+            if math.isfinite(value) and (cells or not name.startswith("cell_"))  # of a branch that was not trained
+        }
+        for stain, score in scores.items()
+    }
+
+
+def _code() -> str:
+    """Of the code that decides a run's numbers; comments and layout do not count."""
+    (root,) = staindiffuser.training.__path__
+    digest = hashlib.sha256()
+    for part in _CODE:
+        place = Path(root) / part
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(ast.dump(ast.parse(file.read_text(encoding="utf-8"))).encode())
+    return digest.hexdigest()

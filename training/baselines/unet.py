@@ -1,0 +1,153 @@
+"""U-Net regression: H&E in, the pictures of all stains out, one forward pass, no noise.
+
+A plain U-Net (Ronneberger et al. 2015, arXiv 1505.04597) as it is built today: pixel-unshuffle stem, convolution, group
+norm and SiLU, strided convolutions down, nearest neighbour up, concatenated skip connections. It trains by the same
+schedule as the teacher and is judged by the moving average of its weights, as the teacher is.
+"""
+
+from __future__ import annotations
+
+import bisect
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from staindiffuser.training.config import LEVELS, ModelConfig, TrainConfig
+from staindiffuser.training.model.network import DualDiffusion, he_to_network, standardize, unstandardize
+from staindiffuser.training.module import learning_rate, stop_if_not_finite
+
+__all__ = ["RegressionModule", "UNet", "matching_unet", "parameter_count"]
+
+_GROUPS = 4
+_LARGEST = 8 * 1024
+"""Eighths of a channel at the finest level, up to which a matching U-Net is looked for."""
+
+
+def _two_convolutions(cin: int, cout: int) -> nn.Sequential:
+    """Convolution, group norm, SiLU, twice: [B, cin, H, W] → [B, cout, H, W]."""
+    layers: list[nn.Module] = []
+    for channels in (cin, cout):
+        layers += [nn.Conv2d(channels, cout, 3, padding=1, bias=False), nn.GroupNorm(_GROUPS, cout), nn.SiLU()]
+    return nn.Sequential(*layers)
+
+
+class UNet(nn.Module):
+    """forward: H&E [B, 3, H, W] in [−1, 1], H and W multiples of 16 → [B, outputs, H, W].
+
+    Args:
+        widths: channels per level, finest (1/2) first; multiples of 4.
+        outputs: channels of the result.
+    """
+
+    def __init__(self, widths: tuple[int, ...], outputs: int) -> None:
+        super().__init__()
+        self.widths = widths
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
+        self.encode = nn.ModuleList(_two_convolutions(c, w) for c, w in zip((12, *widths[1:]), widths, strict=True))
+        self.decode = nn.ModuleList(_two_convolutions(a + b, a) for a, b in pairwise(widths))
+        self.head = nn.Conv2d(widths[0], 4 * outputs, 3, padding=1)
+
+    def forward(self, he: Tensor) -> Tensor:
+        h = F.pixel_unshuffle(he, 2)
+        skips: list[Tensor] = []
+        for level, block in enumerate(self.encode):
+            if level > 0:
+                h = self.down[level - 1](h)
+            h = block(h)
+            skips.append(h)
+        for level in reversed(range(len(self.decode))):
+            h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+            h = self.decode[level](torch.cat([h, skips[level]], dim=1))
+        return F.pixel_shuffle(self.head(h), 2)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Learned numbers in a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def matching_unet(model: ModelConfig) -> UNet:
+    """A U-Net for the stains of ``model`` with about as many parameters as its encoder and picture branches together.
+
+    The levels' widths are as 1 : 2 : 3 : 4, rounded to multiples of 4.
+    """
+    outputs = 3 * len(model.stains)
+
+    def size(unit: int) -> int:
+        return parameter_count(UNet(_widths(unit), outputs))
+
+    with torch.device("meta"):
+        whole = DualDiffusion(model)
+        target = parameter_count(whole.encoder) + parameter_count(whole.pictures)
+        above = bisect.bisect_left(range(_LARGEST), target, key=size)
+        unit = min((max(above - 1, 0), above), key=lambda unit: abs(size(unit) - target))
+    return UNet(_widths(unit), outputs)
+
+
+def _widths(unit: int) -> tuple[int, ...]:
+    """Channels per level from the finest level's, in eighths of a channel."""
+    return tuple(max(_GROUPS, _GROUPS * round(unit * (level + 1) / (8 * _GROUPS))) for level in range(LEVELS))
+
+
+class RegressionModule(L.LightningModule):
+    """The U-Net, its moving average, and the mean absolute error of the standardised pictures.
+
+    Takes the batches of ``CropDataset``; leaves their noise and masks alone.
+    """
+
+    def __init__(self, model: ModelConfig, config: TrainConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.net = matching_unet(model)
+        self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
+
+    def targets(self, batch: dict[str, Any]) -> Tensor:
+        """The stains' standardised pictures, side by side: [B, 3 · stains, H, W]."""
+        pictures = []
+        for stain in self.model.stains:
+            picture = batch[stain.name].permute(0, 3, 1, 2).float() / 255
+            pictures.append(standardize(picture, stain, "pictures", self.model.sigma_data))
+        return torch.cat(pictures, dim=1)
+
+    def training_step(self, batch: dict[str, Any], _index: int) -> Tensor:
+        loss = F.l1_loss(self.net(he_to_network(batch["he"])).float(), self.targets(batch))
+        stop_if_not_finite(self, loss, batch)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """The step, and the moving average after it, as the teacher's."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        step = self.global_step + 1  # Lightning counts this one only after this method
+        decay = min(self.config.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameter_groups(), fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, self.config))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What Adam moves, with its settings."""
+        return [{"params": [*self.net.parameters()], "lr": self.config.learning_rate, "betas": self.config.betas}]
+
+    @torch.inference_mode()
+    def stain_tiles(self, he: NDArray[np.uint8]) -> dict[str, NDArray[np.uint8]]:
+        """Pictures of a batch of tiles by the moving average, in float32: uint8 [B, H, W, 3] → stain → the same."""
+        y = self.ema(he_to_network(torch.tensor(he, device=next(self.ema.parameters()).device)))
+        pictures: dict[str, NDArray[np.uint8]] = {}
+        for stain, part in zip(self.model.stains, y.split(3, dim=1), strict=True):
+            value = unstandardize(part, stain, "pictures", self.model.sigma_data).clamp(0, 1)
+            pictures[stain.name] = (value * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return pictures

@@ -1,0 +1,159 @@
+"""``staindiffuser distill``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from staindiffuser.training.cli import Accumulate, DryRun, LogEvery, Progress, Resume
+
+if TYPE_CHECKING:
+    from staindiffuser.training.distill.gate import GateRow
+
+__all__ = ["distill"]
+
+
+class MethodName(StrEnum):
+    """How the student is trained."""
+
+    ect = "ect"
+    e2e = "e2e"
+
+
+class WeightingName(StrEnum):
+    """Weight of the consistency loss per noise level."""
+
+    step = "step"
+    flat = "flat"
+
+
+class SplitName(StrEnum):
+    """Rows that the gate can judge by."""
+
+    val = "val"
+    test = "test"
+
+
+def distill(
+    checkpoint: Annotated[Path, typer.Argument(help="The teacher's checkpoint folder.", show_default=False)],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Folder of paired tiles (tiles.csv); several are mixed: FOLDER=WEIGHT.",
+            metavar="FOLDER",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Run folder; the same command resumes it.", show_default=False)],
+    method: Annotated[
+        MethodName, typer.Option(help="ect: easy consistency tuning; e2e: end-to-end one-step fine-tuning.")
+    ] = MethodName.ect,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; a third of the teacher's if not given.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Crops per step; the teacher's if not given.")] = None,
+    accumulate: Accumulate = None,
+    crop: Annotated[int | None, typer.Option(help="Crop size in pixels; the teacher's if not given.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak rate; a quarter of the teacher's if not given.")
+    ] = None,
+    stages: Annotated[int | None, typer.Option(help="Stages of consistency tuning; 4 if not given.")] = None,
+    weighting: Annotated[
+        WeightingName | None,
+        typer.Option(help="Weight of the consistency loss: step is 1 / (t − r), flat is alike at all noise levels."),
+    ] = None,
+    max_share: Annotated[float | None, typer.Option(help="Share of the draws at the highest noise level.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides crops and noise.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Loader processes; the teacher's if not given.")] = None,
+    search: Annotated[bool, typer.Option(help="Search the noise levels on validation tiles.")] = True,
+    search_tiles: Annotated[int, typer.Option(help="Validation tiles for the search.", min=1)] = 8,
+    gate_tiles: Annotated[int, typer.Option(help="At most so many tiles for the gate.", min=1)] = 64,
+    split: Annotated[SplitName, typer.Option(help="Rows that the gate judges by.")] = SplitName.val,
+    undistilled: Annotated[
+        bool, typer.Option("--undistilled", help="Show the teacher's own few steps in the table, to compare with.")
+    ] = False,
+    only_gate: Annotated[
+        bool, typer.Option("--only-gate", help="Train nothing: search and judge --student, or the teacher itself.")
+    ] = False,
+    student: Annotated[
+        Path | None, typer.Option(help="With --only-gate: a finished student of this teacher.", show_default=False)
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name written into the checkpoint; the teacher's if not given.")
+    ] = None,
+    resume: Resume = "auto",
+    log_every: LogEvery = 20,
+    dry_run: DryRun = False,
+    progress: Progress = True,
+) -> None:
+    """Make a few-step student of a teacher: tune its picture branches, search σ, choose the steps by the gate.
+
+    The gate: the fewest steps whose DAB-Dice is within 0.01 of the best and whose radial power is within 20 % of the
+    real stain's, for every stain. If none passes, the steps of the best mean Dice are stored, and all places say so.
+
+    Example: staindiffuser distill runs/demo/checkpoint --data tiles --output runs/demo-few
+    """
+    from staindiffuser.errors import UsageError
+    from staindiffuser.training.distill.run import JudgeOptions, judge_student
+    from staindiffuser.training.distill.run import distill as run
+    from staindiffuser.training.loop import RunOptions
+
+    if student is not None and not only_gate:
+        raise UsageError("--student goes with --only-gate; a student is trained from its teacher")
+    judging = JudgeOptions(
+        search=search,
+        search_tiles=search_tiles,
+        gate_tiles=gate_tiles,
+        split=split.value,
+        undistilled=undistilled,
+        seed=seed,
+    )
+    if only_gate:
+        outcome = judge_student(checkpoint, student, data, output, judging, dry_run=dry_run)
+    else:
+        asked = {
+            "method": method.value,
+            "steps": steps,
+            "batch": batch,
+            "accumulate": accumulate,
+            "crop": crop,
+            "learning_rate": learning_rate,
+            "stages": stages,
+            "weighting": weighting.value if weighting else None,
+            "picture_max_share": max_share,
+            "seed": seed,
+            "workers": workers,
+        }
+        changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+        options = RunOptions(
+            output=output,
+            name=name or "",
+            resume={"auto": True, "never": False}.get(resume, Path(resume)),
+            log_every=log_every,
+            progress=progress,
+            dry_run=dry_run,
+        )
+        outcome = run(checkpoint, data, options, judging, **changes)
+    if dry_run:
+        typer.echo(f"{', '.join(data)}: everything checked, nothing trained")
+    elif outcome.verdict is not None:
+        _show(outcome.rows)
+        typer.echo(outcome.verdict.line())
+        typer.echo(f"checkpoint: {outcome.folder}")
+
+
+def _show(rows: Sequence[GateRow]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("sampler", "σ", "stain", "DAB-Dice", "radial power"):
+        table.add_column(column, justify="left" if column in ("sampler", "σ", "stain") else "right")
+    for row in rows:
+        label, sigmas = f"{row.role}, k = {row.steps}", ", ".join(f"{s:g}" for s in row.sigmas or ()) or "Heun"
+        for stain, values in row.stains.items():
+            table.add_row(label, sigmas, stain, f"{values['dab_dice']:.3f}", f"{values['radial_power']:.2f}")
+            label = sigmas = ""
+    Console().print(table)

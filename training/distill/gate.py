@@ -1,0 +1,125 @@
+"""Which number of steps ships (DESIGN, "Gate"): a table of scores, and the judgement on it.
+
+The smallest k whose DAB-Dice is within 0.01 of the best of k = 1, 2, 4 and the 18-step teacher, and whose radial power
+is within 20 % of the real IHC's. With several stains, a k passes only if every stain does. If no k passes, the one of
+the best mean Dice ships all the same, marked as not passed, with the reasons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+__all__ = ["DICE_WITHIN", "POWER_WITHIN", "GateRow", "Verdict", "gate_lines", "judge"]
+
+DICE_WITHIN = 0.01
+POWER_WITHIN = 0.2
+
+Role = Literal["teacher", "student", "undistilled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateRow:
+    """A sampler's scores."""
+
+    role: Role
+    """``student``: a candidate; ``teacher``: the 18-step sampler that sets the mark with it; ``undistilled``: the
+    teacher's weights in few steps, for comparison only."""
+    steps: int
+    sigmas: tuple[float, ...] | None
+    """Noise levels of the few-step sampler; None for Heun."""
+    stains: dict[str, dict[str, float]]
+    """Per stain the metrics, ``dab_dice`` and ``radial_power`` among them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What ships and why."""
+
+    steps: int
+    passed: bool
+    failures: dict[int, tuple[str, ...]]
+    """Per number of steps what it fails on; empty where it passes."""
+
+    def line(self) -> str:
+        """In one line."""
+        if self.passed:
+            return f"gate passed: {_steps(self.steps)}"
+        reasons = "; ".join(f"k = {k}: {', '.join(why)}" for k, why in self.failures.items())
+        return f"gate not passed, {_steps(self.steps)} by the best mean DAB-Dice: {reasons}"
+
+
+def judge(rows: Sequence[GateRow]) -> Verdict:
+    """The gate's verdict.
+
+    Raises:
+        ValueError: there is no student among the rows.
+    """
+    students = sorted((row for row in rows if row.role == "student"), key=lambda row: row.steps)
+    if not students:
+        raise ValueError("the gate needs at least one row of the student")
+    marks = [row for row in rows if row.role != "undistilled"]
+    best = {stain: max(row.stains[stain]["dab_dice"] for row in marks) for stain in students[0].stains}
+    failures = {row.steps: tuple(_failures(row, best)) for row in students}
+    passing = [k for k, why in failures.items() if not why]
+    if passing:
+        return Verdict(steps=min(passing), passed=True, failures=failures)
+    return Verdict(steps=max(students, key=mean_dice).steps, passed=False, failures=failures)
+
+
+def mean_dice(row: GateRow) -> float:
+    """DAB-Dice, mean over stains."""
+    return sum(values["dab_dice"] for values in row.stains.values()) / len(row.stains)
+
+
+def _failures(row: GateRow, best: dict[str, float]) -> list[str]:
+    why = []
+    for stain, values in row.stains.items():
+        dice, power = values["dab_dice"], values["radial_power"]
+        # "not (inside)" rather than "outside": a score that is not a number fails too
+        if not dice >= best[stain] - DICE_WITHIN - 1e-9:
+            why.append(f"{stain} Dice {dice:.3f}, best {best[stain]:.3f}")
+        if not abs(power - 1) <= POWER_WITHIN + 1e-9:
+            why.append(f"{stain} radial power {power:.2f}")
+    return why
+
+
+def gate_record(rows: Sequence[GateRow], verdict: Verdict, **about: Any) -> dict[str, Any]:
+    """For ``metrics.json``: the rule, the verdict and the whole table."""
+    return {
+        **about,
+        "rule": {"dab_dice_within": DICE_WITHIN, "radial_power_within": POWER_WITHIN},
+        "passed": verdict.passed,
+        "steps": verdict.steps,
+        "failures": {str(k): list(why) for k, why in verdict.failures.items()},
+        "verdict": verdict.line(),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def gate_lines(gate: dict[str, Any]) -> list[str]:
+    """The gate's part of a model card, from :func:`gate_record`."""
+    stains = list(gate["rows"][0]["stains"])
+    head = [f"{stain} {name}" for stain in stains for name in ("DAB-Dice", "radial power")]
+    lines = [
+        "## How many steps",
+        "",
+        f"**{gate['verdict'][0].upper()}{gate['verdict'][1:]}.**",
+        "",
+        f"Judged on {gate['tiles']} tiles of the split `{gate['split']}`: the smallest k whose DAB-Dice is, for every "
+        f"stain, within {gate['rule']['dab_dice_within']} of the best row (the undistilled ones aside) and whose "
+        f"radial power is within {gate['rule']['radial_power_within']:.0%} of the real stain's.",
+        "",
+        "| sampler | σ | " + " | ".join(head) + " |",
+        "|---" * (len(head) + 2) + "|",
+    ]
+    for row in gate["rows"]:
+        sigmas = ", ".join(f"{s:g}" for s in row["sigmas"]) if row["sigmas"] else "Heun"
+        cells = [f"{row['stains'][s][m]:.3f}" for s in stains for m in ("dab_dice", "radial_power")]
+        lines.append(f"| {row['role']}, {_steps(row['steps'])} | {sigmas} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _steps(steps: int) -> str:
+    return f"{steps} step" if steps == 1 else f"{steps} steps"

@@ -1,0 +1,319 @@
+"""A distillation from checkpoint to checkpoint: train the student, search its σ, judge it, write what ships."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from staindiffuser import __version__
+from staindiffuser.errors import UsageError
+from staindiffuser.training.callbacks import EachStep
+from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
+from staindiffuser.training.data.dataset import CropDataset, load_tile
+from staindiffuser.training.data.mixing import MixedTiles, open_tiles
+from staindiffuser.training.data.pairs import PairedTile, PairedTiles, Split
+from staindiffuser.training.diffusion.samplers import START_SIGMAS
+from staindiffuser.training.distill.gate import GateRow, Role, Verdict, gate_record, judge
+from staindiffuser.training.distill.module import DistillConfig, StudentModule
+from staindiffuser.training.distill.sigma_search import FewTiles, Search, search_sigmas
+from staindiffuser.training.errors import DataError
+from staindiffuser.training.evaluate import check_data
+from staindiffuser.training.infer import HEUN_STEPS, Sampler, stain_tiles_with
+from staindiffuser.training.loop import RunOptions, check_run, fit, load_tiles, validation_rows
+from staindiffuser.training.model.network import DualDiffusion
+from staindiffuser.training.receptive import default_margin, effective_radius
+from staindiffuser.training.scoring import score_tiles
+
+__all__ = ["JudgeOptions", "Outcome", "default_recipe", "distill", "judge_student"]
+
+Samplers = dict[int, tuple[float, ...]]
+Tiles = PairedTiles | MixedTiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    """How the student's σ are searched and how it is judged."""
+
+    search: bool = True
+    """Search σ on validation tiles; otherwise those of the checkpoint stay."""
+    search_tiles: int = 8
+    gate_tiles: int = 64
+    split: Split = "val"
+    """Rows that the gate judges by."""
+    undistilled: bool = False
+    """Show the teacher's weights in few steps too."""
+    seed: int = 0
+    """Of the noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of it."""
+
+    folder: Path
+    """The checkpoint folder."""
+    rows: tuple[GateRow, ...]
+    verdict: Verdict | None
+    """None where nothing was judged: a dry run, or a process that is not the first."""
+
+
+class Validation(EachStep):
+    """DAB-Dice and radial power of the student's moving average at each k, every so many steps."""
+
+    def __init__(self, tiles: FewTiles, samplers: Samplers, every: int) -> None:
+        self.tiles, self.samplers, self.every = tiles, samplers, every
+
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.global_step % self.every or not trainer.is_global_zero or not isinstance(module, StudentModule):
+            return
+        values = {}
+        for k, sigmas in self.samplers.items():
+            for stain, score in self.tiles.score(module.ema, sigmas).items():
+                values[f"val/dab_dice/{stain}-k{k}"] = score.dab_dice
+                values[f"val/radial_power/{stain}-k{k}"] = score.radial_power
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+
+def default_recipe(teacher: Checkpoint, **changes: Any) -> DistillConfig:
+    """The recipe for a teacher, after the one that it was trained by: its batch, crop and loader, a third of its steps,
+    a quarter of its learning rate (ours).
+
+    Args:
+        changes: fields of :class:`DistillConfig` that are to be otherwise.
+
+    Raises:
+        ConfigError: a field has a value that it cannot have.
+    """
+    recipe = teacher.config.provenance.get("recipe", {})
+    same = ("batch", "crop", "ema", "workers", "checkpoint_minutes", "validate_every", "validation_tiles")
+    fields: dict[str, Any] = {name: recipe[name] for name in same if name in recipe}
+    if "steps" in recipe:
+        fields["steps"] = max(1, recipe["steps"] // 3)
+    if "learning_rate" in recipe:
+        fields["learning_rate"] = recipe["learning_rate"] / 4
+    fields |= changes
+    fields.setdefault("warmup", min(DistillConfig.warmup, fields.get("steps", DistillConfig.steps) // 10))
+    return DistillConfig(**fields)
+
+
+def distill(
+    checkpoint: Path,
+    data: Path | Sequence[str],
+    options: RunOptions,
+    judging: JudgeOptions | None = None,
+    **changes: Any,
+) -> Outcome:
+    """Train a few-step student of the teacher in ``checkpoint`` on paired tiles.
+
+    Encoder and cell branches stay the teacher's to the bit.
+
+    Args:
+        data: a folder, or several, each with its weight (see :func:`open_tiles`).
+        options: an empty ``name`` is the teacher's.
+        changes: what differs from :func:`default_recipe`.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: what was given cannot be used; before any training starts.
+        UsageError: the output cannot be written, or holds another run.
+    """
+    judging = judging or JudgeOptions()
+    teacher = Checkpoint.load(checkpoint)
+    config = default_recipe(teacher, **changes)
+    check_run(config, options)
+    tiles = load_tiles(data, config, options, stains=_stains(teacher))
+    _check_judging(tiles, teacher, judging)
+    folder = options.output / "checkpoint"
+    if options.dry_run:
+        return Outcome(folder=folder, rows=(), verdict=None)
+    L.seed_everything(config.seed, verbose=False)
+    module = StudentModule(teacher.network, config)
+    samplers = {k: sigmas for k, sigmas in _samplers(teacher).items() if k == 1 or config.method != "e2e"}
+    few = FewTiles(teacher.network, validation_rows(tiles, config), seed=judging.seed)
+    dataset = CropDataset(tiles, crop=config.crop, seed=config.seed)
+    seconds = fit(module, dataset, config, options, callbacks=[Validation(few, samplers, config.validate_every)])
+    if not module.trainer.is_global_zero:
+        return Outcome(folder=folder, rows=(), verdict=None)
+    about = {
+        "method": config.method,
+        "teacher's weights (SHA-256)": module.teacher_sha256,
+        "recipe": dataclasses.asdict(config),
+        "data": {
+            "folder": ", ".join(part.folder.name for part in tiles.parts),
+            "training tiles": len(tiles.split("train")),
+        },
+        "seconds of the last sitting": round(seconds, 1),
+        "hardware": torch.cuda.get_device_name() if module.device.type == "cuda" else f"CPU, {platform.machine()}",
+        "versions": {"staindiffuser": __version__, "torch": str(torch.__version__), "lightning": L.__version__},
+    }
+    student = Checkpoint(
+        config=dataclasses.replace(
+            teacher.config,
+            name=options.name or teacher.config.name,
+            provenance={**teacher.config.provenance, "distillation": about},
+        ),
+        network=module.ema.cpu().eval(),
+    )
+    return _ship(teacher, student, samplers, tiles, judging, folder, dtype=_stored_dtype(checkpoint))
+
+
+def judge_student(
+    checkpoint: Path,
+    student: Path | None,
+    data: Path | Sequence[str],
+    output: Path,
+    judging: JudgeOptions | None = None,
+    *,
+    dry_run: bool = False,
+) -> Outcome:
+    """Search σ and apply the gate without training.
+
+    Args:
+        checkpoint: the teacher.
+        student: its student; the teacher itself, undistilled, if None.
+
+    Raises:
+        CheckpointError, DataError: what was given cannot be used.
+        UsageError: the student has another encoder or other stains than the teacher; the output cannot be written.
+    """
+    judging = judging or JudgeOptions()
+    teacher = Checkpoint.load(checkpoint)
+    judged = Checkpoint.load(student) if student else teacher
+    encoders = [tensors_sha256(c.network.encoder.state_dict().items()) for c in (teacher, judged)]
+    if encoders[0] != encoders[1] or teacher.config.model != judged.config.model:
+        raise UsageError(f"{student} is no student of {checkpoint}: its encoder, sizes or stains are others")
+    tiles = open_tiles([data] if isinstance(data, Path) else data, check="pixels" if dry_run else "headers")
+    _check_judging(tiles, teacher, judging)
+    folder = output / "checkpoint"
+    if dry_run:
+        return Outcome(folder=folder, rows=(), verdict=None)
+    return _ship(teacher, judged, _samplers(judged), tiles, judging, folder, dtype=_stored_dtype(student or checkpoint))
+
+
+def _ship(
+    teacher: Checkpoint,
+    student: Checkpoint,
+    samplers: Samplers,
+    tiles: Tiles,
+    judging: JudgeOptions,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+) -> Outcome:
+    """Search, judge, write."""
+    provenance = dict(student.config.provenance)
+    if judging.search:
+        found = _search(student.network, tiles, samplers, judging)
+        samplers = {k: search.sigmas for k, search in found.items()}
+        provenance["search for σ"] = {
+            "tiles": judging.search_tiles,
+            "trials": sum(len(search.trials) for search in found.values()),
+        }
+    rows = _spread(tiles.split(judging.split), judging.gate_tiles)
+    table = _table(teacher, student, samplers, rows, judging)
+    verdict = judge(table)
+    sigmas = samplers[verdict.steps]
+    he = np.stack([load_tile(row, ())["he"] for row in rows[:8]])
+    radius = effective_radius(student.network, he, sigmas=sigmas)
+    config = dataclasses.replace(
+        student.config,
+        steps=verdict.steps,
+        sigmas={str(k): s for k, s in samplers.items()},
+        effective_radius=radius,
+        margin=default_margin(radius, student.config.tile),
+        provenance=provenance,
+    )
+    about = {"split": judging.split, "tiles": len(rows), "seed": judging.seed}
+    shipped = next(row for row in table if row.role == "student" and row.steps == verdict.steps)
+    metrics = {
+        **about,
+        "steps": verdict.steps,
+        "stains": shipped.stains,
+        "gate": gate_record(table, verdict, **about),
+    }
+    Checkpoint(config=config, network=student.network, metrics=metrics).save(folder, dtype=dtype)
+    return Outcome(folder=folder, rows=tuple(table), verdict=verdict)
+
+
+def _search(network: DualDiffusion, tiles: Tiles, samplers: Samplers, judging: JudgeOptions) -> dict[int, Search]:
+    few = FewTiles(network, _spread(tiles.split("val"), judging.search_tiles), seed=judging.seed)
+    return search_sigmas(network, few, steps=tuple(samplers))
+
+
+def _table(
+    teacher: Checkpoint, student: Checkpoint, samplers: Samplers, rows: Sequence[PairedTile], judging: JudgeOptions
+) -> list[GateRow]:
+    """Score every sampler on the same tiles with the same noise."""
+    own = _samplers(teacher) if judging.undistilled else {}
+    asked: list[tuple[Role, int, Sampler]] = [
+        ("teacher", HEUN_STEPS, None),
+        *(("undistilled", k, sigmas) for k, sigmas in own.items()),
+        *(("student", k, sigmas) for k, sigmas in samplers.items()),
+    ]
+
+    def stainer(he: NDArray[np.uint8], seeds: NDArray[np.int64]) -> list[dict[str, NDArray[np.uint8]]]:
+        origins = np.zeros((len(he), 2), np.int64)
+        return [
+            *stain_tiles_with(teacher.network, he, samplers=[None, *own.values()], seeds=seeds, origins=origins),
+            *stain_tiles_with(student.network, he, samplers=list(samplers.values()), seeds=seeds, origins=origins),
+        ]
+
+    scores = score_tiles(stainer, rows, stains=_stains(teacher), samplers=len(asked), seed=judging.seed)
+    return [
+        GateRow(
+            role=role,
+            steps=steps,
+            sigmas=tuple(sigmas) if sigmas is not None else None,
+            stains={name: score.metrics() for name, score in found.items()},
+        )
+        for (role, steps, sigmas), found in zip(asked, scores, strict=True)
+    ]
+
+
+def _samplers(checkpoint: Checkpoint) -> Samplers:
+    """The checkpoint's few-step samplers; DESIGN's start where it has none."""
+    return {int(k): sigmas for k, sigmas in checkpoint.config.sigmas.items() if int(k) in START_SIGMAS}
+
+
+def _stains(checkpoint: Checkpoint) -> tuple[str, ...]:
+    return tuple(stain.name for stain in checkpoint.config.model.stains)
+
+
+def _check_judging(tiles: Tiles, teacher: Checkpoint, judging: JudgeOptions) -> None:
+    for part in tiles.parts:
+        check_data(part, teacher.config.model)
+    needed: set[Split] = {judging.split, "val"} if judging.search else {judging.split}
+    for split in sorted(needed):
+        if not tiles.split(split):
+            raise DataError(f"{tiles.folder / 'tiles.csv'}: no rows with split {split!r} to judge the student by")
+        first = tiles.split(split)[0].size
+        for row in tiles.split(split):
+            if row.size != first or any(side % 16 for side in row.size):
+                width, height = row.size
+                raise DataError(
+                    f"{row.file}, row {row.row}: the tile is {width} × {height}; tiles to judge by must be of one "
+                    "size, a multiple of 16"
+                )
+
+
+def _spread(rows: Sequence[PairedTile], count: int) -> tuple[PairedTile, ...]:
+    """``count`` rows spread over all of them, which stand slide by slide."""
+    return tuple(rows[:: max(1, len(rows) // count)][:count])
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The precision of a checkpoint's weights, so that those that do not change are stored as they were."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        name = min(name for name in file.keys() if name.startswith("encoder."))  # noqa: SIM118  # not a dict
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor.dtype

@@ -26,12 +26,18 @@ def graphs(
         int | None, typer.Option(help="Tile height and width, pixels; the checkpoint's by default.")
     ] = None,
     precision: Annotated[str, typer.Option(help="Precision of the trunk: fp32, fp16 or bf16.")] = "fp32",
+    sample: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Real H&E at the model's pixel size: the middle becomes a golden sample; several may be given."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Export ONNX graphs and golden samples from a checkpoint (needs torch)."""
     from staindiffuser.export.graphs import export_graphs
 
-    exported = export_graphs(checkpoint, output, steps=steps, tile=tile, precision=precision)
+    exported = export_graphs(checkpoint, output, steps=steps, tile=tile, precision=precision, samples=sample or ())
     if as_json:
         typer.echo(
             json.dumps(

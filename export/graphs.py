@@ -26,6 +26,7 @@ from staindiffuser.export.errors import ExportUsageError
 from staindiffuser.export.modules import PRECISIONS, BranchEngine, EncoderEngine
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
 from staindiffuser.training.config import LEVELS
+from staindiffuser.training.data.pictures import read_picture
 from staindiffuser.training.data.simulate.tiles import simulate_tile
 from staindiffuser.training.infer import stain_tiles
 from staindiffuser.training.model.network import DualDiffusion, Task
@@ -44,6 +45,7 @@ def export_graphs(
     steps: int | None = None,
     tile: int | None = None,
     precision: str = "fp32",
+    samples: Sequence[Path] = (),
 ) -> GraphSet:
     """Write the graphs folder of a checkpoint.
 
@@ -53,10 +55,12 @@ def export_graphs(
         steps: sampler steps k; the checkpoint's own if None.
         tile: height and width of a tile, a multiple of 16; the checkpoint's own if None.
         precision: of the trunk: ``fp32``, ``fp16`` or ``bf16``.
+        samples: pictures of real H&E at the model's pixel size, whose middles are golden samples too.
 
     Raises:
         CheckpointError: unreadable checkpoint.
-        ExportUsageError: no such sampler, tile or precision.
+        DataError: a sample cannot be read.
+        ExportUsageError: no such sampler, tile or precision, or a sample smaller than the tile.
         UsageError: the output cannot be written.
     """
     loaded = Checkpoint.load(checkpoint)
@@ -68,6 +72,7 @@ def export_graphs(
         raise ExportUsageError(f"--tile {tile}: must be a multiple of {2**LEVELS}, at least 64")
     if precision not in PRECISIONS:
         raise ExportUsageError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
+    tiles = np.concatenate([golden_tiles(tile), *(_middle(path, tile)[None] for path in samples)])
     if output.exists() and not (output / "graphs.json").is_file() and any(output.iterdir()):
         raise UsageError(f"{output} is not empty and holds no graphs: choose another --output")
     try:
@@ -79,7 +84,7 @@ def export_graphs(
     try:
         draft.chmod(0o755)
         engines = write_engines(network, draft, sigmas=sigmas, tile=tile, trunk=PRECISIONS[precision])
-        np.savez_compressed(draft / "golden.npz", **_golden(network, sigmas=sigmas, tile=tile))
+        np.savez_compressed(draft / "golden.npz", **_golden(network, tiles, sigmas=sigmas))
         graphs = GraphSet(
             name=config.name,
             notice=config.notice,
@@ -221,13 +226,22 @@ def _store_half(model: onnx.ModelProto) -> None:
         node.doc_string = ""
 
 
-def _golden(network: DualDiffusion, *, sigmas: Sequence[float], tile: int) -> dict[str, NDArray[Any]]:
+def _golden(network: DualDiffusion, he: NDArray[np.uint8], *, sigmas: Sequence[float]) -> dict[str, NDArray[Any]]:
     """Tiles that an engine must get right, and what float32 torch makes of them."""
-    he = golden_tiles(tile)
     seeds = np.arange(len(he), dtype=np.int64)[:, None]
     origins = np.array([[16 * i * 37, -16 * i * 11] for i in range(len(he))], dtype=np.int64)
     results = stain_tiles(network, he, sigmas=sigmas, seeds=seeds, origins=origins)
     return {"HE": he, "ORIGIN": origins, "SEED": seeds, **results}
+
+
+def _middle(path: Path, tile: int) -> NDArray[np.uint8]:
+    """The middle of a picture: uint8 [tile, tile, 3]."""
+    picture = read_picture(path)
+    top, left = ((side - tile) // 2 for side in picture.shape[:2])
+    if min(top, left) < 0:
+        height, width = picture.shape[:2]
+        raise ExportUsageError(f"--sample {path}: {width} × {height} is smaller than the tile of {tile}")
+    return picture[top : top + tile, left : left + tile]
 
 
 def golden_tiles(tile: int) -> NDArray[np.uint8]:

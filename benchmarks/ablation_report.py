@@ -41,7 +41,7 @@ TITLES = {
     "dual": "dual diffusion (ours)",
 }
 _EXPLAINED = """\
-* **U-Net regression**: one U-Net for all stains, mean absolute error; as many parameters as the encoder and the picture
+* **U-Net regression**: one U-Net for all stains, mean squared error; as many parameters as the encoder and the picture
   branches together.
 * **pix2pix**: the same U-Net, mean absolute error (weight 100) and a PatchGAN, whose parameters are not counted.
 * **single task**: dual diffusion without the cell branches.

@@ -59,19 +59,9 @@ SMALL = Preset(
 """Between ``debug`` and ``demo``, with the latter's recipe: a run of about a minute on one core."""
 LEARNING_RATES: dict[str, float] = {"regression": 3e-3, "pix2pix": 1e-3}
 """Peak rates of the baselines, chosen on validation tiles; the other arms have the preset's."""
-_CODE = (
-    "baselines",
-    "diffusion",
-    "model",
-    "data/dataset.py",
-    "data/mixing.py",
-    "data/optical_density.py",
-    "module.py",
-    "infer.py",
-    "metrics.py",
-    "measures.py",
-)
-"""The parts of the training package that decide a run's numbers."""
+_CODE = ("data/dataset.py", "data/mixing.py", "data/optical_density.py", "measures.py", "metrics.py", "module.py")
+_DIFFUSION, _BASELINES = ("diffusion", "infer.py", "model"), ("baselines", "model")
+"""The parts of the training package that decide a run's numbers: of all arms, and of these or those."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +158,8 @@ def bench_ablations(plan: Plan, progress: Callable[[str], None]) -> dict[str, An
         "data": fingerprint(tiles.split("train")),
         "scored_on": fingerprint(rows),
         "scored_tiles": len(rows),
-        "sampler_steps": plan.sampler_steps,
-        "code": _code(),
     }
+    code = {arm: _code(*_CODE, *(_BASELINES if arm in LEARNING_RATES else _DIFFUSION)) for arm in plan.arms}
     runs = list(plan.runs())
     records = []
     for number, run in enumerate(runs, 1):
@@ -181,6 +170,8 @@ def bench_ablations(plan: Plan, progress: Callable[[str], None]) -> dict[str, An
             "seed": run.seed,
             "model": dataclasses.asdict(plan.preset.model),
             "train": dataclasses.asdict(config),
+            "sampler_steps": None if run.arm in LEARNING_RATES else plan.sampler_steps,
+            "code": code[run.arm],
             **shared,
         }
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
@@ -324,11 +315,11 @@ def _score(module: RegressionModule | TeacherModule, rows: tuple[PairedTile, ...
     }
 
 
-def _code() -> str:
-    """Of the code that decides a run's numbers; comments and layout do not count."""
+def _code(*parts: str) -> str:
+    """Of these parts of the training package; comments and layout do not count."""
     (root,) = staindiffuser.training.__path__
     digest = hashlib.sha256()
-    for part in _CODE:
+    for part in parts:
         place = Path(root) / part
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             digest.update(ast.dump(ast.parse(file.read_text(encoding="utf-8"))).encode())

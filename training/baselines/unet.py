@@ -98,7 +98,12 @@ def _widths(unit: int) -> tuple[int, ...]:
 
 
 class RegressionModule(L.LightningModule):
-    """The U-Net, its moving average, and the mean absolute error of the standardised pictures.
+    """The U-Net, its moving average, and the mean squared error of the standardised pictures.
+
+    Squared, not absolute: that asks for the mean, not the median, and the median of what is brown now and then is never
+    brown. On validation tiles, after a run of the ablation table, DAB-Dice was 0.01 and 0.39 (CD3, CK8/18) with the
+    squared error and 0.00 and 0.23 with the absolute one, and the correlation of optical densities 0.41 and 0.32
+    against 0.20 and 0.20.
 
     Takes the batches of ``CropDataset``; leaves their noise and masks alone.
     """
@@ -118,7 +123,7 @@ class RegressionModule(L.LightningModule):
         return torch.cat(pictures, dim=1)
 
     def training_step(self, batch: dict[str, Any], _index: int) -> Tensor:
-        loss = F.l1_loss(self.net(he_to_network(batch["he"])).float(), self.targets(batch))
+        loss = F.mse_loss(self.net(he_to_network(batch["he"])).float(), self.targets(batch))
         stop_if_not_finite(self, loss, batch)
         self.log("loss", loss, prog_bar=True)
         return loss

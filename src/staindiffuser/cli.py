@@ -29,6 +29,8 @@ _EXTRAS = {
     "torch": "train",
     "lightning": "train",
     "safetensors": "train",
+    "SimpleITK": "train",
+    "cv2": "train",
     "pytriton": "serve",
     "onnx": "serve",
     "onnxruntime": "serve",

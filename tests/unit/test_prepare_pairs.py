@@ -1,0 +1,52 @@
+"""Real sections, registered against the landmarks that people set (ANHIR), and cut into paired tiles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from staindiffuser.cli import app
+from staindiffuser.training.data.pairs import PairedTiles
+from staindiffuser.training.errors import DataError
+
+PAIRS = {
+    # folder: H&E, IHC, stain; median and largest error allowed, shares of the diagonal
+    "rat-kidney_": ("Rat-Kidney_HE", "Rat-Kidney_PanCytokeratin", "panck", 0.0030, 0.018),
+    "lesions_": ("Izd2-29-041-w35_HE", "Izd2-29-041-w35_proSPC", "prospc", 0.0060, 0.022),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_sections_are_registered_and_cut(pair: str, real_data: Path, tmp_path: Path) -> None:
+    he, ihc, stain, median, largest = PAIRS[pair]
+    folder = real_data / "anhir-pairs" / pair / "scale-5pc"
+    options = [
+        "--he",
+        str(folder / f"{he}.jpg"),
+        "--ihc",
+        f"{stain}={folder / ihc}.jpg",
+        "--output",
+        str(tmp_path / "t"),
+    ]
+    options += ["--landmarks", f"{stain}={folder / he}.csv,{folder / ihc}.csv", "--split", "train", "--json"]
+    options += ["--he-mpp", "5", "--ihc-mpp", "5", "--mpp", "5"]  # only their ratio matters here
+    result = CliRunner().invoke(app, ["prepare", "pairs", *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    error = report["stains"][stain]["target_error"]
+    assert error["median"] <= median
+    assert error["maximum"] <= largest
+    assert len(PairedTiles.load(tmp_path / "t", check="pixels").split("train")) >= 5
+
+
+def test_sections_of_different_tissue_are_refused(real_data: Path, tmp_path: Path) -> None:
+    kidney = real_data / "anhir-pairs" / "rat-kidney_" / "scale-5pc" / "Rat-Kidney_HE.jpg"
+    lesion = real_data / "anhir-pairs" / "lesions_" / "scale-5pc" / "Izd2-29-041-w35_proSPC.jpg"
+    options = ["--he", str(kidney), "--ihc", f"prospc={lesion}", "--output", str(tmp_path / "t")]
+    options += ["--he-mpp", "5", "--ihc-mpp", "5", "--mpp", "5"]
+    with pytest.raises(DataError, match="score"):
+        CliRunner().invoke(app, ["prepare", "pairs", *options], catch_exceptions=False)
+    assert not (tmp_path / "t" / "tiles.csv").exists()

@@ -54,9 +54,11 @@ SMALL = Preset(
         cells=WidthConfig(channels=(8, 16, 24, 32)),
         embedding=64,
     ),
-    train=dataclasses.replace(PRESETS["demo"].train, steps=400, batch=8, crop=96, warmup=40, workers=0),
+    train=dataclasses.replace(
+        PRESETS["demo"].train, steps=300, batch=8, crop=64, warmup=40, learning_rate=1e-2, workers=0
+    ),
 )
-"""Between ``debug`` and ``demo``, with the latter's recipe: a run of about a minute on one core."""
+"""Between ``debug`` and ``demo``, with the latter's noise levels: a run of about a minute on one core."""
 LEARNING_RATES: dict[str, float] = {"regression": 3e-3, "pix2pix": 1e-3}
 """Peak rates of the baselines, chosen on validation tiles; the other arms have the preset's."""
 _CODE = ("data/dataset.py", "data/mixing.py", "data/optical_density.py", "measures.py", "metrics.py", "module.py")

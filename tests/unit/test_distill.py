@@ -87,15 +87,16 @@ def test_stages_are_equal_parts_of_the_run() -> None:
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weighting", ["step", "flat"])
+@pytest.mark.parametrize("weighting", ["step", "flat", "square"])
 def test_consistency_loss_by_hand(weighting: Any) -> None:
     y, noise = torch.full((1, 1, 2, 2), 0.5), torch.ones(1, 1, 2, 2)
     t, r = torch.tensor([3.0]), torch.tensor([1.0])
     # D(0.5 + 3, 3) = 2 · 3.5 / 4 = 1.75;  D(0.5 + 1, 1) = 2 · 1.5 / 2 = 1.5
     loss, distance = consistency_loss(Line(), y, noise, t, r, weighting=weighting, sigma_data=0.5)
-    weight = {"step": 1 / 2, "flat": math.sqrt(9 + 0.25) / (3 * 0.5)}[weighting]
+    c_out = 3 * 0.5 / math.sqrt(9 + 0.25)
     assert distance.item() == pytest.approx(0.25, abs=1e-5)
-    assert loss.item() == pytest.approx(weight * 0.25, abs=1e-5)
+    expected = {"step": 0.25 / 2, "flat": 0.25 / c_out, "square": (0.25 / c_out) ** 2}[weighting]
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_target_is_the_picture_where_r_is_zero() -> None:
@@ -185,14 +186,14 @@ def test_one_step_loss_asks_for_pixels_and_density() -> None:
         loss, pixels = OneStepLoss(sigma_max=80.0, sigma_data=0.5, density_weight=weight)(
             denoise, y, y, torch.zeros(2, 2), STAIN, 0
         )
-        assert pixels.tolist() == pytest.approx([0.1, 0.1])
+        assert pixels.tolist() == pytest.approx([0.01, 0.01])
         losses.append(loss)
     assert not asked[0][0].any()
     assert asked[0][1].tolist() == [80.0, 80.0]
     # STAIN's mean is 0.5 and its standard deviation 0.25: 0.1 of the standardised target is 0.05 of intensity
     density = [dab_density(torch.full((1, 3, 1, 1), v)).item() for v in (0.55, 0.5)]
-    assert losses[0].tolist() == pytest.approx([0.1, 0.1])
-    assert losses[1][0].item() == pytest.approx(0.1 + 4 * abs(density[0] - density[1]), rel=1e-4)
+    assert losses[0].tolist() == pytest.approx([0.01, 0.01])
+    assert losses[1][0].item() == pytest.approx(0.01 + 4 * (density[0] - density[1]) ** 2, rel=1e-4)
 
 
 def test_a_branch_that_forgot_noise_paints_the_same_from_any(tiny_checkpoint: Path) -> None:

@@ -29,6 +29,7 @@ class WeightingName(StrEnum):
 
     step = "step"
     flat = "flat"
+    square = "square"
 
 
 class SplitName(StrEnum):
@@ -62,7 +63,9 @@ def distill(
     stages: Annotated[int | None, typer.Option(help="Stages of consistency tuning; 4 if not given.")] = None,
     weighting: Annotated[
         WeightingName | None,
-        typer.Option(help="Weight of the consistency loss: step is 1 / (t − r), flat is alike at all noise levels."),
+        typer.Option(
+            help="Of the consistency loss: step is 1 / (t − r), flat alike at all noise levels, square also squared."
+        ),
     ] = None,
     max_share: Annotated[float | None, typer.Option(help="Share of the draws at the highest noise level.")] = None,
     seed: Annotated[int, typer.Option(help="Decides crops and noise.")] = 0,

@@ -21,9 +21,11 @@ from staindiffuser.training.diffusion.edm import draw_sigma, precondition
 __all__ = ["ConsistencyLoss", "Weighting", "consistency_loss", "lower_level", "stage_of"]
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-Weighting = Literal["step", "flat"]
-"""Weight of a sample's loss: ``step`` is ECT's 1 / (t − r), which lets the high noise levels fade, where every sampler
-starts; ``flat`` is 1 / c_out(t) (ours), which weighs the network's own output alike at all of them."""
+Weighting = Literal["step", "flat", "square"]
+"""What is made of the distance d between a pair of predictions: ``step`` is ECT's d / (t − r); ``flat`` is d / c_out(t),
+which weighs the network's own output alike at all noise levels, where ``step`` lets the high ones fade; ``square`` is
+(d / c_out(t))², the teacher's own loss. A norm that is not squared takes weight from the crops that are hard to
+predict, so from those that hold rare cells (the last two are ours)."""
 
 _K, _B = 8.0, 1.0
 """Of ECT's mapping n(t) = 1 + k sigmoid(−b t)."""
@@ -46,8 +48,8 @@ def lower_level(t: Tensor, stage: int, *, q: float = 4.0) -> Tensor:
 def consistency_loss(
     denoise: Denoise, y: Tensor, noise: Tensor, t: Tensor, r: Tensor, *, weighting: Weighting, sigma_data: float
 ) -> tuple[Tensor, Tensor]:
-    """w · ‖D(y + t ε, t) − stopgrad D(y + r ε, r)‖₂ with the same ε; the target is y where r = 0 (ECT's loss; the norm
-    is not squared, which is its "adaptive weighting").
+    """‖D(y + t ε, t) − stopgrad D(y + r ε, r)‖₂, weighted, with the same ε; the target is y where r = 0 (ECT's loss;
+    that the norm is not squared is its "adaptive weighting").
 
     The norm is divided by the square root of the number of values (ours), so that the loss does not depend on the crop.
 
@@ -65,8 +67,15 @@ def consistency_loss(
         target = y
     square = (prediction - target).square().mean(dim=(1, 2, 3))
     distance = (square + _EPSILON**2).sqrt() - _EPSILON
-    weight = 1 / (t - r) if weighting == "step" else 1 / precondition(t, sigma_data)[1]
-    return weight * distance, distance.detach()
+    c_out = precondition(t, sigma_data)[1]
+    match weighting:
+        case "step":
+            loss = distance / (t - r)
+        case "flat":
+            loss = distance / c_out
+        case "square":
+            loss = square / c_out**2
+    return loss, distance.detach()
 
 
 @dataclass(frozen=True, kw_only=True)

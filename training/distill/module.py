@@ -47,9 +47,9 @@ class DistillConfig(TrainConfig):
     q: float = 4.0
     """How much closer each stage brings the two noise levels."""
     weighting: Weighting = "step"
-    """Weight of the consistency loss per noise level."""
-    density_weight: float = 4.0
-    """Weight of the optical-density loss of one-step fine-tuning, against that of the pixels (ours)."""
+    """How the consistency loss weighs noise levels and samples."""
+    density_weight: float = 10.0
+    """Weight of the optical-density loss of one-step fine-tuning, against that of the standardised pixels (ours)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,7 +22,7 @@ __all__ = ["ConsistencyLoss", "Weighting", "consistency_loss", "lower_level", "s
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Weighting = Literal["step", "flat", "square"]
-"""What is made of the distance d between a pair of predictions: ``step`` is ECT's d / (t − r); ``flat`` is d / c_out(t),
+"""What is made of the distance d of a pair of predictions: ``step`` is ECT's d / (t − r); ``flat`` is d / c_out(t),
 which weighs the network's own output alike at all noise levels, where ``step`` lets the high ones fade; ``square`` is
 (d / c_out(t))², the teacher's own loss. A norm that is not squared takes weight from the crops that are hard to
 predict, so from those that hold rare cells (the last two are ours)."""

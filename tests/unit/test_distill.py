@@ -87,7 +87,7 @@ def test_stages_are_equal_parts_of_the_run() -> None:
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weighting", ["step", "flat", "square"])
+@pytest.mark.parametrize("weighting", ["step", "flat"])
 def test_consistency_loss_by_hand(weighting: Any) -> None:
     y, noise = torch.full((1, 1, 2, 2), 0.5), torch.ones(1, 1, 2, 2)
     t, r = torch.tensor([3.0]), torch.tensor([1.0])
@@ -95,8 +95,11 @@ def test_consistency_loss_by_hand(weighting: Any) -> None:
     loss, distance = consistency_loss(Line(), y, noise, t, r, weighting=weighting, sigma_data=0.5)
     c_out = 3 * 0.5 / math.sqrt(9 + 0.25)
     assert distance.item() == pytest.approx(0.25, abs=1e-5)
-    expected = {"step": 0.25 / 2, "flat": 0.25 / c_out, "square": (0.25 / c_out) ** 2}[weighting]
+    expected = {"step": 0.25 / 2, "flat": 0.25 / c_out}[weighting]
     assert loss.item() == pytest.approx(expected, abs=1e-5)
+    # against the real picture: 1.75 − 0.5, and flat is the teacher's squared loss there
+    loss, _ = consistency_loss(Line(), y, noise, t, torch.zeros(1), weighting=weighting, sigma_data=0.5)
+    assert loss.item() == pytest.approx({"step": 1.25 / 3, "flat": (1.25 / c_out) ** 2}[weighting], rel=1e-5)
 
 
 def test_target_is_the_picture_where_r_is_zero() -> None:
@@ -147,6 +150,8 @@ def test_noise_levels_follow_the_draws_and_the_stage() -> None:
         p_mean=-0.4,
         p_std=2.0,
         max_share=0.5,
+        consistent_below=100.0,
+        r_min=0.0,
         sigma_min=0.002,
         sigma_max=80.0,
         sigma_data=0.5,
@@ -160,6 +165,11 @@ def test_noise_levels_follow_the_draws_and_the_stage() -> None:
     assert levels[0].tolist() == pytest.approx(expected)
     assert levels[1].tolist() == pytest.approx(lower_level(levels[0], 1).tolist())
     assert levels[3].tolist() == pytest.approx(lower_level(levels[0], 3).tolist())
+    above = dataclasses.replace(loss, consistent_below=2.0, r_min=0.01)
+    above(denoise, y, y + 1, draws, STAIN, 7)
+    # where r = 0 the target is the picture: any level will do
+    expected = torch.where((levels[4] < 2.0) & (levels[4] > 0.1), lower_level(levels[0], 3), levels[4])
+    assert levels[5].tolist() == pytest.approx(expected.tolist())
 
 
 # --- one-step fine-tuning -------------------------------------------------------------------------------------------
@@ -316,12 +326,21 @@ def test_the_recipe_follows_the_teachers(tiny_checkpoint: Path) -> None:
     config = dataclasses.replace(teacher.config, provenance={"recipe": recipe})
     found = default_recipe(dataclasses.replace(teacher, config=config), steps=50, stages=2)
     assert (found.steps, found.warmup, found.batch, found.crop, found.stages) == (50, 5, 16, 96, 2)
-    assert found.learning_rate == 1e-3
-    assert (found.p_mean, found.bf16, found.seed) == (-0.4, False, 0)
+    assert found.learning_rate == 8e-4
+    assert (found.p_mean, found.bf16, found.seed) == (DistillConfig.p_mean, False, 0)
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("stages", 0), ("q", 1.0), ("density_weight", -1.0), ("method", "both"), ("weighting", "no")]
+    ("field", "value"),
+    [
+        ("stages", 0),
+        ("q", 1.0),
+        ("density_weight", -1.0),
+        ("method", "both"),
+        ("weighting", "no"),
+        ("consistent_below", 0.0),
+        ("r_min", -1.0),
+    ],
 )
 def test_impossible_recipes_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{field} is"):

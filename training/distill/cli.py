@@ -29,7 +29,6 @@ class WeightingName(StrEnum):
 
     step = "step"
     flat = "flat"
-    square = "square"
 
 
 class SplitName(StrEnum):
@@ -53,20 +52,27 @@ def distill(
     method: Annotated[
         MethodName, typer.Option(help="ect: easy consistency tuning; e2e: end-to-end one-step fine-tuning.")
     ] = MethodName.ect,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps; a third of the teacher's if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; an eighth of the teacher's if not given.")] = None,
     batch: Annotated[int | None, typer.Option(help="Crops per step; the teacher's if not given.")] = None,
     accumulate: Accumulate = None,
     crop: Annotated[int | None, typer.Option(help="Crop size in pixels; the teacher's if not given.")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak rate; a quarter of the teacher's if not given.")
+        float | None, typer.Option(help="Peak rate; a fifth of the teacher's if not given.")
     ] = None,
-    stages: Annotated[int | None, typer.Option(help="Stages of consistency tuning; 4 if not given.")] = None,
+    stages: Annotated[int | None, typer.Option(help="Stages of consistency tuning; 3 if not given.")] = None,
     weighting: Annotated[
         WeightingName | None,
-        typer.Option(
-            help="Of the consistency loss: step is 1 / (t − r), flat alike at all noise levels, square also squared."
-        ),
+        typer.Option(help="Of the consistency loss: flat, alike at all noise levels (default), or step, 1 / (t − r)."),
     ] = None,
+    consistent_below: Annotated[
+        float | None,
+        typer.Option(help="Noise level from which up the student keeps to the expected picture; 1.5 if not given."),
+    ] = None,
+    r_min: Annotated[
+        float | None, typer.Option(help="Lower noise levels than this are taken for 0; 0.1 if not given.")
+    ] = None,
+    p_mean: Annotated[float | None, typer.Option(help="Mean of ln σ of the draws; -1 if not given.")] = None,
+    p_std: Annotated[float | None, typer.Option(help="Its standard deviation; 0.9 if not given.")] = None,
     max_share: Annotated[float | None, typer.Option(help="Share of the draws at the highest noise level.")] = None,
     seed: Annotated[int, typer.Option(help="Decides crops and noise.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Loader processes; the teacher's if not given.")] = None,
@@ -125,6 +131,10 @@ def distill(
             "learning_rate": learning_rate,
             "stages": stages,
             "weighting": weighting.value if weighting else None,
+            "consistent_below": consistent_below,
+            "r_min": r_min,
+            "p_mean": p_mean,
+            "p_std": p_std,
             "picture_max_share": max_share,
             "seed": seed,
             "workers": workers,

@@ -21,11 +21,11 @@ from staindiffuser.training.diffusion.edm import draw_sigma, precondition
 __all__ = ["ConsistencyLoss", "Weighting", "consistency_loss", "lower_level", "stage_of"]
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-Weighting = Literal["step", "flat", "square"]
-"""What is made of the distance d of a pair of predictions: ``step`` is ECT's d / (t − r); ``flat`` is d / c_out(t),
-which weighs the network's own output alike at all noise levels, where ``step`` lets the high ones fade; ``square`` is
-(d / c_out(t))², the teacher's own loss. A norm that is not squared takes weight from the crops that are hard to
-predict, so from those that hold rare cells (the last two are ours)."""
+Weighting = Literal["step", "flat"]
+"""What is made of the distance d of a pair of predictions: ``step`` is ECT's d / (t − r). ``flat`` (ours) is
+d / c_out(t), which weighs the network's own output alike at all noise levels, where ``step`` lets the high ones fade;
+against the real picture it is squared, as the teacher's loss is: a norm that is not takes weight from the crops that
+are hard to predict, so from those that hold rare cells."""
 
 _K, _B = 8.0, 1.0
 """Of ECT's mapping n(t) = 1 + k sigmoid(−b t)."""
@@ -72,9 +72,7 @@ def consistency_loss(
         case "step":
             loss = distance / (t - r)
         case "flat":
-            loss = distance / c_out
-        case "square":
-            loss = square / c_out**2
+            loss = torch.where(positive, distance / c_out, square / c_out**2)
     return loss, distance.detach()
 
 
@@ -89,6 +87,10 @@ class ConsistencyLoss:
     p_std: float
     max_share: float
     """Share of the draws taken at σ_max (ours; as the teacher does)."""
+    consistent_below: float
+    """Noise level from which up r = 0 in all stages (see ``DistillConfig``)."""
+    r_min: float
+    """What is below it is 0 (see ``DistillConfig``)."""
     sigma_min: float
     sigma_max: float
     sigma_data: float
@@ -107,6 +109,7 @@ class ConsistencyLoss:
             sigma_max=self.sigma_max,
         ).clamp(min=self.sigma_min)
         r = lower_level(t, stage_of(step, self.steps, self.stages), q=self.q)
+        r = torch.where((t < self.consistent_below) & (r >= self.r_min), r, 0.0)
         return consistency_loss(denoise, y, noise, t, r, weighting=self.weighting, sigma_data=self.sigma_data)
 
 

@@ -35,19 +35,29 @@ class DistillConfig(TrainConfig):
     warmup: int = 100
     bf16: bool = False
     """Off: late stages compare predictions that differ by less than bfloat16 can hold."""
-    p_mean: float = -0.4
+    p_mean: float = -1.0
     """Mean of ln t (ours; ECT's are −1.1 and −0.8)."""
-    p_std: float = 2.0
+    p_std: float = 0.9
+    """Its standard deviation (ours; ECT's are 2.0 and 1.6): most draws at the levels of the sampler's last steps."""
     picture_max_share: float = 0.1
     """Share of the draws taken at σ_max, where every sampler starts (ours)."""
     method: Method = "ect"
     """``ect``: easy consistency tuning; ``e2e``: end-to-end one-step fine-tuning."""
-    stages: int = 4
-    """Stages of consistency tuning, of equal length."""
+    stages: int = 3
+    """Stages of consistency tuning, of equal length (ours; ECT's are 4 and more: the last ones of a short run added
+    nothing)."""
     q: float = 4.0
     """How much closer each stage brings the two noise levels."""
-    weighting: Weighting = "step"
-    """How the consistency loss weighs noise levels and samples."""
+    consistent_below: float = 1.5
+    """Noise level from which up the student goes on learning the expected picture, as the teacher does (r = 0), and
+    below which it learns a consistent one (ours; above σ_max is ECT as it was published). The sampler's first step then
+    gives what is likely, and the next ones its detail: with our c_in the noise at σ_max is too faint to make a picture
+    from."""
+    r_min: float = 0.1
+    """Lower levels r below this are 0: the target is the real picture (ours; ECT has 0). Otherwise the noise that is
+    left at r is passed up from level to level, and the student's pictures are grainy."""
+    weighting: Weighting = "flat"
+    """How the consistency loss weighs noise levels and samples (ECT: ``step``)."""
     density_weight: float = 10.0
     """Weight of the optical-density loss of one-step fine-tuning, against that of the standardised pixels (ours)."""
 
@@ -58,6 +68,10 @@ class DistillConfig(TrainConfig):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}")
         if self.stages < 1:
             raise ConfigError(f"stages is {self.stages}, must be at least 1")
+        if not self.consistent_below > 0:
+            raise ConfigError(f"consistent_below is {self.consistent_below}, must be positive")
+        if not self.r_min >= 0:
+            raise ConfigError(f"r_min is {self.r_min}, must not be negative")
         if self.q <= 1:
             raise ConfigError(f"q is {self.q}, must be above 1")
         if self.density_weight < 0:
@@ -99,6 +113,8 @@ class StudentModule(L.LightningModule):
                 p_mean=config.p_mean,
                 p_std=config.p_std,
                 max_share=config.picture_max_share,
+                consistent_below=config.consistent_below,
+                r_min=config.r_min,
                 sigma_min=model.sigma_min,
                 sigma_max=model.sigma_max,
                 sigma_data=model.sigma_data,

@@ -61,7 +61,7 @@ def test_undistilled_rows_neither_ship_nor_set_the_mark() -> None:
     assert judge(rows).passed
 
 
-def test_where_none_passes_the_best_dice_ships_and_it_is_said() -> None:
+def test_where_none_passes_the_nearest_miss_ships_and_it_is_said() -> None:
     rows = [
         row("teacher", 18, cd3=(0.9, 1.0), ck818=(0.9, 1.0)),
         row("student", 1, cd3=(0.5, 0.2), ck818=(0.7, 1.0)),
@@ -69,9 +69,9 @@ def test_where_none_passes_the_best_dice_ships_and_it_is_said() -> None:
         row("student", 4, cd3=(0.85, 1.0), ck818=(0.8, 1.0)),
     ]
     verdict = judge(rows)
-    assert (verdict.steps, verdict.passed) == (2, False)
+    assert (verdict.steps, verdict.passed) == (4, False)
     assert verdict.line() == (
-        "gate not passed, 2 steps by the best mean DAB-Dice: "
+        "gate not passed, 4 steps, which misses it by least: "
         "k = 1: cd3 Dice 0.500, best 0.900, cd3 radial power 0.20, ck818 Dice 0.700, best 0.900; "
         "k = 2: cd3 Dice 0.800, best 0.900, cd3 radial power 0.50; "
         "k = 4: cd3 Dice 0.850, best 0.900, ck818 Dice 0.800, best 0.900"
@@ -95,7 +95,7 @@ def test_record_and_card_hold_the_whole_table() -> None:
     assert record["passed"] is False
     assert record["failures"]["2"] == ["cd3 Dice 0.800, best 0.900"]
     text = "\n".join(gate_lines(record))
-    assert "**Gate not passed, 2 steps by the best mean DAB-Dice" in text
+    assert "**Gate not passed, 2 steps, which misses it by least" in text
     assert "12 tiles of the split `val`" in text
     assert "| teacher, 18 steps | Heun | 0.900 | 1.300 |" in text
     assert "| student, 2 steps | 80, 20 | 0.800 | 1.000 |" in text

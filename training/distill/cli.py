@@ -100,7 +100,7 @@ def distill(
     """Make a few-step student of a teacher: tune its picture branches, search σ, choose the steps by the gate.
 
     The gate: the fewest steps whose DAB-Dice is within 0.01 of the best and whose radial power is within 20 % of the
-    real stain's, for every stain. If none passes, the steps of the best mean Dice are stored, and all places say so.
+    real stain's, for every stain. If none passes, the steps that miss it by least are stored, and all places say so.
 
     Example: staindiffuser distill runs/demo/checkpoint --data tiles --output runs/demo-few
     """

@@ -98,6 +98,37 @@ def plausibility(
         write_json(json_file, {name: [dataclasses.asdict(row) for row in judged] for name, judged in rows.items()})
 
 
+@app.command(epilog="Example: staindiffuser bench registration --pairs anhir-pairs --json registration.json")
+def registration(
+    pairs: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of pairs in ANHIR's layout: NAME_HE.jpg and its IHC, landmarks beside each as .csv.",
+            show_default=False,
+        ),
+    ],
+    angles: Annotated[int, typer.Option(min=1, help="Rotations to try with a third of the IHC erased.")] = 8,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the report here as JSON; - for the screen.")
+    ] = None,
+) -> None:
+    """Registration of real sections: as scanned, turned with a third erased, and wrong pairs, which must be refused."""
+    import dataclasses
+    import json
+
+    from staindiffuser.benchmarks.registration import bench_registration
+    from staindiffuser.files import write_json
+
+    report = bench_registration(pairs, angles=angles, progress=lambda line: typer.echo(line, err=True))
+    if json_file is not None and str(json_file) == "-":
+        typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
+        return
+    if json_file is not None:
+        write_json(json_file, dataclasses.asdict(report))
+    for line in report.lines():
+        typer.echo(line)
+
+
 @app.command(epilog="Example: staindiffuser bench engines --rounds 5 --json engines.json")
 def engines(
     checkpoint: Annotated[

@@ -168,8 +168,8 @@ def test_noise_levels_follow_the_draws_and_the_stage() -> None:
     above = dataclasses.replace(loss, consistent_below=2.0, r_min=0.01)
     above(denoise, y, y + 1, draws, STAIN, 7)
     # where r = 0 the target is the picture: any level will do
-    expected = torch.where((levels[4] < 2.0) & (levels[4] > 0.1), lower_level(levels[0], 3), levels[4])
-    assert levels[5].tolist() == pytest.approx(expected.tolist())
+    lower = torch.where((levels[4] < 2.0) & (levels[4] > 0.1), lower_level(levels[0], 3), levels[4])
+    assert levels[5].tolist() == pytest.approx(lower.tolist())
 
 
 # --- one-step fine-tuning -------------------------------------------------------------------------------------------

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from staindiffuser.cli import app
+from staindiffuser.errors import UsageError
 from staindiffuser.training.data.pairs import PairedTiles
+from staindiffuser.training.data.simulate.slide import SimulatedSlide
 from staindiffuser.training.errors import DataError
 
 PAIRS = {
@@ -50,3 +54,29 @@ def test_sections_of_different_tissue_are_refused(real_data: Path, tmp_path: Pat
     with pytest.raises(DataError, match="score"):
         CliRunner().invoke(app, ["prepare", "pairs", *options], catch_exceptions=False)
     assert not (tmp_path / "t" / "tiles.csv").exists()
+
+
+def test_a_pair_is_looked_at_then_cut_then_taken_over(tmp_path: Path) -> None:
+    slide = SimulatedSlide(3, 1536, 1152)
+    Image.fromarray(slide.read(0, 0, 1536, 1152)).save(tmp_path / "he.png")
+    Image.fromarray(np.rot90(slide.read_ihc("cd3", 0, 0, 1536, 1152))).save(tmp_path / "ihc.png")
+    options = ["--he", str(tmp_path / "he.png"), "--he-mpp", "0.5", "--ihc-mpp", "0.5", "--jobs", "1"]
+    options += ["--output", str(tmp_path / "t"), "--json"]
+
+    def run(*more: str) -> dict:
+        result = CliRunner().invoke(app, ["prepare", "pairs", *options, *more], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    ihc = str(tmp_path / "ihc.png")
+    looked_at = run("--ihc", f"wrong_name={ihc}", "--dry-run")
+    assert abs(looked_at["stains"]["wrong_name"]["rotation"]) == pytest.approx(90, abs=0.5)
+    assert (tmp_path / "t" / looked_at["stains"]["wrong_name"]["picture"]).is_file()
+    assert not (tmp_path / "t" / "tiles.csv").exists()
+    cut = run("--ihc", f"cd3={ihc}")  # what was only looked at does not decide which stains the folder holds
+    assert cut["written"] == cut["kept"] > 5
+    assert cut["kept"] + sum(cut["dropped"].values()) == cut["tiles"] == 6 * 4
+    assert PairedTiles.load(tmp_path / "t", check="pixels").stains == ("cd3",)
+    assert run("--ihc", f"cd3={ihc}")["written"] == 0
+    with pytest.raises(UsageError, match="holds tiles with stains"):
+        run("--ihc", f"ck818={ihc}")

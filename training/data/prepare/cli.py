@@ -4,6 +4,7 @@ import typer
 
 from staindiffuser.training.data.prepare.cli_import import EPILOG as IMPORT_EPILOG
 from staindiffuser.training.data.prepare.cli_import import import_
+from staindiffuser.training.data.prepare.cli_pairs import EPILOG as PAIRS_EPILOG
 from staindiffuser.training.data.prepare.cli_pairs import pairs
 
 __all__ = ["app"]
@@ -17,6 +18,4 @@ def _group() -> None:
 
 
 app.command("import", epilog=IMPORT_EPILOG)(import_)
-app.command(epilog="Example: `staindiffuser prepare pairs --he slide-he.svs --ihc cd3=slide-cd3.svs --output tiles`")(
-    pairs
-)
+app.command(epilog=PAIRS_EPILOG)(pairs)

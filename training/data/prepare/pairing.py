@@ -49,7 +49,7 @@ class StainResult:
 
     file: str
     score: float
-    """0.3 to 1 where it is right; see :class:`Registration` for this and the next."""
+    """0.33 to 1 where it is right; see :class:`Registration` for this and the next."""
     correlation: float
     agreement: float
     overlap: float
@@ -174,20 +174,23 @@ def _check_pixel_sizes(request: PairRequest, sections: Mapping[str, Section]) ->
             )
 
 
+def _description(request: PairRequest) -> dict[str, Any]:
+    """What must be equal for tiles to belong into one folder."""
+    return {"tile": request.tile, "mpp": request.mpp, "stains": list(request.ihc)}
+
+
 def _check_folder(request: PairRequest) -> None:
     """Tiles of one folder have one size and the same stains."""
     path = request.output / PREPARE_JSON
-    description = {"tile": request.tile, "mpp": request.mpp, "stains": list(request.ihc)}
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         if (request.output / TILES_CSV).exists():
             raise UsageError(f"{request.output} holds paired tiles of another kind: choose another --output") from None
-        write_json(path, description)
         return
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}): choose another --output") from error
-    for name, value in description.items():
+    for name, value in _description(request).items():
         if before.get(name) != value:
             raise UsageError(
                 f"{request.output} holds tiles with {name} {before.get(name)}, not {value}: choose another --output"
@@ -257,6 +260,8 @@ def _cut(
     name = request.name
     regions = grid.regions()
     written = 0
+    # Not before: a pair that was refused, or only looked at, must not decide what the folder is for.
+    write_json(request.output / PREPARE_JSON, _description(request))
     with PairedTilesWriter(request.output, tuple(request.ihc), resume=True) as writer:
         records = Records(request.output / REPORTS / f"{name}.regions.jsonl", settings)
         whole = [

@@ -1,0 +1,99 @@
+"""Sections are read by physical position, and landmarks by their index; what cannot be read is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from staindiffuser.training.data.prepare.landmarks import read_pair, target_error
+from staindiffuser.training.data.prepare.overview import overviews
+from staindiffuser.training.data.prepare.sections import Plane, Section
+from staindiffuser.training.errors import DataError
+
+
+def test_a_section_is_read_by_position(tmp_path: Path) -> None:
+    y, x = np.mgrid[:200, :300]
+    ramp = np.stack([x * 200 / 300, y, np.full_like(x, 90)], axis=-1).astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    with Section(tmp_path / "ramp.png", mpp=0.5) as section:
+        assert section.size_um == (150.0, 100.0)
+        same = section.read((20.0, 10.0), (40, 30), 0.5)
+        assert np.array_equal(same.rgb, ramp[20:50, 40:80])
+        coarse = section.read((-10.0, 10.0), (60, 20), 2.0).rgb.astype(int)
+        assert coarse.shape == (20, 60, 3)
+        assert (coarse[:, :5] == 255).all()
+        assert np.abs(coarse[5, 5:, 0] - (np.arange(55) * 4 + 1.5) * 200 / 300).max() <= 2
+        assert np.abs(coarse[:, 30, 1] - (20 + np.arange(20) * 4 + 1.5)).max() <= 2
+        between = section.read((20.25, 10.0), (40, 30), 0.5).rgb.astype(int)
+        assert np.abs(between - (ramp[20:50, 40:80].astype(int) + ramp[20:50, 41:81]) / 2).max() <= 1
+        assert (section.read((1000.0, 0.0), (4, 4), 0.5).rgb == 255).all()
+
+
+def test_places_and_pixels_of_a_plane() -> None:
+    plane = Plane(rgb=np.zeros((4, 4, 3), np.uint8), origin=(10.0, 20.0), mpp=2.0)
+    pixels = np.array([[0.0, 0.0], [3.0, 1.5]])
+    assert plane.to_um(pixels).tolist() == [[11, 21], [17, 24]]
+    assert plane.to_pixels(plane.to_um(pixels)) == pytest.approx(pixels)
+
+
+def test_sections_that_cannot_be_used(tmp_path: Path) -> None:
+    Image.fromarray(np.full((50, 60, 3), 240, np.uint8)).save(tmp_path / "glass.png")
+    (tmp_path / "text.svs").write_text("no slide")
+    for path, words in (
+        ("glass.png", "give µm per pixel as --he-mpp"),
+        ("text.svs", "cannot be read"),
+        ("no", "not exist"),
+    ):
+        with pytest.raises(DataError, match=words) as caught:
+            Section(tmp_path / path, option="--he-mpp")
+        assert path in str(caught.value)
+    with pytest.raises(DataError, match="between"):
+        Section(tmp_path / "glass.png", mpp=0.001)
+    with Section(tmp_path / "glass.png", mpp=0.5) as section, pytest.raises(DataError, match="no tissue"):
+        overviews(section, {"cd3": section})
+
+
+def test_a_pyramid_is_read_at_any_level(real_data: Path) -> None:
+    with Section(real_data / "slides" / "CMU-1-Small-Region.svs") as section:
+        assert section.mpp[0] == pytest.approx(0.499)
+        plane, _ = overviews(section, {"again": section})
+        assert max(plane.rgb.shape) <= 1010
+        fine = section.read((400.0, 300.0), (400, 400), 0.5).rgb
+        coarse = section.read((400.0, 300.0), (100, 100), 2.0).rgb
+        averaged = np.asarray(Image.fromarray(fine).reduce(4)).astype(int)
+        assert np.abs(coarse - averaged).mean() < 4
+
+
+def test_landmarks(tmp_path: Path) -> None:
+    he, ihc = tmp_path / "he.csv", tmp_path / "ihc.csv"
+    he.write_text(",X,Y\n1,10,20\n2,30,40\n7,5,5\n")
+    ihc.write_text(",X,Y\n2,33,44\n1,10,20\n3,9,9\n")
+    fixed, moving = read_pair(he, ihc)
+    assert fixed.tolist() == [[10, 20], [30, 40]]
+    error = target_error(fixed, moving, fixed + 100, diagonal=50.0)
+    assert (error.median, error.maximum, error.landmarks) == pytest.approx((0.05, 0.1, 2))
+    assert error.before > 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "three columns"),
+        ("index,a,b\n1,2,3\n", "three columns"),
+        (",X,Y\n1,2,east\n", "row 2"),
+        (",X,Y\n1,2,3\n1,4,5\n", "row 3: index '1' appears twice"),
+        (",X,Y\n9,2,3\n", "no landmark in common"),
+    ],
+)
+def test_landmarks_that_cannot_be_read(tmp_path: Path, text: str, words: str) -> None:
+    good, bad = tmp_path / "good.csv", tmp_path / "bad.csv"
+    good.write_text(",X,Y\n1,2,3\n")
+    bad.write_text(text)
+    with pytest.raises(DataError, match=words) as caught:
+        read_pair(good, bad)
+    assert "bad.csv" in str(caught.value)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_pair(good, tmp_path / "none.csv")

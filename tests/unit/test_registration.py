@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from scipy import ndimage
 
 from staindiffuser.benchmarks.registration import SIDES, bench_registration, find_section_pairs, turned_and_erased
+from staindiffuser.training.data.prepare import registration
 from staindiffuser.training.data.prepare.candidates import DISTINCT_ANGLE, find_candidates
 from staindiffuser.training.data.prepare.features import Structure, glass_colour, structure
 from staindiffuser.training.data.prepare.matching import Blocks, Search, fit_affine, match_blocks
@@ -270,6 +272,20 @@ def test_a_turned_real_section_with_a_third_erased(name: str, degrees: float, si
     assert found.good
     error = np.hypot(*(found.warp.points((he_points + 0.5) * MPP) / MPP - 0.5 - true).T) / diagonal
     assert np.median(error[there]) <= TURNED_MEDIAN[name]
+
+
+def test_the_same_sections_give_the_same_affine(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def kept(*arguments: Any) -> None:
+        asked.append(arguments)
+
+    monkeypatch.setattr(registration, "maximise", kept)
+    lesion = next(pair for pair in find_section_pairs(real_data / "anhir-pairs") if "proSPC" in pair.name)
+    with Image.open(lesion.he) as he, Image.open(lesion.ihc) as ihc:
+        register(plane(np.asarray(he)), plane(np.asarray(ihc)))
+    found = [maximise(*asked[0]) for _ in range(3)]
+    assert len({affine.tobytes() for affine in found if affine is not None}) == 1
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ def maximise(
     height, width = fixed.shape
     step = sitk.AffineTransform(2)
     step.SetCenter(((width - 1) / 2, (height - 1) / 2))
-    # One thread, for the same numbers every time: the order in which threads add up moves the last digits, and 150 steps
-    # make tenths of a pixel of them. The method's own setting does not reach all parts of it.
+    # One thread, for the same numbers every time: the order in which threads add up moves the last digits, of which 150
+    # steps make tenths of a pixel. The method's own setting does not reach all parts of it.
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(32)

@@ -21,7 +21,7 @@ __all__ = ["PANEL", "round_length", "write_preview"]
 PANEL = 640
 """Largest side of a panel, pixels."""
 DETAIL = 512
-"""Side of the detail, pixels at the model's resolution."""
+"""Side of the detail, pixels at the model's resolution; of a small picture, half its longer side."""
 GAP = 16
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 
@@ -84,7 +84,8 @@ def _place_of_detail(
 ) -> tuple[int, int, int, int]:
     """Where most is to be seen: tissue, and the stains' cells where there are maps."""
     width, height = view.size
-    side_x, side_y = min(DETAIL, width), min(DETAIL, height)
+    side = min(DETAIL, -(-max(width, height) // 2))
+    side_x, side_y = min(side, width), min(side, height)
     darkness = 255.0 - overview.min(axis=-1)
     weights: NDArray[np.float32] = np.asarray(
         Image.fromarray(darkness.astype(np.float32)).resize((64, 64), Image.Resampling.BOX)

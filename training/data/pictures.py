@@ -67,8 +67,11 @@ def write_png(path: Path, picture: npt.NDArray[np.uint8]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # zlib's run-length strategy: on scanner noise a fifth faster and smaller than its level 1.
-        Image.fromarray(picture).save(temporary, format="PNG", compress_level=1, compress_type=3)
+        # Run lengths of differences to the left: scanner noise has no longer matches to look for. A bit larger than
+        # what zlib's own strategy and the choice among all filters give, in less than half the time.
+        png, pixels = imagecodecs.PNG, np.ascontiguousarray(picture)
+        encoded = imagecodecs.png_encode(pixels, level=1, strategy=png.STRATEGY.RLE, filter=png.FILTER.SUB)
+        temporary.write_bytes(encoded)
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

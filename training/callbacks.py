@@ -16,6 +16,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from staindiffuser.training.errors import DataError
+
 __all__ = ["EachStep", "KeepCurves", "Snapshots", "Speed", "TimedLoader"]
 
 
@@ -43,7 +45,10 @@ class TimedLoader(DataLoader[Any]):
             coming = thread.submit(next, batches, None)
             while True:
                 start = time.perf_counter()
-                batch = coming.result()
+                try:
+                    batch = coming.result()
+                except DataError as error:  # into which torch has put the worker's traceback
+                    raise DataError(str(error).rstrip().rpartition("DataError: ")[2]) from None
                 self.waited += time.perf_counter() - start
                 if batch is None:
                     return

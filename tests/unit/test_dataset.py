@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from staindiffuser.training.callbacks import TimedLoader
 from staindiffuser.training.data.cache import TileCache
 from staindiffuser.training.data.dataset import (
     CropDataset,
@@ -154,3 +155,22 @@ def test_measured_constants_are_those_of_the_pixels(tiles: PairedTiles) -> None:
     assert (stain.name, stain.label) == ("ck818", "CK8/18")
     np.testing.assert_allclose(stain.picture_mean, pixels.mean(0), atol=1e-3)
     np.testing.assert_allclose(stain.picture_std, pixels.std(0), atol=1e-3)
+
+
+class Torn(Dataset[int]):
+    """Its second sample cannot be read."""
+
+    def __getitem__(self, sample: int) -> int:
+        if sample:
+            raise DataError("he/b.png cannot be read as a picture: truncated")
+        return sample
+
+    def __len__(self) -> int:
+        return 2
+
+
+def test_a_worker_says_what_it_cannot_read_and_no_more() -> None:
+    loader = TimedLoader(Torn(), batch_size=None, num_workers=1, batches=2)
+    with pytest.raises(DataError) as caught:
+        list(loader)
+    assert str(caught.value) == "he/b.png cannot be read as a picture: truncated"

@@ -166,6 +166,8 @@ def test_names_that_do_not_are_said_not_to(tmp_path: Path) -> None:
     told, tiles = run("bci", source, tmp_path / "u", asked=Asked(slide_pattern=pattern), val_share=0.0)
     assert {tile.slide for tile in tiles.tiles} == {"train", "test"}
     assert not any("do not say" in note for note in told.notes)
+    with pytest.raises(DataError, match="does not match the slide pattern"):
+        run("bci", source, tmp_path / "v", asked=Asked(slide_pattern=re.compile(r"^(case\d)?")))
 
 
 def test_hemit_is_drawn_from_fluorescence(tmp_path: Path) -> None:
@@ -319,10 +321,37 @@ def test_another_import_is_not_mixed_in(tmp_path: Path) -> None:
     assert run("mist", source, tmp_path / "t")[0].written == 0 < first.written
     with pytest.raises(UsageError, match="mpp differs"):
         run("mist", source, tmp_path / "t", mpp=0.4)
+    before = (tmp_path / "t/tiles.csv").read_bytes()
+    with pytest.raises(UsageError, match="source differs"):
+        run("mist", mist(tmp_path / "s", "ER") / "ER", tmp_path / "t")
+    assert (tmp_path / "t/tiles.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["another source of this name", "grown", "a picture less"])
+def test_another_source_is_not_mixed_in(tmp_path: Path, change: str) -> None:
+    source = tmp_path / "here" / "s"
+    for name in "abcdef":
+        save(source / "he" / f"{name}.png", he())
+        save(source / "cd3" / f"{name}.png", ihc())
+    run("folder", source, tmp_path / "t")
+    if change == "grown":
+        for column in ("he", "cd3"):
+            save(source / column / "g.png", he())
+    elif change == "a picture less":
+        for column in ("he", "cd3"):
+            (source / column / "f.png").unlink()
+    else:
+        other = tmp_path / "there" / "s"
+        for name in "abcdef":
+            save(other / "he" / f"{name}.png", he(7))
+            save(other / "cd3" / f"{name}.png", he(8))
+        source = other
+    with pytest.raises(UsageError, match=r"(pictures|source) differs"):
+        run("folder", source, tmp_path / "t")
 
 
 @pytest.mark.parametrize(
-    "change", [{"tile": 20}, {"val_share": 0.9}, {"val_share": -0.1}, {"mpp": 0.0}, {"layout": "none"}]
+    "change", [{"tile": 20}, {"val_share": 0.9}, {"val_share": -0.1}, {"mpp": 0.0}, {"layout": "none"}, {"jobs": -1}]
 )
 def test_settings_that_cannot_be(tmp_path: Path, change: dict[str, Any]) -> None:
     request = ImportRequest(layout="bci", source=tmp_path, output=tmp_path)

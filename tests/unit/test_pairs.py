@@ -223,6 +223,37 @@ def test_an_interrupted_run_resumes(tmp_path: Path) -> None:
     assert [tile.he.stem for tile in PairedTiles.load(tmp_path).tiles] == ["a", "b"]
 
 
+def one_row(folder: Path) -> Path:
+    he = np.zeros((16, 16, 3), np.uint8)
+    with PairedTilesWriter(folder, ["cd3"], masks=False) as writer:
+        writer.add("a", he=he, stains={"cd3": he}, slide="s", split="train", mpp=0.5)
+    return folder / "tiles.csv"
+
+
+def test_rows_that_a_spreadsheet_has_saved_are_kept(tmp_path: Path) -> None:
+    path = one_row(tmp_path)
+    path.write_text(path.read_text().replace("train", "val"), encoding="utf-8-sig", newline="\r\n")
+    with PairedTilesWriter(tmp_path, ["cd3"], masks=False, resume=True) as writer:
+        assert writer.has("a")
+    assert PairedTiles.load(tmp_path).tiles[0].split == "val"
+
+
+@pytest.mark.parametrize("content", ["cd3,he,slide,split,mpp\ncd3/a.png,he/a.png,s,train,0.5\n", b"\xff\xfe\n\n"])
+def test_rows_that_cannot_be_kept_are_not_lost(tmp_path: Path, content: str | bytes) -> None:
+    path = one_row(tmp_path)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match=r"tiles\.csv"):
+        PairedTilesWriter(tmp_path, ["cd3"], masks=False, resume=True)
+    assert path.read_bytes() == before
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    with PairedTilesWriter(tmp_path, ["cd3"], resume=True), pytest.raises(UsageError, match="another run"):
+        PairedTilesWriter(tmp_path, ["cd3"], resume=True)
+    PairedTilesWriter(tmp_path, ["cd3"], resume=True).close()
+
+
 def test_writer_refuses(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="CD3"):
         PairedTilesWriter(tmp_path, ["CD3"])
@@ -238,4 +269,4 @@ def test_labels() -> None:
     assert stain_label("cd3") == "CD3"
     assert stain_label("abc_1") == "ABC 1"
     assert is_stain_name("cd3")
-    assert not any(is_stain_name(name) for name in ("CD3", "3cd", "", "cd-3", "cd3_mask"))
+    assert not any(is_stain_name(name) for name in ("CD3", "3cd", "", "cd-3", "cd3_mask", "slide", "mpp"))

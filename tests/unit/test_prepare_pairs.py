@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from staindiffuser.cli import app
 from staindiffuser.errors import UsageError
 from staindiffuser.training.data.pairs import PairedTiles
+from staindiffuser.training.data.prepare.records import Records, check_settings
+from staindiffuser.training.data.prepare.request import PairRequest
 from staindiffuser.training.data.simulate.slide import SimulatedSlide
 from staindiffuser.training.errors import DataError
 
@@ -78,5 +80,21 @@ def test_a_pair_is_looked_at_then_cut_then_taken_over(tmp_path: Path) -> None:
     assert cut["kept"] + sum(cut["dropped"].values()) == cut["tiles"] == 6 * 4
     assert PairedTiles.load(tmp_path / "t", check="pixels").stains == ("cd3",)
     assert run("--ihc", f"cd3={ihc}")["written"] == 0
-    with pytest.raises(UsageError, match="holds tiles with stains"):
+    with pytest.raises(UsageError, match="stains differs"):
         run("--ihc", f"ck818={ihc}")
+
+
+def test_slides_of_one_name_and_size_are_told_apart(tmp_path: Path) -> None:
+    requests = []
+    for case in ("case1", "case2"):
+        for name in ("he.tif", "cd3.tif"):
+            (tmp_path / case).mkdir(exist_ok=True)
+            (tmp_path / case / name).write_bytes(f"{case} {name}".encode() * 40_000)
+        files = {"he": tmp_path / case / "he.tif", "ihc": {"cd3": tmp_path / case / "cd3.tif"}}
+        requests.append(PairRequest(**files, output=tmp_path / "t"))
+    assert requests[0].settings() != requests[1].settings()
+    records = tmp_path / "t/pairs/he.regions.jsonl"
+    Records(records, requests[0].settings())
+    assert check_settings(records, requests[0].settings()) == []
+    with pytest.raises(UsageError, match="other slides"):
+        check_settings(records, requests[1].settings())

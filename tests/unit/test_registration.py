@@ -301,3 +301,8 @@ def test_eight_angles_and_wrong_pairs(real_data: Path) -> None:
         assert all(case in right for case in turned if case.used)
         assert not any(case.used for case in report.of(name, own=False))
     assert max(case.cpu_seconds for case in report.cases) < 60
+
+
+def test_pictures_too_small_for_the_flow_are_not_bent() -> None:
+    small = cloud(1, (20, 240))
+    assert not bend(small, small).any()

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from staindiffuser.training.data.prepare.landmarks import read_pair, target_error
 from staindiffuser.training.data.prepare.overview import overviews
-from staindiffuser.training.data.prepare.sections import Plane, Section
+from staindiffuser.training.data.prepare.sections import Section
 from staindiffuser.training.errors import DataError
 
 
@@ -30,13 +31,6 @@ def test_a_section_is_read_by_position(tmp_path: Path) -> None:
         between = section.read((20.25, 10.0), (40, 30), 0.5).rgb.astype(int)
         assert np.abs(between - (ramp[20:50, 40:80].astype(int) + ramp[20:50, 41:81]) / 2).max() <= 1
         assert (section.read((1000.0, 0.0), (4, 4), 0.5).rgb == 255).all()
-
-
-def test_places_and_pixels_of_a_plane() -> None:
-    plane = Plane(rgb=np.zeros((4, 4, 3), np.uint8), origin=(10.0, 20.0), mpp=2.0)
-    pixels = np.array([[0.0, 0.0], [3.0, 1.5]])
-    assert plane.to_um(pixels).tolist() == [[11, 21], [17, 24]]
-    assert plane.to_pixels(plane.to_um(pixels)) == pytest.approx(pixels)
 
 
 def test_sections_that_cannot_be_used(tmp_path: Path) -> None:
@@ -65,6 +59,14 @@ def test_a_pyramid_is_read_at_any_level(real_data: Path) -> None:
         coarse = section.read((400.0, 300.0), (100, 100), 2.0).rgb
         averaged = np.asarray(Image.fromarray(fine).reduce(4)).astype(int)
         assert np.abs(coarse - averaged).mean() < 4
+
+
+def test_the_resolution_of_a_screen_is_no_pixel_size(tmp_path: Path) -> None:
+    path = tmp_path / "tiled.tif"
+    pixels = np.full((512, 512, 3), 200, np.uint8)
+    tifffile.imwrite(path, pixels, photometric="rgb", tile=(256, 256), resolution=(72, 72), resolutionunit="inch")
+    with pytest.raises(DataError, match=r"does not say how large.*--he-mpp"):
+        Section(path, option="--he-mpp")
 
 
 def test_landmarks(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def measure_stains(tiles: PairedTiles | MixedTiles, *, limit: int = 256) -> tupl
     moments = {stain: np.zeros((2, 4)) for stain in tiles.stains}
     for part, share in zip(tiles.parts, tiles.shares, strict=True):
         rows = part.split("train")
-        rows = rows[:: max(1, len(rows) // limit)][:limit]
+        rows = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, limit).astype(int))]
         for row in rows:
             arrays = load_tile(row, tiles.stains)
             for stain in tiles.stains:
@@ -202,7 +202,7 @@ def jitter_stain(he: U8, rng: np.random.Generator, strength: float) -> U8:
     """Scale and shift the optical density of each colour channel at random (after Tellez et al. 2018).
 
     Args:
-        strength: standard deviation of the scale, and twice that of the shift in units of optical density.
+        strength: standard deviation of the scale, and ten times that of the shift in units of optical density.
     """
     if strength == 0:
         return he

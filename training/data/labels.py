@@ -5,10 +5,13 @@ This is the one place where labels are decided before a checkpoint exists; from 
 
 import re
 
-__all__ = ["STAIN_NAME", "is_stain_name", "stain_label"]
+__all__ = ["OTHER_COLUMNS", "STAIN_NAME", "is_stain_name", "stain_label"]
 
 STAIN_NAME = re.compile(r"[a-z][a-z0-9_]*")
 """What a stain's machine name must match in full."""
+
+OTHER_COLUMNS = ("he", "slide", "split", "mpp")
+"""Columns of ``tiles.csv`` that are no stain's."""
 
 _LABELS = {
     "cd3": "CD3",
@@ -38,8 +41,8 @@ _LABELS = {
 
 
 def is_stain_name(name: str) -> bool:
-    """Whether ``name`` can name a stain: ``[a-z][a-z0-9_]*``, and not the name of a mask column (``…_mask``)."""
-    return STAIN_NAME.fullmatch(name) is not None and not name.endswith("_mask")
+    """Whether ``name`` can name a stain: ``[a-z][a-z0-9_]*``, and not another column of ``tiles.csv``."""
+    return STAIN_NAME.fullmatch(name) is not None and name not in OTHER_COLUMNS and not name.endswith("_mask")
 
 
 def stain_label(name: str) -> str:

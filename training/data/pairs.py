@@ -7,6 +7,7 @@ one ``<stain>_mask`` per stain (a cell may be empty: the mask is then derived), 
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import math
 import os
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from staindiffuser.errors import UsageError
-from staindiffuser.training.data.labels import is_stain_name
+from staindiffuser.training.data.labels import OTHER_COLUMNS, is_stain_name
 from staindiffuser.training.data.pictures import picture_size, read_picture, write_png
 from staindiffuser.training.errors import DataError
 
@@ -42,7 +43,6 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 MPP_TOLERANCE = 0.02
 """Pixel sizes that differ by a larger share are different."""
-_FIXED = ("he", "slide", "split", "mpp")
 _MASK = "_mask"
 
 
@@ -155,18 +155,19 @@ class PairedTilesWriter:
         self.folder = Path(folder)
         self.stains = tuple(stains)
         for stain in self.stains:
-            if not is_stain_name(stain) or stain in _FIXED:
+            if not is_stain_name(stain):
                 raise UsageError(
                     f"{stain!r} cannot name a stain: use lower-case letters, digits and _ ([a-z][a-z0-9_]*)"
                 )
         if len(set(self.stains)) != len(self.stains) or not self.stains:
             raise UsageError("stains: name at least one stain, each once")
-        self._columns = ["he", *self.stains, *(stain + _MASK for stain in self.stains if masks), *_FIXED[1:]]
+        self._columns = ["he", *self.stains, *(stain + _MASK for stain in self.stains if masks), *OTHER_COLUMNS[1:]]
         self._masks = masks
         self._partial = self.folder / (TILES_CSV + ".partial")
         self._done: dict[str, list[str]] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.folder)
             for file in (self.folder / TILES_CSV, self._partial):
                 if resume and file.is_file():
                     self._done |= _rows_of(file, self._columns)
@@ -225,8 +226,11 @@ class PairedTilesWriter:
     def add_row(self, name: str, *, slide: str, split: Split, mpp: float) -> None:
         """Append the row of a tile whose pictures are written."""
         values: dict[str, object] = {**self.paths(name), "slide": slide, "split": split, "mpp": mpp}
-        self._rows.writerow([values[column] for column in self._columns])
-        self._file.flush()
+        try:
+            self._rows.writerow([values[column] for column in self._columns])
+            self._file.flush()
+        except OSError as error:
+            raise UsageError(f"{self._partial} cannot be written: {error.strerror or error}") from error
         self.count += 1
 
     def add(
@@ -248,20 +252,54 @@ class PairedTilesWriter:
         """Close; with ``complete`` the rows get their final name."""
         if self._file.closed:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if complete:
-            self._partial.replace(self.folder / TILES_CSV)
+        try:
+            with self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            if complete:
+                self._partial.replace(self.folder / TILES_CSV)
+        except OSError as error:
+            raise UsageError(f"{self._partial} cannot be written: {error.strerror or error}") from error
+        finally:
+            os.close(self._lock)
+
+
+def _locked(folder: Path) -> int:
+    """Keep other writers out of a folder, until the file descriptor is closed or the process ends.
+
+    Raises:
+        UsageError: another run is writing there.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UsageError(f"another run is writing to {folder}: wait for it, or choose another --output") from None
+    except OSError:  # a network share without locks: as before them, the user must see to it
+        pass
+    return lock
 
 
 def _rows_of(path: Path, columns: list[str]) -> dict[str, list[str]]:
-    """Rows of an interrupted run that are whole and whose pictures stand; by the H&E's path."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))
-    if not rows or rows[0] != columns:
+    """Rows of an earlier run that are whole and whose pictures stand; by the H&E's path.
+
+    Raises:
+        UsageError: the file has other columns, which would be lost, or cannot be read.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} cannot be read ({error}): delete it, or choose another --output") from error
+    if len(rows) < 2:  # of a killed run, perhaps with half a header
         return {}
-    pictures = len(columns) - len(_FIXED) + 1
+    if rows[0] != columns:
+        raise UsageError(
+            f"{path}, row 1: the columns are {', '.join(rows[0])}, not {', '.join(columns)}: put them in this order, "
+            "or choose another --output"
+        )
+    pictures = len(columns) - len(OTHER_COLUMNS) + 1
     return {
         row[0]: row
         for row in rows[1:]
@@ -272,13 +310,15 @@ def _rows_of(path: Path, columns: list[str]) -> dict[str, list[str]]:
 def _stains_of_header(path: Path, header: list[str] | None) -> tuple[str, ...]:
     if not header:
         raise DataError(f"{path} is empty: its first row must name the columns")
-    for column in _FIXED:
+    for column in OTHER_COLUMNS:
         if column not in header:
-            raise DataError(f"{path}, row 1: column {column!r} is missing; needed are {', '.join(_FIXED)} and a stain")
+            raise DataError(
+                f"{path}, row 1: column {column!r} is missing; needed are {', '.join(OTHER_COLUMNS)} and a stain"
+            )
     for column in header:
         if header.count(column) > 1:
             raise DataError(f"{path}, row 1: column {column!r} appears twice")
-    stains = tuple(column for column in header if column not in _FIXED and not column.endswith(_MASK))
+    stains = tuple(column for column in header if column not in OTHER_COLUMNS and not column.endswith(_MASK))
     for stain in stains:
         if not is_stain_name(stain):
             raise DataError(f"{path}, row 1: column {stain!r} cannot name a stain: it must match [a-z][a-z0-9_]*")

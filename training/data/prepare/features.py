@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from staindiffuser.training.data.optical_density import STAIN_MATRIX
 
-__all__ = ["HE_MATRIX", "Structure", "band_passed", "correlation", "glass_colour", "structure", "tissue_mask"]
+__all__ = ["HE_MATRIX", "Structure", "band_passed", "correlation", "glass_colour", "structure"]
 
 FloatArray = npt.NDArray[np.float32]
 UInt8Array = npt.NDArray[np.uint8]
@@ -78,11 +78,6 @@ def structure(rgb: UInt8Array, stain: Stain, glass: FloatArray) -> Structure:
         presence=np.tanh(strongest / SATURATION),
         tissue=ndimage.gaussian_filter(strongest, TISSUE_SIGMA) > TISSUE_DENSITY,
     )
-
-
-def tissue_mask(rgb: UInt8Array, glass: FloatArray) -> BoolArray:
-    """Where tissue is: uint8 [H, W, 3] to bool [H, W]."""
-    return structure(rgb, "he", glass).tissue
 
 
 def band_passed(picture: FloatArray, low: float, high: float) -> FloatArray:

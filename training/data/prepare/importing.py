@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from staindiffuser.errors import UsageError
 from staindiffuser.files import write_json
 from staindiffuser.training.config import ModelConfig
+from staindiffuser.training.data.described import check_described
 from staindiffuser.training.data.optical_density import STAIN_MATRIX, coarse_mask, dab_mask
-from staindiffuser.training.data.pairs import MPP_TOLERANCE, SPLITS, TILES_CSV, PairedTilesWriter, Split
+from staindiffuser.training.data.pairs import MPP_TOLERANCE, SPLITS, PairedTilesWriter, Split
 from staindiffuser.training.data.pictures import picture_size, read_picture, write_png
 from staindiffuser.training.data.prepare.layouts import LAYOUTS, Asked, Pair, Panel, find_pairs
 from staindiffuser.training.data.simulate.folder import one_thread_each
@@ -62,6 +62,8 @@ class ImportRequest:
             raise ConfigError(f"layout is {self.layout!r}; it must be one of {', '.join(LAYOUTS)}")
         if self.tile < 16 or self.tile % 16:
             raise ConfigError(f"tile is {self.tile}; it must be a positive multiple of 16 pixels")
+        if self.jobs < 1:
+            raise ConfigError(f"jobs is {self.jobs}; it must be at least 1, or 0 on the command line for one per core")
         if min(self.val_share, self.test_share) < 0 or self.val_share + self.test_share > 0.6:
             raise ConfigError(
                 f"val-share {self.val_share} and test-share {self.test_share} must be at least 0 and sum to at most 0.6"
@@ -148,8 +150,8 @@ def import_tiles(
     for job in jobs:
         rows[splits[job.pair.slide]] += sum(1 for _ in job.tiles())
     tiles = sum(rows.values())
-    description = _description(request, source_mpp)
-    _check_same(request.output, description)
+    description = _description(request, source_mpp, stains, jobs)
+    check_described(request.output, IMPORT_JSON, description, what="another import")
     if not dry_run:
         with PairedTilesWriter(request.output, stains, resume=True) as writer:
             write_json(request.output / IMPORT_JSON, description)
@@ -358,16 +360,21 @@ def _notes(request: ImportRequest, pairs: Sequence[Pair], splits: Mapping[str, S
     return tuple(notes)
 
 
-def _description(request: ImportRequest, source_mpp: float) -> dict[str, Any]:
+def _description(
+    request: ImportRequest, source_mpp: float, stains: Sequence[str], jobs: Sequence[_Job]
+) -> dict[str, Any]:
     """What must be equal for tiles to belong into one folder."""
     asked = request.asked
+    # Where pictures were added or taken away, slides could be dealt to other splits than before.
+    pictures = sorted([job.stem, job.pair.slide] for job in jobs)
     return {
         "layout": request.layout,
-        "source": request.source.resolve().name,
+        "source": str(request.source.resolve()),
         "source_mpp": source_mpp,
         "mpp": request.target_mpp,
         "tile": request.tile,
-        "stains": list(asked.stains),
+        "stains": list(stains),
+        "pictures": hashlib.sha256(json.dumps(pictures).encode()).hexdigest(),
         "slide_pattern": asked.slide_pattern.pattern if asked.slide_pattern else None,
         "swap": asked.swap,
         "channels": list(asked.channels),
@@ -375,18 +382,3 @@ def _description(request: ImportRequest, source_mpp: float) -> dict[str, Any]:
         "test_share": request.test_share,
         "resplit": request.resplit,
     }
-
-
-def _check_same(folder: Path, description: Mapping[str, Any]) -> None:
-    path = folder / IMPORT_JSON
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        if (folder / TILES_CSV).exists():
-            raise UsageError(f"{folder} already holds paired tiles of another kind: choose another --output") from None
-        return
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): choose another --output") from error
-    for name, value in description.items():
-        if before.get(name) != value:
-            raise UsageError(f"{folder} holds another import ({name} differs): choose another --output, or delete it")

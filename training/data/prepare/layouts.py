@@ -142,7 +142,7 @@ def _pairs(part: _Part, layout: Layout, pattern: re.Pattern[str] | None) -> Iter
     for name, path in sorted(he.items()):
         slide = pattern or layout.slide
         found = slide.search(name) if slide else None
-        if pattern and not found:
+        if pattern and not (found and found.group(1)):
             raise DataError(f"{path}: its name does not match the slide pattern {pattern.pattern!r}")
         if found:
             known, slide_name = True, found.group(1)

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from staindiffuser.errors import UsageError
 from staindiffuser.files import write_json
-from staindiffuser.training.data.pairs import TILES_CSV, PairedTilesWriter, Split
+from staindiffuser.training.data.described import check_described
+from staindiffuser.training.data.pairs import PairedTilesWriter, Split
 from staindiffuser.training.data.prepare.features import glass_colour
 from staindiffuser.training.data.prepare.landmarks import Points, TargetError, read_pair, target_error
 from staindiffuser.training.data.prepare.overview import overviews
 from staindiffuser.training.data.prepare.pictures import registration_picture, tiles_picture
 from staindiffuser.training.data.prepare.quality import Reason
-from staindiffuser.training.data.prepare.records import Record, Records
+from staindiffuser.training.data.prepare.records import Record, Records, check_settings
 from staindiffuser.training.data.prepare.regions import FACTOR, Grid, RegionReader
 from staindiffuser.training.data.prepare.registration import LEAST_SCORE, Registration, register
 from staindiffuser.training.data.prepare.request import PairRequest
@@ -86,10 +86,6 @@ class PairResult:
     """Tiles written by this run."""
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return dataclasses.asdict(self)
-
 
 def prepare_pair(request: PairRequest, progress: Progress = lambda what, done, total: None) -> PairResult:
     """Register a pair (or one H&E with several stains) and cut it into tiles; goes on where a run was interrupted.
@@ -117,7 +113,8 @@ def prepare_pair(request: PairRequest, progress: Progress = lambda what, done, t
             raise DataError(
                 f"{request.he} is smaller than one tile of {request.tile} pixels: use --tile, or check its mpp"
             )
-        _check_folder(request)
+        check_described(request.output, PREPARE_JSON, _description(request), what="other tiles")
+        check_settings(_records_file(request), settings)
         he_plane, planes = overviews(he, ihc, side=request.working_side)
         found: dict[str, Registration] = {}
         for stain, plane in planes.items():
@@ -179,22 +176,8 @@ def _description(request: PairRequest) -> dict[str, Any]:
     return {"tile": request.tile, "mpp": request.mpp, "stains": list(request.ihc)}
 
 
-def _check_folder(request: PairRequest) -> None:
-    """Tiles of one folder have one size and the same stains."""
-    path = request.output / PREPARE_JSON
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        if (request.output / TILES_CSV).exists():
-            raise UsageError(f"{request.output} holds paired tiles of another kind: choose another --output") from None
-        return
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): choose another --output") from error
-    for name, value in _description(request).items():
-        if before.get(name) != value:
-            raise UsageError(
-                f"{request.output} holds tiles with {name} {before.get(name)}, not {value}: choose another --output"
-            )
+def _records_file(request: PairRequest) -> Path:
+    return request.output / REPORTS / f"{request.name}.regions.jsonl"
 
 
 def _report(
@@ -263,7 +246,7 @@ def _cut(
     # Not before: a pair that was refused, or only looked at, must not decide what the folder is for.
     write_json(request.output / PREPARE_JSON, _description(request))
     with PairedTilesWriter(request.output, tuple(request.ihc), resume=True) as writer:
-        records = Records(request.output / REPORTS / f"{name}.regions.jsonl", settings)
+        records = Records(_records_file(request), settings)
         whole = [
             region
             for region in regions

@@ -59,6 +59,29 @@ class Record:
             raise ValueError(f"no record: {line!r}") from error
 
 
+def check_settings(path: Path, settings: Mapping[str, Any]) -> list[str]:
+    """The lines of the records that an earlier run has left; none if it left none.
+
+    Raises:
+        UsageError: it had other settings, or the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): delete it, or choose another --output") from error
+    if lines and lines[0] != _first_line(settings):
+        raise UsageError(
+            f"{path} was made from other slides or with other settings: choose another --output or --slide"
+        )
+    return lines[1:]
+
+
+def _first_line(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
 class Records:
     """The file.
 
@@ -73,20 +96,15 @@ class Records:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.done: dict[Place, Record] = {}
-        first = json.dumps(settings, sort_keys=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-            if lines and lines[0] != first:
-                raise UsageError(
-                    f"{path} was made from other slides or with other settings: choose another --output or --slide"
-                )
-            for line in lines[1:]:
+            for line in check_settings(path, settings):
                 try:
                     record = Record.parse(line)
                 except ValueError:  # the last line of a run that was killed
                     continue
                 self.done[record.region] = record
+            first = _first_line(settings)
             path.write_text("\n".join([first, *(record.line() for record in self.done.values()), ""]), encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -77,6 +77,8 @@ _FLOW_SIGMA = 12.0
 """Smoothing of the flow, pixels."""
 _FAR = 8
 """Where only one section has tissue, the smoothing is so many times wider."""
+_LEAST_FLOW = 32
+"""Edge of a picture, pixels, below which there is no detail to bend it by, nor can the flow be computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +206,7 @@ def bend(fixed: Structure, moved: Structure, *, cap: float = FLOW_CAP) -> FloatA
     """
     shape = fixed.tissue.shape
     both = fixed.tissue & moved.tissue
-    if not both.any():
+    if not both.any() or min(shape) < _LEAST_FLOW:
         return np.zeros((*shape, 2), np.float32)
     closed = ndimage.binary_closing(np.pad(both, 8), iterations=6)[8:-8, 8:-8]
     # Faded out where only one has tissue: the flow must not follow the edge of what is torn away.

@@ -44,16 +44,6 @@ class Plane:
     mpp: float
     """Pixel size, µm."""
 
-    def to_um(self, pixels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Pixel coordinates [n, 2] (x, y; 0 is the middle of the first pixel) to µm on the slide."""
-        um: npt.NDArray[np.float64] = np.asarray(self.origin) + (pixels + 0.5) * self.mpp
-        return um
-
-    def to_pixels(self, um: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """µm on the slide [n, 2] to pixel coordinates."""
-        pixels: npt.NDArray[np.float64] = (um - np.asarray(self.origin)) / self.mpp - 0.5
-        return pixels
-
 
 class Section:
     """An open slide; safe to read from many threads.
@@ -201,9 +191,10 @@ class Section:
         except openslide.OpenSlideError as error:
             raise DataError(f"{self.path} is a damaged or incomplete slide: {error}") from error
         try:
-            return float(properties["openslide.mpp-x"]), float(properties["openslide.mpp-y"])
+            size = (float(properties["openslide.mpp-x"]), float(properties["openslide.mpp-y"]))
         except (KeyError, ValueError):
             return None
+        return _believed(size)
 
     def _open_picture(self) -> tuple[float, float] | None:
         try:
@@ -219,8 +210,12 @@ class Section:
         self._levels = ((self._picture.shape[1], self._picture.shape[0]),)
         if not dpi or min(dpi) <= 0:
             return None
-        size = (25400.0 / float(dpi[0]), 25400.0 / float(dpi[1]))
-        return size if all(_SMALLEST <= side <= 10.0 for side in size) else None
+        return _believed((25400.0 / float(dpi[0]), 25400.0 / float(dpi[1])))
+
+
+def _believed(size: tuple[float, float]) -> tuple[float, float] | None:
+    """The pixel size that a file states, µm; None for that of a screen, which programs write that do not know it."""
+    return size if all(_SMALLEST <= side <= 10.0 for side in size) else None
 
 
 def _on_white(image: Image.Image) -> UInt8Array:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from staindiffuser.errors import UsageError
-from staindiffuser.training.data.pairs import TILES_CSV, PairedTilesWriter, write_png
+from staindiffuser.training.data.described import check_described
+from staindiffuser.training.data.pairs import PairedTilesWriter, write_png
 from staindiffuser.training.data.simulate.config import CHUNK, MPP, STAINS, SimulatorConfig
 from staindiffuser.training.data.simulate.tiles import simulate_tile, split_of, tile_name
 from staindiffuser.training.errors import ConfigError
@@ -99,7 +100,7 @@ def write_tiles(request: TilesRequest, progress: Callable[[int, int], None] = la
 
     begun = time.perf_counter()
     description = _description(request)
-    _check_same(request.output, description)
+    check_described(request.output, SIMULATION_JSON, description, what="tiles of another simulation")
     written = 0
     with PairedTilesWriter(request.output, request.stains, masks=request.masks, resume=True) as writer:
         text = json.dumps(description, indent=1) + "\n"
@@ -136,24 +137,6 @@ def _description(request: TilesRequest) -> dict[str, str]:
         "val_share": request.val_share, "test_share": request.test_share, "config": dataclasses.asdict(request.config),
     }  # fmt: skip
     return {"generator": generator_hash(), **{name: json.dumps(value) for name, value in values.items()}}
-
-
-def _check_same(folder: Path, description: dict[str, str]) -> None:
-    try:
-        before = json.loads((folder / SIMULATION_JSON).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        if (folder / TILES_CSV).exists():
-            raise UsageError(
-                f"{folder} already holds paired tiles that were not simulated: choose another --output"
-            ) from None
-        return
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder / SIMULATION_JSON} cannot be read ({error}): choose another --output") from error
-    for name, value in description.items():
-        if before.get(name) != value:
-            raise UsageError(
-                f"{folder} holds tiles of another simulation ({name} differs): choose another --output, or delete it"
-            )
 
 
 def _one(request: TilesRequest, index: int) -> tuple[int, str]:

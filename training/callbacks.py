@@ -15,7 +15,9 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from staindiffuser.training import resuming
 from staindiffuser.training.errors import DataError
 
 __all__ = ["EachStep", "KeepCurves", "Snapshots", "Speed", "TimedLoader"]
@@ -41,19 +43,24 @@ class TimedLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # Lightning needs an iterator, not torch's own
         batches = super().__iter__()
-        with ThreadPoolExecutor(1) as thread:
-            coming = thread.submit(next, batches, None)
-            while True:
-                start = time.perf_counter()
-                try:
-                    batch = coming.result()
-                except DataError as error:  # into which torch has put the worker's traceback
-                    raise DataError(str(error).rstrip().rpartition("DataError: ")[2]) from None
-                self.waited += time.perf_counter() - start
-                if batch is None:
-                    return
+        try:
+            with ThreadPoolExecutor(1) as thread:
                 coming = thread.submit(next, batches, None)
-                yield batch
+                while True:
+                    start = time.perf_counter()
+                    try:
+                        batch = coming.result()
+                    except DataError as error:  # into which torch has put the worker's traceback
+                        raise DataError(str(error).rstrip().rpartition("DataError: ")[2]) from None
+                    self.waited += time.perf_counter() - start
+                    if batch is None:
+                        return
+                    coming = thread.submit(next, batches, None)
+                    yield batch
+        finally:
+            # After an error Python would end them at its exit, by a signal that they do not hear, and wait for ever.
+            if isinstance(batches, _MultiProcessingDataLoaderIter):
+                batches._shutdown_workers()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: where to go on follows from the step. That this exists tells Lightning that it can be resumed."""
@@ -140,10 +147,13 @@ class Snapshots(EachStep):
 
     Args:
         path: the one snapshot, replaced by each newer one when that is complete.
+        minutes: time between two of them.
+        steps: steps between two of them, if that is asked for too.
+        run: what the run was begun with, kept in the snapshot.
     """
 
-    def __init__(self, path: Path, *, minutes: float, steps: int | None) -> None:
-        self.path, self.seconds, self.steps = path, 60 * minutes, steps
+    def __init__(self, path: Path, *, minutes: float, steps: int | None, run: dict[str, Any]) -> None:
+        self.path, self.seconds, self.steps, self.run = path, 60 * minutes, steps, run
         self.stopped = False
         """Whether the run was asked to stop before its end."""
         self._asked = False
@@ -157,6 +167,9 @@ class Snapshots(EachStep):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._ask)
             signal.signal(signal.SIGINT, self._ask)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[resuming.KEY] = self.run
 
     def _ask(self, number: int, _frame: Any) -> None:
         self._asked = True

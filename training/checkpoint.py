@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from staindiffuser.errors import UsageError
+from staindiffuser.files import finite
 from staindiffuser.training.config import ModelConfig, from_json
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
-from staindiffuser.training.distill.gate import gate_lines
+from staindiffuser.training.distill.gate import gate_lines, shown
 from staindiffuser.training.errors import CheckpointError, ConfigError
 from staindiffuser.training.model.network import DualDiffusion
 
@@ -84,7 +85,7 @@ class Checkpoint:
             draft = Path(temporary)
             save_file(state, draft / WEIGHTS)
             (draft / WEIGHTS).chmod(0o644)  # safetensors makes it private
-            (draft / METRICS).write_text(json.dumps(self.metrics, indent=1) + "\n")
+            (draft / METRICS).write_text(json.dumps(finite(self.metrics), indent=1) + "\n")
             (draft / CARD).write_text(model_card(self.config, self.metrics))
             config = json.dumps(dataclasses.asdict(self.config), indent=1, ensure_ascii=False)
             (draft / CONFIG).write_text(config + "\n", encoding="utf-8")
@@ -103,15 +104,25 @@ class Checkpoint:
                 raise CheckpointError(f"{folder / name} is missing: {folder} is not a checkpoint folder")
         try:
             data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            metrics = json.loads((folder / METRICS).read_text()) if (folder / METRICS).is_file() else {}
             state = load_file(folder / WEIGHTS)
         except Exception as error:
             raise CheckpointError(f"{folder} cannot be read: {error}") from error
+        for name, value in ((CONFIG, data), (METRICS, metrics)):
+            if not isinstance(value, dict):
+                raise CheckpointError(f"{folder / name} must hold fields")
         if data.get("format") != FORMAT:
             raise CheckpointError(f"{folder / CONFIG}: format is {data.get('format')!r}, this version reads {FORMAT}")
         try:
             config = from_json(CheckpointConfig, data, str(folder / CONFIG))
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
+        if not isinstance(config.sigmas, dict) or not all(
+            k.isdecimal() and isinstance(v, list | tuple) and len(v) == int(k) for k, v in config.sigmas.items()
+        ):
+            raise CheckpointError(f"{folder / CONFIG}: sigmas must be, per number of steps, as many noise levels")
+        if str(config.steps) not in config.sigmas:
+            raise CheckpointError(f"{folder / CONFIG}: steps is {config.steps}, but sigmas has none for it")
         config = dataclasses.replace(config, sigmas={k: tuple(v) for k, v in config.sigmas.items()})
         network = DualDiffusion(config.model)
         try:
@@ -119,7 +130,6 @@ class Checkpoint:
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise CheckpointError(f"{folder / WEIGHTS} does not fit {CONFIG}: {first}") from None
-        metrics = json.loads((folder / METRICS).read_text()) if (folder / METRICS).is_file() else {}
         return cls(config=config, network=network.eval().requires_grad_(False), metrics=metrics)
 
 
@@ -155,14 +165,15 @@ def model_card(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
     scores = metrics.get("stains", {})
     if scores:
         lines += [
-            f"## Measured on {metrics.get('tiles')} tiles that it never saw ({metrics.get('steps')} steps)",
+            f"## Measured on {metrics.get('tiles')} tiles of the split `{metrics.get('split')}` "
+            f"({metrics.get('steps')} steps), none of which it was trained on",
             "",
             "| | " + " | ".join(scores) + " |",
             "|---" * (len(scores) + 1) + "|",
         ]
         for name in next(iter(scores.values())):
             values = (stain.get(name) for stain in scores.values())
-            lines.append(f"| {name} | " + " | ".join("–" if v is None else f"{v:.3f}" for v in values) + " |")
+            lines.append(f"| {name} | " + " | ".join(shown(v) for v in values) + " |")
         lines.append("")
     if "gate" in metrics:
         lines += gate_lines(metrics["gate"])

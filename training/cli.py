@@ -47,7 +47,11 @@ Seed = Annotated[int | None, typer.Option(help="Decides weights, crops and noise
 Workers = Annotated[int | None, typer.Option(help="Loader processes, instead of the recipe's.")]
 TrainedOn = Annotated[str, typer.Option(help="What every output says the model was trained on.")]
 Resume = Annotated[
-    str, typer.Option(help="auto: go on from the run's last snapshot; never; or a snapshot.", metavar="auto|never|PATH")
+    str,
+    typer.Option(
+        help="auto: go on from the run's last snapshot; never; or begin with this snapshot of another run.",
+        metavar="auto|never|PATH",
+    ),
 ]
 Strategy = Annotated[
     StrategyName, typer.Option(help="With torchrun: ddp, or fsdp, which shares the weights too (large's own choice).")
@@ -113,7 +117,7 @@ def train(
         output=output,
         name=name,
         trained_on=trained_on,
-        resume=_resume(resume),
+        resume=resume_from(resume),
         strategy=_strategy(strategy, size),
         log_every=log_every,
         progress=progress,
@@ -173,7 +177,7 @@ def add_stain(
         output=output,
         name=name,
         trained_on=trained_on,
-        resume=_resume(resume),
+        resume=resume_from(resume),
         strategy=_strategy(strategy, ""),
         log_every=log_every,
         progress=progress,
@@ -195,7 +199,8 @@ def _changes(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _resume(value: str) -> bool | Path:
+def resume_from(value: str) -> bool | Path:
+    """What ``--resume`` says."""
     return {"auto": True, "never": False}.get(value, Path(value))
 
 

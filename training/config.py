@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -134,13 +135,21 @@ class TrainConfig:
     validation_tiles: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "validate_every"):
+        for name in ("steps", "batch", "accumulate", "validate_every", "validation_tiles"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.batch % self.accumulate == 0, "accumulate", self.accumulate, f"a divisor of batch ({self.batch})")
         every = self.checkpoint_steps
         _require(every is None or every >= 1, "checkpoint_steps", every, "at least 1, or not given")
         _require(self.crop >= 32 and self.crop % 16 == 0, "crop", self.crop, "a multiple of 16, at least 32")
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
+        _require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "positive and finite")
+        for name in ("warmup", "workers"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2^32 - 1")
+        pair = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require(pair, "betas", self.betas, "two numbers from 0 to below 1")
+        _require(math.isfinite(self.p_mean), "p_mean", self.p_mean, "finite")
+        _require(0 <= self.p_std < math.inf, "p_std", self.p_std, "finite and not negative")
+        _require(self.checkpoint_minutes > 0, "checkpoint_minutes", self.checkpoint_minutes, "positive")
         _require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         _require(0 <= self.cooldown <= 1, "cooldown", self.cooldown, "in [0, 1]")
         for name in ("picture_max_share", "cells_max_share"):

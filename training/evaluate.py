@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from staindiffuser.errors import UsageError
+from staindiffuser.files import finite
 from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.config import ModelConfig
 from staindiffuser.training.data.dataset import load_tile
-from staindiffuser.training.data.pairs import PairedTile, PairedTiles, Split
+from staindiffuser.training.data.pairs import PairedTile, PairedTiles, Split, spread
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.infer import HEUN_STEPS, Sampler, stain_tiles_with
 from staindiffuser.training.metrics import StainScore
@@ -135,14 +135,8 @@ class Evaluation:
         """
         return {
             "steps": self.steps,
-            "stains": {
-                stain: {name: _finite(value) for name, value in score.metrics().items()}
-                for stain, score in self.scores.items()
-            },
-            "intervals_95": {
-                stain: {name: [_finite(low), _finite(high)] for name, (low, high) in score.intervals().items()}
-                for stain, score in self.scores.items()
-            },
+            "stains": {stain: finite(score.metrics()) for stain, score in self.scores.items()},
+            "intervals_95": {stain: finite(score.intervals()) for stain, score in self.scores.items()},
             "counts": {stain: score.counts() for stain, score in self.scores.items()},
         }
 
@@ -154,11 +148,6 @@ class Evaluation:
 def summarize(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """A run's numbers of steps together, ready for JSON: what they have in common, and ``results``."""
     return evaluations[0].head() | {"results": [evaluation.figures() for evaluation in evaluations]}
-
-
-def _finite(value: float) -> float | None:
-    """JSON has neither NaN nor infinity."""
-    return value if math.isfinite(value) else None
 
 
 def restain(evaluations: Sequence[Evaluation], index: int) -> ScoredTile:
@@ -216,8 +205,8 @@ def evaluate_steps(
     rows = tiles.split(split)
     if not rows:
         raise DataError(f"{tiles.folder / 'tiles.csv'}: no rows in split {split!r}; choose another with --split")
-    if limit is not None and limit < len(rows):
-        rows = tuple(rows[n * len(rows) // limit] for n in range(limit))
+    if limit is not None:
+        rows = spread(rows, limit)
     done = 0
 
     def seen(_tile: ScoredTile) -> None:

@@ -33,18 +33,20 @@ from staindiffuser.training.checkpoint import NOTICE, Checkpoint, CheckpointConf
 from staindiffuser.training.config import Preset, TrainConfig
 from staindiffuser.training.data.dataset import CropDataset, GlobalSampler, load_tile, measure_stains
 from staindiffuser.training.data.mixing import MixedTiles, open_tiles
-from staindiffuser.training.data.pairs import PairedTile, PairedTiles
+from staindiffuser.training.data.pairs import PairedTile, PairedTiles, spread
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.evaluate import check_data, evaluate_tiles
 from staindiffuser.training.model.network import DualDiffusion, Task
 from staindiffuser.training.module import TASKS, TeacherModule
 from staindiffuser.training.receptive import default_margin, effective_radius, theoretical_radius
+from staindiffuser.training.resuming import begun_with, check_snapshot
 
 __all__ = [
     "RunOptions",
     "StrategyName",
     "check_run",
+    "check_writable",
     "fit",
     "fit_teacher",
     "load_tiles",
@@ -68,7 +70,8 @@ class RunOptions:
     trained_on: str = "the data named in its card"
     """What the notice on every output says that the model was trained on."""
     resume: bool | Path = True
-    """Go on from the run folder's last snapshot if there is one, or from this snapshot."""
+    """Go on from the run folder's last snapshot if there is one, or else from this snapshot: of another run perhaps,
+    with another recipe, but of the same model."""
     strategy: StrategyName = "ddp"
     """With several processes: each holds the whole model (``ddp``) or a share of it (``fsdp``)."""
     log_every: int = 20
@@ -193,7 +196,10 @@ def fit(
         KeyboardInterrupt: the run was asked to stop, and has saved a snapshot.
     """
     check_run(config, options)
-    last = _snapshot(options)
+    last, run = _snapshot(options), begun_with(module, config)
+    first = last if last.exists() else options.resume if isinstance(options.resume, Path) else None
+    if first:  # before there is a trainer, whose loggers begin new files
+        check_snapshot(first, run, same_recipe=first == last)
     try:
         last.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -219,7 +225,7 @@ def fit(
         pin_memory=torch.cuda.is_available(),
     )
     speed = Speed(loader, crop=config.crop, batch=share * world, every=config.validate_every)
-    snapshots = Snapshots(last, minutes=config.checkpoint_minutes, steps=config.checkpoint_steps)
+    snapshots = Snapshots(last, minutes=config.checkpoint_minutes, steps=config.checkpoint_steps, run=run)
     trainer = L.Trainer(
         max_steps=config.steps,
         accumulate_grad_batches=config.accumulate,
@@ -248,10 +254,8 @@ def fit(
         ],
     )
     start = time.perf_counter()
-    first = options.resume if isinstance(options.resume, Path) else last
     try:
-        # weights_only: the snapshot is this run's own and holds the optimiser's and the loop's state besides tensors.
-        trainer.fit(module, loader, ckpt_path=first if first.exists() else None, weights_only=False)
+        trainer.fit(module, loader, ckpt_path=first, weights_only=False)  # see check_snapshot
     except SystemExit:  # what Lightning makes of a signal that came before Snapshots listened
         raise KeyboardInterrupt from None
     if snapshots.stopped:
@@ -280,13 +284,22 @@ def check_run(config: TrainConfig, options: RunOptions) -> None:
         raise UsageError(f"--resume {options.resume}: no such snapshot")
     if options.resume is False and _snapshot(options).exists():
         raise UsageError(f"{options.output} holds a run already: choose another --output, or resume it")
-    place = options.output
+    check_writable(options.output)
+
+
+def check_writable(output: Path, source: Path | None = None) -> None:
+    """Refuse a run folder that cannot be written, or whose checkpoint is the one that the run is made from.
+
+    Raises:
+        UsageError: so it is.
+    """
+    if source is not None and (output / "checkpoint").resolve() == source.resolve():
+        raise UsageError(f"--output {output} would replace {source}: choose another")
+    place = output
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"{options.output} cannot be written: {place} is no folder to write to; choose another --output"
-        )
+        raise UsageError(f"{output} cannot be written: {place} is no folder to write to; choose another --output")
 
 
 @overload
@@ -336,8 +349,7 @@ def load_tiles(
 
 def validation_rows(tiles: PairedTiles | MixedTiles, config: TrainConfig) -> tuple[PairedTile, ...]:
     """As many validation tiles as asked for, spread over all of them: they stand slide by slide."""
-    rows, wanted = tiles.split("val"), config.validation_tiles
-    return rows[:: max(1, len(rows) // wanted)][:wanted]
+    return spread(tiles.split("val"), config.validation_tiles)
 
 
 def measured(

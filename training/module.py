@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from staindiffuser.errors import StainDiffuserError, UsageError
+from staindiffuser.errors import StainDiffuserError
+from staindiffuser.training.checkpoint import tensors_sha256
 from staindiffuser.training.config import ModelConfig, TrainConfig
 from staindiffuser.training.data.dataset import NEGATIVE, POSITIVE
 from staindiffuser.training.diffusion.edm import Uncertainty, draw_sigma, edm_loss
@@ -64,7 +65,7 @@ def stop_if_not_finite(module: L.LightningModule, loss: Tensor, batch: dict[str,
     rank = f"-{module.global_rank}" if module.global_rank else ""
     path = Path(module.trainer.default_root_dir) / f"diverged-batch{rank}.pt"
     torch.save({"batch": batch, "step": module.global_step}, path)
-    raise DivergedError(f"{what}: the batch is in {path}; lower the learning rate")
+    raise DivergedError(f"{what}: the batch is in {path}; choose another --output with a lower learning rate")
 
 
 class TeacherModule(L.LightningModule):
@@ -94,6 +95,10 @@ class TeacherModule(L.LightningModule):
             part.requires_grad_(name in self.trained)
         self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
         self.uncertainty = nn.ModuleDict({_key(t, s.name): Uncertainty() for s in model.stains for t in tasks})
+        frozen = tensors_sha256(encoder.items()) if encoder is not None else None
+        start = {"model or other data": dataclasses.asdict(model), "encoder": frozen, "choice of tasks": tasks}
+        self.starts_from: dict[str, Any] = start
+        """What a resumed run must share with the one that it goes on from."""
         self.shared = False
         """Whether each process holds only a share of the weights."""
         self._sums: dict[str, Tensor] = {}
@@ -205,12 +210,9 @@ class TeacherModule(L.LightningModule):
         network.load_state_dict({n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in state.items()})
         return network.to(self.device).requires_grad_(False).eval()
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["model"] = dataclasses.asdict(self.net.config)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if checkpoint.get("model", mine := dataclasses.asdict(self.net.config)) != mine:
-            raise UsageError("the run was begun with another model or other data: choose another --output")
+        for schedule in checkpoint["lr_schedulers"]:  # else a run that goes on from another's weights keeps its rate
+            schedule["base_lrs"] = [self.config.learning_rate] * len(schedule["base_lrs"])
 
     def configure_optimizers(self) -> Any:
         parameters = [p for part in (self.net, self.uncertainty) for p in part.parameters() if p.requires_grad]

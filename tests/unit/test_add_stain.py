@@ -74,6 +74,17 @@ def test_old_stains_do_not_change_by_a_bit(tiny_checkpoint: Path, added: Path) -
         np.testing.assert_array_equal(picture, results[1][name])
 
 
+def test_a_run_goes_on_only_with_the_encoder_that_it_began_with(
+    tiny_checkpoint: Path, new_tiles: Path, added: Path, tmp_path: Path
+) -> None:
+    again = Checkpoint.load(tiny_checkpoint)
+    with torch.no_grad():
+        next(again.network.encoder.parameters()).mul_(1.5)
+    again.save(tmp_path / "again")
+    with pytest.raises(UsageError, match="another encoder: choose another --output"):
+        add_stain(tmp_path / "again", "ki67", new_tiles, options(added.parent), **CHANGES)
+
+
 def test_new_stain_has_been_trained(added: Path) -> None:
     network = Checkpoint.load(added).network
     for task in TASKS:

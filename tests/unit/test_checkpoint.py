@@ -1,6 +1,8 @@
 """A checkpoint folder holds what was saved and refuses what does not fit."""
 
+import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -43,6 +45,10 @@ def test_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         (lambda c: c.update(format=99), "format is 99"),
         (lambda c: c.update(colour="red"), "unknown field 'colour'"),
         (lambda c: c["model"]["encoder"].update(channels=[16, 16, 24, 40]), "does not fit config.json"),
+        (lambda c: c.update(sigmas=[80]), "sigmas"),
+        (lambda c: c["sigmas"].update(two=[80, 1]), "sigmas must be"),
+        (lambda c: c["sigmas"].update({"2": [80]}), "sigmas must be"),
+        (lambda c: c.update(steps=3), "steps is 3, but sigmas has none"),
     ],
 )
 def test_config_that_does_not_fit_is_refused(tiny_checkpoint: Path, tmp_path: Path, edit, message: str) -> None:
@@ -62,6 +68,24 @@ def test_truncated_weights_are_refused(tiny_checkpoint: Path, tmp_path: Path) ->
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="cannot be read"):
         Checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("metrics.json", '{"a": '), ("metrics.json", "[]"), ("config.json", "[]")]
+)
+def test_other_damage_is_refused(tiny_checkpoint: Path, tmp_path: Path, name: str, content: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, folder)
+    (folder / name).write_text(content)
+    with pytest.raises(CheckpointError, match=r"cannot be read|must hold fields"):
+        Checkpoint.load(folder)
+
+
+def test_scores_that_are_no_numbers_are_written_as_null(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.load(tiny_checkpoint)
+    metrics = {"tiles": 1, "split": "val", "stains": {"cd3": {"psnr": math.inf, "dab_dice": math.nan}}}
+    dataclasses.replace(checkpoint, metrics=metrics).save(tmp_path / "c")
+    assert Checkpoint.load(tmp_path / "c").metrics["stains"] == {"cd3": {"psnr": None, "dab_dice": None}}
 
 
 def test_unwritable_place_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from typing import Any
 
 import pytest
 
@@ -29,11 +31,17 @@ def test_unknown_field_is_named_with_its_file() -> None:
         ({"learning_rate": 0.0}, "learning_rate is 0.0, must be positive"),
         ({"cells_max_share": 1.5}, "cells_max_share is 1.5"),
         ({"steps": 0}, "steps is 0"),
+        ({"validation_tiles": 0}, "validation_tiles is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"workers": -1}, "workers is -1, must be 0 or more"),
+        ({"betas": (0.9,)}, "betas is"),
+        ({"p_std": math.nan}, "p_std is nan"),
+        ({"learning_rate": math.inf}, "learning_rate is inf"),
     ],
 )
-def test_impossible_recipe_is_refused(change: dict[str, float], message: str) -> None:
+def test_impossible_recipe_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        dataclasses.replace(TrainConfig(), **change)  # type: ignore[arg-type]
+        dataclasses.replace(TrainConfig(), **change)
 
 
 def test_impossible_model_is_refused() -> None:

@@ -1,5 +1,6 @@
 """Crops depend on the run's seed and the sample's number, and on nothing else."""
 
+import multiprocessing
 import pickle
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,4 @@ def test_a_worker_says_what_it_cannot_read_and_no_more() -> None:
     with pytest.raises(DataError) as caught:
         list(loader)
     assert str(caught.value) == "he/b.png cannot be read as a picture: truncated"
+    assert not multiprocessing.active_children(), "they hear no signal: the command would never end"

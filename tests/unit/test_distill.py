@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -315,8 +316,19 @@ def test_a_run_folder_belongs_to_one_teacher(tiny_checkpoint: Path, tiles_folder
     with torch.no_grad():
         next(other.network.cells.parameters()).add_(1)
     other.save(tmp_path / "other")
-    with pytest.raises(UsageError, match="another checkpoint: choose another --output"):
+    with pytest.raises(UsageError, match="another teacher's weights: choose another --output"):
         tune(tmp_path / "other", tiles_folder, tmp_path / "run", steps=1)
+    with pytest.raises(UsageError, match="begun with method = 'ect', not 'e2e'"):
+        tune(tiny_checkpoint, tiles_folder, tmp_path / "run", steps=1, method="e2e")
+
+
+def test_the_teacher_is_not_replaced(tiny_checkpoint: Path, tiles_folder: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "run" / "checkpoint"
+    shutil.copytree(tiny_checkpoint, teacher)
+    with pytest.raises(UsageError, match="would replace"):
+        judge_student(teacher, None, tiles_folder, tmp_path / "run", dry_run=True)
+    with pytest.raises(UsageError, match="would replace"):
+        tune(teacher, tiles_folder, tmp_path / "run", steps=1)
 
 
 def test_the_recipe_follows_the_teachers(tiny_checkpoint: Path) -> None:

@@ -115,12 +115,29 @@ def test_what_a_run_goes_on_from_is_chosen(tiles_folder: Path, tmp_path: Path) -
     last = first.output / "snapshots" / "last.ckpt"
     with pytest.raises(UsageError, match="holds a run already"):
         train(preset(3), tiles_folder, dataclasses.replace(first, resume=False))
+    curves = (first.output / "csv" / "metrics.csv").read_text()
+    with pytest.raises(UsageError, match=r"begun with learning_rate = 0\.01, not 0\.001.*another --output"):
+        train(preset(2, learning_rate=1e-3), tiles_folder, first)
+    with pytest.raises(UsageError, match="begun with steps = 2, not 3"):
+        train(preset(3), tiles_folder, first)
+    assert (first.output / "csv" / "metrics.csv").read_text() == curves  # who is refused leaves the run as it was
+    train(preset(2, accumulate=2), tiles_folder, first)  # decides nothing, and may change
+    (tmp_path / "torn.ckpt").write_bytes(last.read_bytes()[:5000])
+    torch.save({"weights": 1}, tmp_path / "foreign.ckpt")
+    for name, words in (("torn", "cannot be resumed from"), ("foreign", "not a snapshot of a run")):
+        bad = dataclasses.replace(first, output=tmp_path / "bad", resume=tmp_path / f"{name}.ckpt")
+        with pytest.raises(UsageError, match=words):
+            train(preset(3), tiles_folder, bad)
     with pytest.raises(UsageError, match="begun with another model or other data"):
         train(dataclasses.replace(PRESETS["demo"], train=preset(3).train), tiles_folder, first)
     with pytest.raises(UsageError, match=r"none\.ckpt: no such snapshot"):
         train(preset(3), tiles_folder, dataclasses.replace(first, resume=tmp_path / "none.ckpt"))
     other = dataclasses.replace(first, output=tmp_path / "other", resume=last)
-    train(preset(3), tiles_folder, other)
+    train(preset(3, learning_rate=1e-3), tiles_folder, other)
+    assert list(read_curves(other.output)["loss"][0]) == [3]
+    rates = torch.load(other.output / "snapshots" / "last.ckpt", weights_only=False)["lr_schedulers"][0]["base_lrs"]
+    assert rates == [1e-3]
+    train(preset(3, learning_rate=1e-3), tiles_folder, other)  # from its own snapshot, not from the other's again
     assert list(read_curves(other.output)["loss"][0]) == [3]
 
 

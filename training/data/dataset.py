@@ -23,7 +23,7 @@ from staindiffuser.training.data.cache import TileCache
 from staindiffuser.training.data.labels import stain_label
 from staindiffuser.training.data.mixing import MixedTiles, Schedule
 from staindiffuser.training.data.optical_density import coarse_mask, dab_mask
-from staindiffuser.training.data.pairs import PairedTile, PairedTiles, read_picture
+from staindiffuser.training.data.pairs import PairedTile, PairedTiles, read_picture, spread
 from staindiffuser.training.errors import DataError
 from staindiffuser.triton_models.noise.philox import quantiles
 
@@ -70,8 +70,7 @@ def measure_stains(tiles: PairedTiles | MixedTiles, *, limit: int = 256) -> tupl
     """
     moments = {stain: np.zeros((2, 4)) for stain in tiles.stains}
     for part, share in zip(tiles.parts, tiles.shares, strict=True):
-        rows = part.split("train")
-        rows = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, limit).astype(int))]
+        rows = spread(part.split("train"), limit)
         for row in rows:
             arrays = load_tile(row, tiles.stains)
             for stain in tiles.stains:

@@ -11,7 +11,7 @@ import fcntl
 import io
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -35,6 +35,7 @@ __all__ = [
     "Split",
     "check_one_split",
     "read_picture",
+    "spread",
     "write_png",
 ]
 
@@ -132,6 +133,12 @@ class PairedTiles:
     def split(self, split: Split) -> tuple[PairedTile, ...]:
         """The tiles of one split, in file order; may be empty."""
         return tuple(tile for tile in self.tiles if tile.split == split)
+
+
+def spread(rows: Sequence[PairedTile], count: int) -> tuple[PairedTile, ...]:
+    """At most ``count`` rows, evenly spread over all of them: they stand slide by slide."""
+    count = min(count, len(rows))
+    return tuple(rows[number * len(rows) // count] for number in range(count))
 
 
 class PairedTilesWriter:

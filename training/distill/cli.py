@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from staindiffuser.training.cli import Accumulate, DryRun, LogEvery, Progress, Resume
+from staindiffuser.training.cli import Accumulate, DryRun, LogEvery, Progress, Resume, resume_from
 
 if TYPE_CHECKING:
     from staindiffuser.training.distill.gate import GateRow
@@ -143,7 +143,7 @@ def distill(
         options = RunOptions(
             output=output,
             name=name or "",
-            resume={"auto": True, "never": False}.get(resume, Path(resume)),
+            resume=resume_from(resume),
             log_every=log_every,
             progress=progress,
             dry_run=dry_run,

@@ -116,9 +116,14 @@ def gate_lines(gate: dict[str, Any]) -> list[str]:
     ]
     for row in gate["rows"]:
         sigmas = ", ".join(f"{s:g}" for s in row["sigmas"]) if row["sigmas"] else "Heun"
-        cells = [f"{row['stains'][s][m]:.3f}" for s in stains for m in ("dab_dice", "radial_power")]
+        cells = [shown(row["stains"][s][m]) for s in stains for m in ("dab_dice", "radial_power")]
         lines.append(f"| {row['role']}, {_steps(row['steps'])} | {sigmas} | " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def shown(value: float | None) -> str:
+    """A score as a card shows it; a dash where it is not defined."""
+    return "–" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def _steps(steps: int) -> str:

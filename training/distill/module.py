@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import tensors_sha256
 from staindiffuser.training.config import StainConfig, TrainConfig
 from staindiffuser.training.distill.e2e import OneStepLoss, forget_noise_
@@ -96,6 +95,7 @@ class StudentModule(L.LightningModule):
         super().__init__()
         self.config = config
         self.teacher_sha256 = tensors_sha256(teacher.state_dict().items())
+        self.starts_from = {"teacher's weights": self.teacher_sha256}
         self.net = copy.deepcopy(teacher).requires_grad_(False)
         self.net.pictures.requires_grad_(True)
         model = self.net.config
@@ -168,10 +168,3 @@ class StudentModule(L.LightningModule):
         optimizer = torch.optim.Adam(trained, lr=config.learning_rate, betas=config.betas, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["teacher_sha256"] = self.teacher_sha256
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if checkpoint["teacher_sha256"] != self.teacher_sha256:
-            raise UsageError("the run folder holds the distillation of another checkpoint: choose another --output")

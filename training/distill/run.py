@@ -21,7 +21,7 @@ from staindiffuser.training.callbacks import EachStep
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
 from staindiffuser.training.data.dataset import CropDataset, load_tile
 from staindiffuser.training.data.mixing import MixedTiles, open_tiles
-from staindiffuser.training.data.pairs import PairedTile, PairedTiles, Split
+from staindiffuser.training.data.pairs import PairedTile, PairedTiles, Split, spread
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
 from staindiffuser.training.distill.gate import GateRow, Role, Verdict, gate_record, judge
 from staindiffuser.training.distill.module import DistillConfig, StudentModule
@@ -29,7 +29,7 @@ from staindiffuser.training.distill.sigma_search import FewTiles, Search, search
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.evaluate import check_data
 from staindiffuser.training.infer import HEUN_STEPS, Sampler, stain_tiles_with
-from staindiffuser.training.loop import RunOptions, check_run, fit, load_tiles, validation_rows
+from staindiffuser.training.loop import RunOptions, check_run, check_writable, fit, load_tiles, validation_rows
 from staindiffuser.training.model.network import DualDiffusion
 from staindiffuser.training.receptive import default_margin, effective_radius
 from staindiffuser.training.scoring import score_tiles
@@ -96,12 +96,14 @@ def default_recipe(teacher: Checkpoint, **changes: Any) -> DistillConfig:
         ConfigError: a field has a value that it cannot have.
     """
     recipe = teacher.config.provenance.get("recipe", {})
-    same = ("batch", "crop", "ema", "workers", "checkpoint_minutes", "validate_every", "validation_tiles")
+    same = ("batch", "accumulate", "crop", "ema", "workers", "checkpoint_minutes", "validate_every", "validation_tiles")
     fields: dict[str, Any] = {name: recipe[name] for name in same if name in recipe}
     if "steps" in recipe:
         fields["steps"] = max(1, recipe["steps"] // 8)
     if "learning_rate" in recipe:
         fields["learning_rate"] = recipe["learning_rate"] / 5
+    if "batch" in changes:  # the teacher's parts may not divide it
+        fields.pop("accumulate", None)
     fields |= changes
     fields.setdefault("warmup", min(DistillConfig.warmup, fields.get("steps", DistillConfig.steps) // 10))
     return DistillConfig(**fields)
@@ -130,6 +132,7 @@ def distill(
     judging = judging or JudgeOptions()
     teacher = Checkpoint.load(checkpoint)
     config = default_recipe(teacher, **changes)
+    check_writable(options.output, checkpoint)
     check_run(config, options)
     tiles = load_tiles(data, config, options, stains=_stains(teacher))
     _check_judging(tiles, teacher, judging)
@@ -192,6 +195,7 @@ def judge_student(
     encoders = [tensors_sha256(c.network.encoder.state_dict().items()) for c in (teacher, judged)]
     if encoders[0] != encoders[1] or teacher.config.model != judged.config.model:
         raise UsageError(f"{student} is no student of {checkpoint}: its encoder, sizes or stains are others")
+    check_writable(output, checkpoint)
     tiles = open_tiles([data] if isinstance(data, Path) else data, check="pixels" if dry_run else "headers")
     _check_judging(tiles, teacher, judging)
     folder = output / "checkpoint"
@@ -211,15 +215,18 @@ def _ship(
     dtype: torch.dtype,
 ) -> Outcome:
     """Search, judge, write."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for network in (teacher.network, student.network):
+        network.to(device)
     provenance = dict(student.config.provenance)
     if judging.search:
         found = _search(student.network, tiles, samplers, judging)
         samplers = {k: search.sigmas for k, search in found.items()}
         provenance["search for σ"] = {
-            "tiles": judging.search_tiles,
+            "tiles": min(judging.search_tiles, len(tiles.split("val"))),
             "trials": sum(len(search.trials) for search in found.values()),
         }
-    rows = _spread(tiles.split(judging.split), judging.gate_tiles)
+    rows = spread(tiles.split(judging.split), judging.gate_tiles)
     table = _table(teacher, student, samplers, rows, judging)
     verdict = judge(table)
     sigmas = samplers[verdict.steps]
@@ -241,12 +248,12 @@ def _ship(
         "stains": shipped.stains,
         "gate": gate_record(table, verdict, **about),
     }
-    Checkpoint(config=config, network=student.network, metrics=metrics).save(folder, dtype=dtype)
+    Checkpoint(config=config, network=student.network.cpu(), metrics=metrics).save(folder, dtype=dtype)
     return Outcome(folder=folder, rows=tuple(table), verdict=verdict)
 
 
 def _search(network: DualDiffusion, tiles: Tiles, samplers: Samplers, judging: JudgeOptions) -> dict[int, Search]:
-    few = FewTiles(network, _spread(tiles.split("val"), judging.search_tiles), seed=judging.seed)
+    few = FewTiles(network, spread(tiles.split("val"), judging.search_tiles), seed=judging.seed)
     return search_sigmas(network, few, steps=tuple(samplers))
 
 
@@ -281,7 +288,7 @@ def _table(
 
 
 def _samplers(checkpoint: Checkpoint) -> Samplers:
-    """The checkpoint's few-step samplers; DESIGN's start where it has none."""
+    """The checkpoint's few-step samplers."""
     return {int(k): sigmas for k, sigmas in checkpoint.config.sigmas.items() if int(k) in START_SIGMAS}
 
 
@@ -304,11 +311,6 @@ def _check_judging(tiles: Tiles, teacher: Checkpoint, judging: JudgeOptions) -> 
                     f"{row.file}, row {row.row}: the tile is {width} × {height}; tiles to judge by must be of one "
                     "size, a multiple of 16"
                 )
-
-
-def _spread(rows: Sequence[PairedTile], count: int) -> tuple[PairedTile, ...]:
-    """``count`` rows spread over all of them, which stand slide by slide."""
-    return tuple(rows[:: max(1, len(rows) // count)][:count])
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

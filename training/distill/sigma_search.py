@@ -87,12 +87,14 @@ class FewTiles:
         Args:
             network: has the encoder that the features came from.
         """
+        device = next(network.parameters()).device  # not where the teacher was when the features were computed
         scores = {}
         for stain in self.config.stains:
             counts, powers = np.zeros(3), np.zeros(2)
             for tile in self._tiles:
-                noises = [noise[None].float() for noise in tile.noise[: len(sigmas)]]
-                y = few_step(network.denoiser("pictures", stain.name, tile.features), noises, sigmas)
+                features = [feature.to(device) for feature in tile.features]
+                noises = [noise[None].float() for noise in tile.noise[: len(sigmas)].to(device)]
+                y = few_step(network.denoiser("pictures", stain.name, features), noises, sigmas)
                 shown = unstandardize(y, stain, "pictures", self.config.sigma_data).clamp(0, 1) * 255
                 picture = shown[0].round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
                 virtual, (real, power) = dab_mask(picture), tile.real[stain.name]

@@ -48,7 +48,9 @@ types: install  ## mypy, strict
 
 demo-weights: install  ## train the demonstration model again (hours on two cores), into runs/
 	$(VENV)/bin/staindiffuser simulate tiles --output runs/demo-tiles --count 2800 --seed 11 --val-share 0.03 --test-share 0
-	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo --preset demo --name demo --trained-on 'simulated tissue'
+	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo-first --preset demo --name demo --trained-on 'simulated tissue'
+	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo --config checkpoints/demo/longer.toml --name demo --trained-on 'simulated tissue' \
+		--resume runs/demo-first/snapshots/last.ckpt
 	@echo "judge it (staindiffuser evaluate runs/demo/checkpoint --data ...), then copy runs/demo/checkpoint to checkpoints/demo and run make graphs"
 
 graphs: install  ## export the demonstration model's graphs from its weights

@@ -59,6 +59,12 @@ def test_undistilled_rows_neither_ship_nor_set_the_mark() -> None:
     rows = [*table((0.80, 1.0), k1=(0.80, 1.0)), row("undistilled", 2, cd3=(0.99, 1.0))]
     assert judge(rows).steps == 1
     assert judge(rows).passed
+    slow = table((0.9, 1.0), k1=(0.7, 0.5), k2=(0.8, 0.9), k4=(0.9, 1.0))
+    assert (judge(slow).steps, judge(slow).passed) == (4, True)
+    assert (judge(slow, at_most=2).steps, judge(slow, at_most=2).passed) == (2, False)
+    assert "More than 2 steps were not to ship." in "".join(
+        gate_lines(gate_record(slow, judge(slow, at_most=2), split="val", tiles=1, at_most=2))
+    )
 
 
 def test_where_none_passes_the_nearest_miss_ships_and_it_is_said() -> None:

@@ -80,6 +80,9 @@ def distill(
     search_tiles: Annotated[int, typer.Option(help="Validation tiles for the search.", min=1)] = 8,
     gate_tiles: Annotated[int, typer.Option(help="At most so many tiles for the gate.", min=1)] = 64,
     split: Annotated[SplitName, typer.Option(help="Rows that the gate judges by.")] = SplitName.val,
+    at_most: Annotated[
+        int, typer.Option(help="Steps that may ship: those you have time for. More are shown, to compare with.", min=1)
+    ] = 4,
     undistilled: Annotated[
         bool, typer.Option("--undistilled", help="Show the teacher's own few steps in the table, to compare with.")
     ] = False,
@@ -116,6 +119,7 @@ def distill(
         search_tiles=search_tiles,
         gate_tiles=gate_tiles,
         split=split.value,
+        at_most=at_most,
         undistilled=undistilled,
         seed=seed,
     )

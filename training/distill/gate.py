@@ -52,11 +52,15 @@ class Verdict:
         return f"gate not passed, {_steps(self.steps)}, which misses it by least: {reasons}"
 
 
-def judge(rows: Sequence[GateRow]) -> Verdict:
+def judge(rows: Sequence[GateRow], *, at_most: int = 4) -> Verdict:
     """The gate's verdict.
 
+    Args:
+        rows: the table.
+        at_most: students of more steps are shown, and set the mark, but do not ship.
+
     Raises:
-        ValueError: there is no student among the rows.
+        ValueError: there is no student among the rows that could ship.
     """
     students = sorted((row for row in rows if row.role == "student"), key=lambda row: row.steps)
     if not students:
@@ -65,6 +69,9 @@ def judge(rows: Sequence[GateRow]) -> Verdict:
     best = {stain: max(row.stains[stain]["dab_dice"] for row in marks) for stain in students[0].stains}
     misses = {row.steps: _misses(row, best) for row in students}
     failures = {k: tuple(missed) for k, missed in misses.items()}
+    misses = {k: missed for k, missed in misses.items() if k <= at_most}
+    if not misses:
+        raise ValueError(f"the gate needs a student of at most {at_most} steps")
     passing = [k for k, missed in misses.items() if not missed]
     if passing:
         return Verdict(steps=min(passing), passed=True, failures=failures)
@@ -109,7 +116,8 @@ def gate_lines(gate: dict[str, Any]) -> list[str]:
         "",
         f"Judged on {gate['tiles']} tiles of the split `{gate['split']}`: the smallest k whose DAB-Dice is, for every "
         f"stain, within {gate['rule']['dab_dice_within']} of the best row (the undistilled ones aside) and whose "
-        f"radial power is within {gate['rule']['radial_power_within']:.0%} of the real stain's.",
+        f"radial power is within {gate['rule']['radial_power_within']:.0%} of the real stain's."
+        + (f" More than {_steps(most)} were not to ship." if (most := gate.get("at_most", 4)) < 4 else ""),
         "",
         "| sampler | σ | " + " | ".join(head) + " |",
         "|---" * (len(head) + 2) + "|",

@@ -50,6 +50,8 @@ class JudgeOptions:
     gate_tiles: int = 64
     split: Split = "val"
     """Rows that the gate judges by."""
+    at_most: int = 4
+    """Steps that may ship: what the user has time for."""
     undistilled: bool = False
     """Show the teacher's weights in few steps too."""
     seed: int = 0
@@ -215,6 +217,8 @@ def _ship(
     dtype: torch.dtype,
 ) -> Outcome:
     """Search, judge, write."""
+    if min(samplers) > judging.at_most:
+        raise UsageError(f"--at-most {judging.at_most}: the student has no sampler of fewer than {min(samplers)} steps")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for network in (teacher.network, student.network):
         network.to(device)
@@ -228,7 +232,7 @@ def _ship(
         }
     rows = spread(tiles.split(judging.split), judging.gate_tiles)
     table = _table(teacher, student, samplers, rows, judging)
-    verdict = judge(table)
+    verdict = judge(table, at_most=judging.at_most)
     sigmas = samplers[verdict.steps]
     he = np.stack([load_tile(row, ())["he"] for row in rows[:8]])
     radius = effective_radius(student.network, he, sigmas=sigmas)
@@ -240,10 +244,12 @@ def _ship(
         margin=default_margin(radius, student.config.tile),
         provenance=provenance,
     )
-    about = {"split": judging.split, "tiles": len(rows), "seed": judging.seed}
+    about = {"split": judging.split, "tiles": len(rows), "seed": judging.seed, "at_most": judging.at_most}
     shipped = next(row for row in table if row.role == "student" and row.steps == verdict.steps)
     metrics = {
-        **about,
+        "split": judging.split,
+        "tiles": len(rows),
+        "seed": judging.seed,
         "steps": verdict.steps,
         "stains": shipped.stains,
         "gate": gate_record(table, verdict, **about),

@@ -48,7 +48,7 @@ def test_distil_shows_the_table_and_stores_the_verdict(
     for role, steps in rows:
         assert f"{role}, k = {steps}" in out
     assert metrics["gate"]["verdict"] in out
-    assert out.splitlines()[-1] == f"checkpoint: {tmp_path / 'checkpoint'}"
+    assert out.splitlines()[-1] == f"checkpoint: {tmp_path / 'checkpoint'}; look at {tmp_path / 'gate.jpg'}"
     assert config["name"] == "few"
     assert config["steps"] == metrics["gate"]["steps"]
     for row in metrics["gate"]["rows"][-3:]:

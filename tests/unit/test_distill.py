@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from staindiffuser.training.data.pairs import PairedTiles
 from staindiffuser.training.distill.e2e import OneStepLoss, dab_density, forget_noise_
 from staindiffuser.training.distill.ect import ConsistencyLoss, consistency_loss, lower_level, stage_of
 from staindiffuser.training.distill.module import DistillConfig, StudentModule
-from staindiffuser.training.distill.run import JudgeOptions, default_recipe, distill, judge_student
+from staindiffuser.training.distill.run import GALLERY, JudgeOptions, default_recipe, distill, judge_student
 from staindiffuser.training.distill.sigma_search import FewTiles, QuickScore, coordinate_search, merit, search_sigmas
 from staindiffuser.training.errors import ConfigError, DataError
 from staindiffuser.training.evaluate import evaluate_tiles
@@ -264,6 +265,8 @@ def test_a_student_keeps_encoder_and_cells_to_the_bit(
 def test_a_checkpoint_stored_in_float32_stays_so(tiny_checkpoint: Path, tiles_folder: Path, tmp_path: Path) -> None:
     Checkpoint.load(tiny_checkpoint).save(tmp_path / "teacher", dtype=torch.float32)
     folder = judge_student(tmp_path / "teacher", None, tiles_folder, tmp_path / "run", QUICK).folder
+    with Image.open(tmp_path / "run" / GALLERY) as picture:  # one tile, for each stain
+        assert (picture.width, picture.height) == (6 * 196, 24 + 2 * 196)
     before, after = load_file(tmp_path / "teacher" / WEIGHTS), load_file(folder / WEIGHTS)
     assert all(
         torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype for name, tensor in before.items()

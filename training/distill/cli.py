@@ -108,7 +108,7 @@ def distill(
     Example: staindiffuser distill runs/demo/checkpoint --data tiles --output runs/demo-few
     """
     from staindiffuser.errors import UsageError
-    from staindiffuser.training.distill.run import JudgeOptions, judge_student
+    from staindiffuser.training.distill.run import GALLERY, JudgeOptions, judge_student
     from staindiffuser.training.distill.run import distill as run
     from staindiffuser.training.loop import RunOptions
 
@@ -158,7 +158,7 @@ def distill(
     elif outcome.verdict is not None:
         _show(outcome.rows)
         typer.echo(outcome.verdict.line())
-        typer.echo(f"checkpoint: {outcome.folder}")
+        typer.echo(f"checkpoint: {outcome.folder}; look at {outcome.folder.parent / GALLERY}")
 
 
 def _show(rows: Sequence[GateRow]) -> None:

@@ -23,6 +23,7 @@ from staindiffuser.training.data.dataset import CropDataset, load_tile
 from staindiffuser.training.data.mixing import MixedTiles, open_tiles
 from staindiffuser.training.data.pairs import PairedTile, PairedTiles, Split, spread
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
+from staindiffuser.training.distill.gallery import Gallery
 from staindiffuser.training.distill.gate import GateRow, Role, Verdict, gate_record, judge
 from staindiffuser.training.distill.module import DistillConfig, StudentModule
 from staindiffuser.training.distill.sigma_search import FewTiles, Search, search_sigmas
@@ -34,7 +35,9 @@ from staindiffuser.training.model.network import DualDiffusion
 from staindiffuser.training.receptive import default_margin, effective_radius
 from staindiffuser.training.scoring import score_tiles
 
-__all__ = ["JudgeOptions", "Outcome", "default_recipe", "distill", "judge_student"]
+GALLERY = "gate.jpg"
+"""In the run folder: tiles that the gate judged, by every sampler."""
+__all__ = ["GALLERY", "JudgeOptions", "Outcome", "default_recipe", "distill", "judge_student"]
 
 Samplers = dict[int, tuple[float, ...]]
 Tiles = PairedTiles | MixedTiles
@@ -231,7 +234,7 @@ def _ship(
             "trials": sum(len(search.trials) for search in found.values()),
         }
     rows = spread(tiles.split(judging.split), judging.gate_tiles)
-    table = _table(teacher, student, samplers, rows, judging)
+    table = _table(teacher, student, samplers, rows, judging, picture=folder.parent / GALLERY)
     verdict = judge(table, at_most=judging.at_most)
     sigmas = samplers[verdict.steps]
     he = np.stack([load_tile(row, ())["he"] for row in rows[:8]])
@@ -264,9 +267,15 @@ def _search(network: DualDiffusion, tiles: Tiles, samplers: Samplers, judging: J
 
 
 def _table(
-    teacher: Checkpoint, student: Checkpoint, samplers: Samplers, rows: Sequence[PairedTile], judging: JudgeOptions
+    teacher: Checkpoint,
+    student: Checkpoint,
+    samplers: Samplers,
+    rows: Sequence[PairedTile],
+    judging: JudgeOptions,
+    *,
+    picture: Path,
 ) -> list[GateRow]:
-    """Score every sampler on the same tiles with the same noise."""
+    """Score every sampler on the same tiles with the same noise, and draw some of them."""
     own = _samplers(teacher) if judging.undistilled else {}
     asked: list[tuple[Role, int, Sampler]] = [
         ("teacher", HEUN_STEPS, None),
@@ -281,7 +290,10 @@ def _table(
             *stain_tiles_with(student.network, he, samplers=list(samplers.values()), seeds=seeds, origins=origins),
         ]
 
-    scores = score_tiles(stainer, rows, stains=_stains(teacher), samplers=len(asked), seed=judging.seed)
+    stains = _stains(teacher)
+    gallery = Gallery(stains)
+    scores = score_tiles(stainer, rows, stains=stains, samplers=len(asked), seed=judging.seed, seen=gallery.see)
+    gallery.draw(picture, [f"{role}, k = {steps}" for role, steps, _ in asked])
     return [
         GateRow(
             role=role,

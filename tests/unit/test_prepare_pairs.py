@@ -90,8 +90,8 @@ def test_slides_of_one_name_and_size_are_told_apart(tmp_path: Path) -> None:
         for name in ("he.tif", "cd3.tif"):
             (tmp_path / case).mkdir(exist_ok=True)
             (tmp_path / case / name).write_bytes(f"{case} {name}".encode() * 40_000)
-        files = {"he": tmp_path / case / "he.tif", "ihc": {"cd3": tmp_path / case / "cd3.tif"}}
-        requests.append(PairRequest(**files, output=tmp_path / "t"))
+        ihc = {"cd3": tmp_path / case / "cd3.tif"}
+        requests.append(PairRequest(he=tmp_path / case / "he.tif", ihc=ihc, output=tmp_path / "t"))
     assert requests[0].settings() != requests[1].settings()
     records = tmp_path / "t/pairs/he.regions.jsonl"
     Records(records, requests[0].settings())

@@ -51,7 +51,7 @@ demo-weights: install  ## train the demonstration model again (hours on two core
 	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo-first --preset demo --name demo --trained-on 'simulated tissue'
 	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo --config checkpoints/demo/longer.toml --name demo --trained-on 'simulated tissue' \
 		--resume runs/demo-first/snapshots/last.ckpt
-	@echo "judge it (staindiffuser evaluate runs/demo/checkpoint --data ...), then copy runs/demo/checkpoint to checkpoints/demo and run make graphs"
+	@echo "judge it (staindiffuser distill runs/demo/checkpoint --data TILES --only-gate --output runs/judged), copy its checkpoint to checkpoints/demo and run make graphs"
 
 graphs: install  ## export the demonstration model's graphs from its weights
 	$(VENV)/bin/staindiffuser export graphs checkpoints/demo --output checkpoints/demo/graphs

@@ -16,8 +16,8 @@ __all__ = ["Gallery"]
 
 SIDE = 192
 """Of the part of a tile that is shown, pixels."""
-TYPICAL = 0.15
-"""Share of a tile that is positive; tiles near it show both cells that carry the protein and cells that do not."""
+TYPICAL = 0.3
+"""Share of that part that is positive: tiles near it show both cells that carry the protein and cells that do not."""
 _GAP, _HEAD = 4, 24
 
 
@@ -36,7 +36,7 @@ class Gallery:
     def see(self, tile: ScoredTile) -> None:
         """Take a look at a tile."""
         for stain, kept in self._kept.items():
-            distance = abs(float(np.mean(tile.data[f"{stain}_mask"] > 127)) - TYPICAL)
+            distance = abs(float(np.mean(_middle(tile.data[f"{stain}_mask"]) > 127)) - TYPICAL)
             kept.append((distance, tile))
             kept.sort(key=lambda item: item[0])
             del kept[self.each :]

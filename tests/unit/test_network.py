@@ -100,7 +100,7 @@ def test_base_picture_branch_has_about_40_million_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("radius", "tile", "margin"), [(10, 256, 16), (16, 256, 16), (17, 256, 32), (90, 256, 32), (60, 512, 64)]
+    ("radius", "tile", "margin"), [(10, 256, 16), (15, 256, 16), (16, 256, 32), (90, 256, 32), (60, 512, 64)]
 )
 def test_default_margin_covers_the_effective_radius_as_far_as_it_pays(radius: int, tile: int, margin: int) -> None:
     assert default_margin(radius, tile) == margin

@@ -21,7 +21,6 @@ from staindiffuser.training.evaluate import check_data
 from staindiffuser.training.loop import (
     RunOptions,
     check_run,
-    check_writable,
     fit_teacher,
     load_tiles,
     measured,
@@ -69,8 +68,7 @@ def add_stain(
         raise UsageError(f"--stain {stain}: {base} has it already")
     before = config.provenance.get("recipe", dataclasses.asdict(PRESETS["demo"].train))
     recipe = choose_recipe(from_json(TrainConfig, before, f"{base / 'config.json'}: recipe"), file, changes)
-    check_writable(options.output, base)
-    check_run(recipe, options)
+    check_run(recipe, options, base)
     tiles = load_tiles(data, recipe, options, stains=(stain,))
     alone = dataclasses.replace(config.model, stains=measure_stains(tiles))
     for part in tiles.parts:

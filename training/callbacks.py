@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import csv
 import signal
 import threading
@@ -75,7 +76,7 @@ def _deaf(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class EachStep(L.Callback):
+class EachStep(L.Callback, abc.ABC):
     """Calls :meth:`on_step` after every optimiser step: not after the parts that a step may be worked through in."""
 
     _step = 0
@@ -90,9 +91,9 @@ class EachStep(L.Callback):
             self._step = trainer.global_step
             self.on_step(trainer, module)
 
+    @abc.abstractmethod
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """``trainer.global_step`` steps are done."""
-        raise NotImplementedError
 
 
 class Speed(EachStep):
@@ -170,6 +171,11 @@ class Snapshots(EachStep):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[resuming.KEY] = self.run
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Else a run that begins with another's weights would keep that one's learning rate."""
+        for schedule in checkpoint["lr_schedulers"]:
+            schedule["base_lrs"] = [self.run["recipe"]["learning_rate"]] * len(schedule["base_lrs"])
 
     def _ask(self, number: int, _frame: Any) -> None:
         self._asked = True

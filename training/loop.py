@@ -265,8 +265,11 @@ def fit(
     return time.perf_counter() - start
 
 
-def check_run(config: TrainConfig, options: RunOptions) -> None:
+def check_run(config: TrainConfig, options: RunOptions, source: Path | None = None) -> None:
     """Refuse what cannot be run, without writing anything.
+
+    Args:
+        source: the checkpoint that the run is made from, if there is one.
 
     Raises:
         UsageError: the batch cannot be shared, a snapshot is missing or unwanted, or the output cannot be written.
@@ -284,7 +287,7 @@ def check_run(config: TrainConfig, options: RunOptions) -> None:
         raise UsageError(f"--resume {options.resume}: no such snapshot")
     if options.resume is False and _snapshot(options).exists():
         raise UsageError(f"{options.output} holds a run already: choose another --output, or resume it")
-    check_writable(options.output)
+    check_writable(options.output, source)
 
 
 def check_writable(output: Path, source: Path | None = None) -> None:

@@ -210,10 +210,6 @@ class TeacherModule(L.LightningModule):
         network.load_state_dict({n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in state.items()})
         return network.to(self.device).requires_grad_(False).eval()
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for schedule in checkpoint["lr_schedulers"]:  # else a run that goes on from another's weights keeps its rate
-            schedule["base_lrs"] = [self.config.learning_rate] * len(schedule["base_lrs"])
-
     def configure_optimizers(self) -> Any:
         parameters = [p for part in (self.net, self.uncertainty) for p in part.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, lr=self.config.learning_rate, betas=self.config.betas, fused=True)

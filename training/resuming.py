@@ -12,9 +12,10 @@ import torch
 from staindiffuser.errors import UsageError
 from staindiffuser.training.config import TrainConfig
 
-__all__ = ["begun_with", "check_snapshot"]
+__all__ = ["KEY", "begun_with", "check_snapshot"]
 
 KEY = "begun_with"
+"""Where it stands in a snapshot."""
 _FREE = {"accumulate", "workers", "checkpoint_minutes", "checkpoint_steps", "validate_every", "validation_tiles"}
 """Fields of a recipe that may change on the way: they do not decide what is learned."""
 

@@ -246,6 +246,8 @@ def test_rows_that_cannot_be_kept_are_not_lost(tmp_path: Path, content: str | by
     with pytest.raises(UsageError, match=r"tiles\.csv"):
         PairedTilesWriter(tmp_path, ["cd3"], masks=False, resume=True)
     assert path.read_bytes() == before
+    path.unlink()
+    PairedTilesWriter(tmp_path, ["cd3"], masks=False).close()  # who was refused keeps nobody out
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:

@@ -175,10 +175,14 @@ class PairedTilesWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.folder)
-            for file in (self.folder / TILES_CSV, self._partial):
-                if resume and file.is_file():
-                    self._done |= _rows_of(file, self._columns)
-            self._file: IO[str] = self._partial.open("w", encoding="utf-8", newline="")
+            try:
+                for file in (self.folder / TILES_CSV, self._partial):
+                    if resume and file.is_file():
+                        self._done |= _rows_of(file, self._columns)
+                self._file: IO[str] = self._partial.open("w", encoding="utf-8", newline="")
+            except BaseException:
+                os.close(self._lock)
+                raise
         except OSError as error:
             raise UsageError(f"{self.folder} cannot be written: {error.strerror or error}") from error
         self._rows = csv.writer(self._file, lineterminator="\n")

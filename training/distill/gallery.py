@@ -18,19 +18,15 @@ SIDE = 192
 """Of the part of a tile that is shown, pixels."""
 TYPICAL = 0.3
 """Share of that part that is positive: tiles near it show both cells that carry the protein and cells that do not."""
+EACH = 2
+"""Tiles kept for each stain."""
 _GAP, _HEAD = 4, 24
 
 
 class Gallery:
-    """Keeps the tiles worth looking at while they are scored, two for each stain, and draws them.
+    """Keeps the tiles worth looking at while they are scored, some for each stain (machine names), and draws them."""
 
-    Args:
-        stains: machine names.
-        each: tiles kept for each.
-    """
-
-    def __init__(self, stains: Sequence[str], each: int = 2) -> None:
-        self.each = each
+    def __init__(self, stains: Sequence[str]) -> None:
         self._kept: dict[str, list[tuple[float, ScoredTile]]] = {stain: [] for stain in stains}
 
     def see(self, tile: ScoredTile) -> None:
@@ -39,7 +35,7 @@ class Gallery:
             distance = abs(float(np.mean(_middle(tile.data[f"{stain}_mask"]) > 127)) - TYPICAL)
             kept.append((distance, tile))
             kept.sort(key=lambda item: item[0])
-            del kept[self.each :]
+            del kept[EACH:]
 
     def draw(self, path: Path, samplers: Sequence[str]) -> None:
         """A row per tile: the H&E, the real stain, and what each sampler makes of it.

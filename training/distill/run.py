@@ -137,8 +137,7 @@ def distill(
     judging = judging or JudgeOptions()
     teacher = Checkpoint.load(checkpoint)
     config = default_recipe(teacher, **changes)
-    check_writable(options.output, checkpoint)
-    check_run(config, options)
+    check_run(config, options, checkpoint)
     tiles = load_tiles(data, config, options, stains=_stains(teacher))
     _check_judging(tiles, teacher, judging)
     folder = options.output / "checkpoint"
@@ -247,15 +246,13 @@ def _ship(
         margin=default_margin(radius, student.config.tile),
         provenance=provenance,
     )
-    about = {"split": judging.split, "tiles": len(rows), "seed": judging.seed, "at_most": judging.at_most}
+    about = {"split": judging.split, "tiles": len(rows), "seed": judging.seed}
     shipped = next(row for row in table if row.role == "student" and row.steps == verdict.steps)
     metrics = {
-        "split": judging.split,
-        "tiles": len(rows),
-        "seed": judging.seed,
+        **about,
         "steps": verdict.steps,
         "stains": shipped.stains,
-        "gate": gate_record(table, verdict, **about),
+        "gate": gate_record(table, verdict, **about, at_most=judging.at_most),
     }
     Checkpoint(config=config, network=student.network.cpu(), metrics=metrics).save(folder, dtype=dtype)
     return Outcome(folder=folder, rows=tuple(table), verdict=verdict)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from staindiffuser.errors import UsageError
+from staindiffuser.files import write_json
 from staindiffuser.training.data.described import check_described
 from staindiffuser.training.data.pairs import PairedTilesWriter, write_png
 from staindiffuser.training.data.simulate.config import CHUNK, MPP, STAINS, SimulatorConfig
@@ -103,8 +103,7 @@ def write_tiles(request: TilesRequest, progress: Callable[[int, int], None] = la
     check_described(request.output, SIMULATION_JSON, description, what="tiles of another simulation")
     written = 0
     with PairedTilesWriter(request.output, request.stains, masks=request.masks, resume=True) as writer:
-        text = json.dumps(description, indent=1) + "\n"
-        _write_text(request.output / SIMULATION_JSON, text)
+        write_json(request.output / SIMULATION_JSON, description)
         indices = range(request.first, request.first + request.count)
         missing = [index for index in indices if not writer.has(tile_name(request.seed, index))]
         done = request.count - len(missing)
@@ -119,15 +118,6 @@ def write_tiles(request: TilesRequest, progress: Callable[[int, int], None] = la
         output=str(request.output), tiles=tiles, written=written, seconds=round(time.perf_counter() - begun, 3),
         generator=description["generator"],
     )  # fmt: skip
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _description(request: TilesRequest) -> dict[str, str]:

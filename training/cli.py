@@ -83,6 +83,9 @@ def train(
     workers: Workers = None,
     name: Annotated[str, typer.Option(help="Name written into the checkpoint.")] = "model",
     trained_on: TrainedOn = TRAINED_ON,
+    start: Annotated[
+        Path | None, typer.Option(help="Begin with this checkpoint's weights (of the same preset).", show_default=False)
+    ] = None,
     resume: Resume = "auto",
     strategy: Strategy = StrategyName.auto,
     log_every: LogEvery = 20,
@@ -117,6 +120,7 @@ def train(
         output=output,
         name=name,
         trained_on=trained_on,
+        start=start,
         resume=resume_from(resume),
         strategy=_strategy(strategy, size),
         log_every=log_every,

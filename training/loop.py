@@ -72,6 +72,8 @@ class RunOptions:
     resume: bool | Path = True
     """Go on from the run folder's last snapshot if there is one, or else from this snapshot: of another run perhaps,
     with another recipe, but of the same model."""
+    start: Path | None = None
+    """Begin with the weights, sizes and constants of this checkpoint instead of random weights."""
     strategy: StrategyName = "ddp"
     """With several processes: each holds the whole model (``ddp``) or a share of it (``fsdp``)."""
     log_every: int = 20
@@ -128,17 +130,24 @@ def train(preset: Preset, data: Path | Sequence[str], options: RunOptions, *, ta
         UsageError: the output cannot be written, or a finished run stands there.
     """
     config = preset.train
-    check_run(config, options)
-    tiles = load_tiles(data, config, options)
-    model = preset.model if preset.model.stains else dataclasses.replace(preset.model, stains=measure_stains(tiles))
+    check_run(config, options, options.start)
+    start = Checkpoint.load(options.start) if options.start else None
+    tiles = load_tiles(data, config, options, start.stains if start else ())
+    model = preset.model
+    if not model.stains:
+        model = dataclasses.replace(model, stains=start.config.model.stains if start else measure_stains(tiles))
+    if start and start.config.model != model:
+        raise UsageError(f"--start {options.start}: its sizes or stains are not the preset's: choose the one it is of")
     for part in tiles.parts:
         check_data(part, model)
     folder = options.output / "checkpoint"
     if options.dry_run:
         return folder
     L.seed_everything(config.seed, verbose=False)
-    module = TeacherModule(model, config, tasks=tasks)
+    module = TeacherModule(model, config, tasks=tasks, start=start.network.state_dict() if start else None)
     provenance = fit_teacher(module, tiles, options)
+    if start:
+        provenance["begun with"] = {"name": start.config.name, **start.config.provenance}
     network = module.averaged()
     if module.trainer.is_global_zero:
         sigmas = START_SIGMAS[VALIDATION_STEPS]

@@ -74,6 +74,7 @@ class TeacherModule(L.LightningModule):
     Args:
         tasks: the branches that are trained, of each stain; the others keep their first weights.
         encoder: the state of a trained encoder, which is then left as it is to the bit.
+        start: the state of a trained network of this model, whose weights are begun with.
     """
 
     def __init__(
@@ -83,10 +84,13 @@ class TeacherModule(L.LightningModule):
         *,
         tasks: tuple[Task, ...] = TASKS,
         encoder: dict[str, Tensor] | None = None,
+        start: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.tasks = config, tasks
         self.net = DualDiffusion(model)
+        if start is not None:
+            self.net.load_state_dict(start)
         if encoder is not None:
             self.net.encoder.load_state_dict(encoder)
         self.trained: tuple[str, ...] = tasks if encoder is not None else ("encoder", *tasks)
@@ -95,9 +99,12 @@ class TeacherModule(L.LightningModule):
             part.requires_grad_(name in self.trained)
         self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
         self.uncertainty = nn.ModuleDict({_key(t, s.name): Uncertainty() for s in model.stains for t in tasks})
-        frozen = tensors_sha256(encoder.items()) if encoder is not None else None
-        start = {"model or other data": dataclasses.asdict(model), "encoder": frozen, "choice of tasks": tasks}
-        self.starts_from: dict[str, Any] = start
+        self.starts_from: dict[str, Any] = {
+            "model or other data": dataclasses.asdict(model),
+            "encoder": tensors_sha256(encoder.items()) if encoder is not None else None,
+            "first weights": tensors_sha256(start.items()) if start is not None else None,
+            "choice of tasks": tasks,
+        }
         """What a resumed run must share with the one that it goes on from."""
         self.shared = False
         """Whether each process holds only a share of the weights."""

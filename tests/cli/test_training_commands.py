@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from staindiffuser.cli import main
+from tests.conftest import ROOT
 
 
 def staindiffuser(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -176,6 +177,12 @@ def test_wrong_usage_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_start_that_is_not_there_is_refused(refused: Callable[..., str], tiles_folder: Path, tmp_path: Path) -> None:
+    error = refused(4, "train", "--data", tiles_folder, "--output", tmp_path / "run", "--start", tmp_path / "none")
+    assert "none/config.json is missing" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_settings_and_options_have_their_order(tmp_path: Path) -> None:
     from staindiffuser.training.settings import choose_preset
 
@@ -190,6 +197,13 @@ def test_settings_and_options_have_their_order(tmp_path: Path) -> None:
     assert preset.model.encoder.channels == (16, 16, 24, 32)
     assert choose_preset("base", path, {})[0] == "base"
     assert choose_preset(None, None, {})[0] == "demo"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "checkpoints").rglob("*.toml")), ids=lambda path: path.name)
+def test_settings_that_ship_can_be_read(path: Path) -> None:
+    from staindiffuser.training.settings import choose_preset
+
+    assert choose_preset(None, path, {})[0] == "demo"
 
 
 def test_graphs_and_repository_follow(run_folder: Path, tmp_path: Path) -> None:

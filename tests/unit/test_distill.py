@@ -22,7 +22,7 @@ from staindiffuser.training.config import ModelConfig, StainConfig
 from staindiffuser.training.data import optical_density
 from staindiffuser.training.data.dataset import CropDataset
 from staindiffuser.training.data.pairs import PairedTiles
-from staindiffuser.training.distill.e2e import OneStepLoss, dab_density, forget_noise_
+from staindiffuser.training.distill.e2e import OneStepLoss, dab_density, detail_distance, forget_noise_, local_spectra
 from staindiffuser.training.distill.ect import ConsistencyLoss, consistency_loss, lower_level, stage_of
 from staindiffuser.training.distill.module import DistillConfig, StudentModule
 from staindiffuser.training.distill.run import GALLERY, JudgeOptions, default_recipe, distill, judge_student
@@ -185,19 +185,51 @@ def test_dab_density_is_that_of_the_metric() -> None:
     np.testing.assert_allclose(found[0, 0].numpy(), expected, atol=1e-5)
 
 
-def test_one_step_loss_asks_for_pixels_and_density() -> None:
+def test_local_spectra_find_a_wave_wherever_it_lies() -> None:
+    place = torch.arange(32.0)
+    for shift in (0.0, 1.7):
+        wave = torch.cos(2 * math.pi * 4 / 16 * (place + shift)).expand(1, 1, 32, 32)
+        spectra = local_spectra(wave, 16)
+        assert spectra.shape == (1, 1, 3, 3, 16, 9)
+        # the amplitude of a wave of 1 under a window of mean 1/4 in each of 16² pixels, halved, times its frequency
+        torch.testing.assert_close(spectra[..., 0, 4], torch.full((1, 1, 3, 3), 16 * 0.25 / 2 * 4), rtol=1e-4, atol=0)
+    assert local_spectra(torch.ones(1, 1, 32, 32), 16)[..., 0, 0].abs().max() == 0
+
+
+def test_detail_is_not_met_by_a_blur_nor_by_a_pattern_and_is_by_the_same_grain_elsewhere() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def grain() -> Tensor:
+        return torch.nn.functional.avg_pool2d(torch.randn(1, 1, 130, 130, generator=generator), 3, 1)
+
+    real, other, blurred = grain(), grain(), torch.zeros(1, 1, 128, 128)
+    rows = torch.arange(128)
+    pattern = torch.where((rows[:, None] // 4 + rows // 4) % 2 == 0, 1.0, -1.0)[None, None] * real.std()
+    moved = real.roll((1, 1), (2, 3))
+    found = {
+        name: detail_distance(painted, real).item()
+        for name, painted in {"moved": moved, "other": other, "blurred": blurred, "pattern": pattern}.items()
+    }
+    assert list(found) == sorted(found, key=found.__getitem__), found
+    assert detail_distance(real, real).item() == 0
+    assert found["other"] < 0.6 * found["blurred"]
+    # which pixel by pixel is the other way around
+    assert (other - real).square().mean() > 1.5 * (blurred - real).square().mean()
+
+
+def test_one_step_loss_asks_for_pixels_density_and_detail() -> None:
     asked: list[tuple[Tensor, Tensor]] = []
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         asked.append((x, sigma))
         return y + 0.1
 
-    y = torch.zeros(2, 3, 4, 4)
+    y = torch.zeros(2, 3, 32, 32)
     losses = []
-    for weight in (0.0, 4.0):
-        loss, pixels = OneStepLoss(sigma_max=80.0, sigma_data=0.5, density_weight=weight)(
-            denoise, y, y, torch.zeros(2, 2), STAIN, 0
-        )
+    for density_weight, detail_weight in ((0.0, 0.0), (4.0, 0.0), (0.0, 3.0)):
+        loss, pixels = OneStepLoss(
+            sigma_max=80.0, sigma_data=0.5, density_weight=density_weight, detail_weight=detail_weight
+        )(denoise, y, y, torch.zeros(2, 2), STAIN, 0)
         assert pixels.tolist() == pytest.approx([0.01, 0.01])
         losses.append(loss)
     assert not asked[0][0].any()
@@ -206,6 +238,7 @@ def test_one_step_loss_asks_for_pixels_and_density() -> None:
     density = [dab_density(torch.full((1, 3, 1, 1), v)).item() for v in (0.55, 0.5)]
     assert losses[0].tolist() == pytest.approx([0.01, 0.01])
     assert losses[1][0].item() == pytest.approx(0.01 + 4 * (density[0] - density[1]) ** 2, rel=1e-4)
+    assert losses[2][0].item() == pytest.approx(0.01 + 3 * detail_distance(y + 0.1, y)[0].item(), rel=1e-4)
 
 
 def test_a_branch_that_forgot_noise_paints_the_same_from_any(tiny_checkpoint: Path) -> None:
@@ -351,6 +384,7 @@ def test_the_recipe_follows_the_teachers(tiny_checkpoint: Path) -> None:
         ("stages", 0),
         ("q", 1.0),
         ("density_weight", -1.0),
+        ("detail_weight", -1.0),
         ("method", "both"),
         ("weighting", "no"),
         ("consistent_below", 0.0),

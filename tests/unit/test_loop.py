@@ -24,6 +24,7 @@ from staindiffuser.training.data.pairs import PairedTiles, read_picture
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.evaluate import evaluate
 from staindiffuser.training.loop import RunOptions, fit, train
+from staindiffuser.training.model.layers import normalize_weight_
 from staindiffuser.training.module import DivergedError, TeacherModule, learning_rate
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -139,6 +140,28 @@ def test_what_a_run_goes_on_from_is_chosen(tiles_folder: Path, tmp_path: Path) -
     assert rates == [1e-3]
     train(preset(3, learning_rate=1e-3), tiles_folder, other)  # from its own snapshot, not from the other's again
     assert list(read_curves(other.output)["loss"][0]) == [3]
+
+
+def test_a_run_begins_with_the_weights_of_a_checkpoint(tiles_folder: Path, tmp_path: Path) -> None:
+    base = train(preset(3), tiles_folder, options(tmp_path / "base"))
+    asked = dataclasses.replace(options(tmp_path / "more"), start=base)
+    begun, more = (Checkpoint.load(f) for f in (base, train(preset(2, learning_rate=1e-9), tiles_folder, asked)))
+    for network in (begun.network, more.network):
+        normalize_weight_(network)  # an average's weights are shorter than those that were averaged
+    for name, tensor in begun.network.state_dict().items():
+        torch.testing.assert_close(more.network.state_dict()[name], tensor, rtol=5e-3, atol=1e-3, msg=name)
+    assert more.config.model == begun.config.model  # the constants of the stains are the weights' own
+    assert more.config.provenance["begun with"]["recipe"]["steps"] == 3
+    other = train(preset(3, seed=1), tiles_folder, options(tmp_path / "other"))
+    larger = tmp_path / "larger"
+    for size, run, words in (
+        ("debug", dataclasses.replace(asked, start=other), "begun with another first weights"),
+        ("debug", dataclasses.replace(asked, start=tmp_path / "more" / "checkpoint"), "would replace"),
+        ("demo", dataclasses.replace(asked, output=larger), "its sizes or stains are not the preset's"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            train(dataclasses.replace(preset(2, learning_rate=1e-9), model=PRESETS[size].model), tiles_folder, run)
+    assert not larger.exists()
 
 
 def test_parts_of_a_step_give_the_curve_of_the_whole(tiles_folder: Path, tmp_path: Path) -> None:

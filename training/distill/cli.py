@@ -74,6 +74,9 @@ def distill(
     p_mean: Annotated[float | None, typer.Option(help="Mean of ln σ of the draws; -1 if not given.")] = None,
     p_std: Annotated[float | None, typer.Option(help="Its standard deviation; 0.9 if not given.")] = None,
     max_share: Annotated[float | None, typer.Option(help="Share of the draws at the highest noise level.")] = None,
+    detail_weight: Annotated[
+        float | None, typer.Option(help="Of e2e's loss on local spectra, against that of the pixels; 30 if not given.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides crops and noise.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Loader processes; the teacher's if not given.")] = None,
     search: Annotated[bool, typer.Option(help="Search the noise levels on validation tiles.")] = True,
@@ -140,6 +143,7 @@ def distill(
             "p_mean": p_mean,
             "p_std": p_std,
             "picture_max_share": max_share,
+            "detail_weight": detail_weight,
             "seed": seed,
             "workers": workers,
         }

@@ -138,7 +138,7 @@ def distill(
     teacher = Checkpoint.load(checkpoint)
     config = default_recipe(teacher, **changes)
     check_run(config, options, checkpoint)
-    tiles = load_tiles(data, config, options, stains=_stains(teacher))
+    tiles = load_tiles(data, config, options, stains=teacher.stains)
     _check_judging(tiles, teacher, judging)
     folder = options.output / "checkpoint"
     if options.dry_run:
@@ -287,7 +287,7 @@ def _table(
             *stain_tiles_with(student.network, he, samplers=list(samplers.values()), seeds=seeds, origins=origins),
         ]
 
-    stains = _stains(teacher)
+    stains = teacher.stains
     gallery = Gallery(stains)
     scores = score_tiles(stainer, rows, stains=stains, samplers=len(asked), seed=judging.seed, seen=gallery.see)
     gallery.draw(picture, [f"{role}, k = {steps}" for role, steps, _ in asked])
@@ -305,10 +305,6 @@ def _table(
 def _samplers(checkpoint: Checkpoint) -> Samplers:
     """The checkpoint's few-step samplers."""
     return {int(k): sigmas for k, sigmas in checkpoint.config.sigmas.items() if int(k) in START_SIGMAS}
-
-
-def _stains(checkpoint: Checkpoint) -> tuple[str, ...]:
-    return tuple(stain.name for stain in checkpoint.config.model.stains)
 
 
 def _check_judging(tiles: Tiles, teacher: Checkpoint, judging: JudgeOptions) -> None:

@@ -68,7 +68,7 @@ def write_preview(
     sheet = _sheet(
         titles,
         [(whole, view.mpp[0] / factor), (detail, view.mpp[0] / zoom)],
-        [notice, f"Model {contract.model_name} {contract.model_version[:12]}, {contract.steps} steps"],
+        [notice, f"Model {contract.model_name} {contract.model_version[:12]}, sampler steps: {contract.steps}"],
     )
     sheet.save(path)
 

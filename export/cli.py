@@ -52,7 +52,7 @@ def graphs(
             )
         )
     else:
-        typer.echo(f"{output}: {len(exported.engines)} graphs of {exported.name}, {exported.steps} steps")
+        typer.echo(f"{output}: {len(exported.engines)} graphs of {exported.name}, sampler steps: {exported.steps}")
         typer.echo(f"next: staindiffuser export build {output} --output REPO")
 
 

@@ -160,7 +160,7 @@ def model_card(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
         f"- Pixel size: {config.model.mpp} µm; served tile {config.tile} px with a margin of {config.margin} px",
         f"- Receptive radius: {config.receptive_radius} px in theory, {config.effective_radius} px in effect"
         " (influence above one grey level)",
-        f"- Sampler: {config.steps} steps at σ = {list(config.sigmas[str(config.steps)])}",
+        f"- Sampler steps: {config.steps}, at σ = {list(config.sigmas[str(config.steps)])}",
         "",
         "## How it was trained",
         "",
@@ -171,7 +171,7 @@ def model_card(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
     if scores:
         lines += [
             f"## Measured on {metrics.get('tiles')} tiles of the split `{metrics.get('split')}` "
-            f"({metrics.get('steps')} steps), none of which it was trained on",
+            f"(sampler steps: {metrics.get('steps')}), none of which it was trained on",
             "",
             "| | " + " | ".join(scores) + " |",
             "|---" * (len(scores) + 1) + "|",

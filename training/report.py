@@ -99,7 +99,7 @@ def _tiles(evaluations: Sequence[Evaluation], folder: Path) -> list[str]:
     lines = [
         f"## Best, median and worst tiles at {judge.steps} step{'s' * (judge.steps > 1)}",
         "",
-        f"From left to right: H&E, real stain, virtual stain ({steps} steps), cell map.",
+        f"From left to right: H&E, real stain, virtual stain (sampler steps: {steps}), cell map.",
         "",
     ]
     for stain, score in judge.scores.items():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from staindiffuser.training import receptive
 from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.config import PRESETS, ModelConfig, StainConfig
 from staindiffuser.training.infer import stain_tiles
@@ -97,6 +98,19 @@ def test_base_picture_branch_has_about_40_million_parameters() -> None:
     with torch.device("meta"):
         network = DualDiffusion(dataclasses.replace(config, stains=(StainConfig(name="cd3", label="CD3"),)))
     assert sum(p.numel() for p in network.pictures.parameters()) / 1e6 == pytest.approx(40, rel=0.15)
+
+
+def test_effective_radius_is_not_hidden_by_a_mean(monkeypatch: pytest.MonkeyPatch, tiny_model: ModelConfig) -> None:
+    def stained(network: DualDiffusion, he: np.ndarray, **_: object) -> dict[str, np.ndarray]:
+        picture = np.zeros((*he.shape[:3], 3), np.uint8)
+        if he.shape[2] == 64:  # the half whose context was cut away: two rows in a hundred differ, down to depth 20
+            picture[:, 10:12, :20] = 10
+        return {"STAIN_CD3": picture}
+
+    monkeypatch.setattr(receptive, "stain_tiles", stained)
+    he = np.zeros((2, 100, 128, 3), np.uint8)
+    assert receptive.effective_radius(DualDiffusion(tiny_model), he, sigmas=(80.0,)) == 20
+    assert receptive.effective_radius(DualDiffusion(tiny_model), he, sigmas=(80.0,), threshold=10) == 0
 
 
 @pytest.mark.parametrize(

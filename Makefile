@@ -51,7 +51,8 @@ demo-weights: install  ## train the demonstration model again (hours on two core
 	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo-first --preset demo --name demo --trained-on 'simulated tissue'
 	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo --config checkpoints/demo/longer.toml --name demo --trained-on 'simulated tissue' \
 		--resume runs/demo-first/snapshots/last.ckpt
-	@echo "judge it (staindiffuser distill runs/demo/checkpoint --data TILES --only-gate --output runs/judged), copy its checkpoint to checkpoints/demo and run make graphs"
+	$(VENV)/bin/staindiffuser distill runs/demo/checkpoint --data runs/demo-tiles --output runs/demo-few --method e2e --steps 4000 --learning-rate 4e-3
+	@echo "judge it on unseen tiles (staindiffuser distill runs/demo/checkpoint --only-gate --student runs/demo-few/checkpoint --split test --data TILES --output runs/judged), copy its checkpoint to checkpoints/demo and run make graphs"
 
 graphs: install  ## export the demonstration model's graphs from its weights
 	$(VENV)/bin/staindiffuser export graphs checkpoints/demo --output checkpoints/demo/graphs

@@ -177,8 +177,8 @@ def engines(
         except OSError as error:
             raise UsageError(f"{json_file} cannot be written: {error.strerror}") from error
     typer.echo(
-        f"model {report.model_name} ({report.model_version[:12]}), {report.stains} stains, sampler steps: {report.steps}, "
-        f"{report.tile} px, {report.precision}: {report.gflop_per_tile:.1f} GFLOP a tile, {report.threads} threads"
+        f"model {report.model_name} ({report.model_version[:12]}), {report.stains} stains, "
+        f"sampler steps: {report.steps}, {report.tile} px, {report.precision}: {report.gflop_per_tile:.1f} GFLOP a tile, {report.threads} threads"
     )
     typer.echo(f"convolution peak: {report.peak_gflops:.0f} GFLOP/s ({report.peak})")
     for result in report.batches:

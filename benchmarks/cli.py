@@ -178,7 +178,8 @@ def engines(
             raise UsageError(f"{json_file} cannot be written: {error.strerror}") from error
     typer.echo(
         f"model {report.model_name} ({report.model_version[:12]}), {report.stains} stains, "
-        f"sampler steps: {report.steps}, {report.tile} px, {report.precision}: {report.gflop_per_tile:.1f} GFLOP a tile, {report.threads} threads"
+        f"sampler steps: {report.steps}, {report.tile} px, {report.precision}: {report.gflop_per_tile:.1f} GFLOP a "
+        f"tile, {report.threads} threads"
     )
     typer.echo(f"convolution peak: {report.peak_gflops:.0f} GFLOP/s ({report.peak})")
     for result in report.batches:

@@ -51,8 +51,13 @@ demo-weights: install  ## train the demonstration model again (hours on two core
 	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo-first --preset demo --name demo --trained-on 'simulated tissue'
 	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo --config checkpoints/demo/longer.toml --name demo --trained-on 'simulated tissue' \
 		--resume runs/demo-first/snapshots/last.ckpt
-	$(VENV)/bin/staindiffuser distill runs/demo/checkpoint --data runs/demo-tiles --output runs/demo-few --method e2e --steps 4000 --learning-rate 4e-3
-	@echo "judge it on unseen tiles (staindiffuser distill runs/demo/checkpoint --only-gate --student runs/demo-few/checkpoint --split test --data TILES --output runs/judged), copy its checkpoint to checkpoints/demo and run make graphs"
+	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo-wider --config checkpoints/demo/wider.toml --name demo --trained-on 'simulated tissue' \
+		--start runs/demo/checkpoint
+	$(VENV)/bin/staindiffuser distill runs/demo-wider/checkpoint --data runs/demo-tiles --output runs/demo-few --method e2e --steps 2200 --learning-rate 3e-3
+	$(VENV)/bin/staindiffuser simulate tiles --output runs/unseen --count 1000 --seed 999 --val-share 0 --test-share 0.5
+	$(VENV)/bin/staindiffuser distill runs/demo-wider/checkpoint --only-gate --student runs/demo-few/checkpoint --no-search --undistilled \
+		--data runs/unseen --split test --gate-tiles 500 --output runs/judged
+	@echo "copy runs/judged/checkpoint to checkpoints/demo and run make graphs"
 
 graphs: install  ## export the demonstration model's graphs from its weights
 	$(VENV)/bin/staindiffuser export graphs checkpoints/demo --output checkpoints/demo/graphs

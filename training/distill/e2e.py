@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from staindiffuser.training.config import StainConfig
 from staindiffuser.training.data.optical_density import STAIN_MATRIX
@@ -30,6 +31,8 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 WINDOWS = (8, 16, 32)
 """Sides of the windows of the local spectra, pixels: from a nucleus' rim to a few cells (ours)."""
+_EPSILON = 1e-8
+"""Keeps the gradient of the root finite on bare glass (ours); far below the grain of any scan."""
 
 
 def dab_density(intensity: Tensor) -> Tensor:
@@ -47,7 +50,8 @@ def local_spectra(pictures: Tensor, window: int) -> Tensor:
     """Amplitudes of the spectra of overlapping windows (Hann, half a window apart), each times its frequency.
 
     Spectra of tissue fall about as the inverse of the frequency, so fine and coarse detail then weigh alike; the
-    window's mean weighs nothing.
+    window's mean weighs nothing. Each amplitude is the root mean square over a frequency and its neighbours: grain has
+    Rayleigh-distributed amplitudes, and a branch that gives each its mean has only π / 4 of the power.
 
     Args:
         pictures: [B, C, H, W], sides of at least ``window``.
@@ -57,11 +61,13 @@ def local_spectra(pictures: Tensor, window: int) -> Tensor:
     """
     hann = torch.hann_window(window, device=pictures.device)
     tiles = pictures.unfold(2, window, window // 2).unfold(3, window, window // 2)
-    spectra: Tensor = torch.fft.rfft2(tiles * (hann[:, None] * hann), norm="ortho").abs()
+    power = torch.fft.rfft2(tiles * (hann[:, None] * hann), norm="ortho").abs().square()
+    flat = F.pad(power.flatten(0, 3)[:, None], (0, 0, 1, 1), mode="circular")  # rows go on at the other end
+    pooled = F.avg_pool2d(flat, 3, stride=1, padding=(0, 1), count_include_pad=False).view_as(power)
     rows, columns = (
         frequencies(window, device=pictures.device) for frequencies in (torch.fft.fftfreq, torch.fft.rfftfreq)
     )
-    return spectra * torch.hypot(rows[:, None], columns) * window
+    return (pooled + _EPSILON).sqrt() * torch.hypot(rows[:, None], columns) * window
 
 
 def detail_distance(painted: Tensor, real: Tensor) -> Tensor:

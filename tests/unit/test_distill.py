@@ -191,7 +191,7 @@ def test_local_spectra_find_a_wave_wherever_it_lies() -> None:
         wave = torch.cos(2 * math.pi * 4 / 16 * (place + shift)).expand(1, 1, 32, 32)
         spectra = local_spectra(wave, 16)
         assert spectra.shape == (1, 1, 3, 3, 16, 9)
-        # the amplitude of a wave of 1 under a window of mean 1/4 in each of 16² pixels, halved, times its frequency; and
+        # the amplitude of a wave of 1 under a window of mean 1/4 in each of 16² pixels, halved, times its frequency;
         # halved again, since in each direction its power is 1 at the middle and 1/4 at the neighbours of three
         torch.testing.assert_close(spectra[..., 0, 4], torch.full((1, 1, 3, 3), 16 * 0.25 / 4 * 4), rtol=1e-3, atol=0)
     assert local_spectra(torch.ones(1, 1, 32, 32), 16)[..., 0, 0].abs().max() == 0

@@ -14,7 +14,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 
 @app.command(
-    epilog="Example: staindiffuser export graphs checkpoints/demo --steps 2 --output graphs",
+    epilog="Example: staindiffuser export graphs checkpoints/demo --output graphs",
 )
 def graphs(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder (model.safetensors, config.json).")],

@@ -57,7 +57,7 @@ demo-weights: install  ## train the demonstration model again (hours on two core
 	$(VENV)/bin/staindiffuser simulate tiles --output runs/unseen --count 1000 --seed 999 --val-share 0 --test-share 0.5
 	$(VENV)/bin/staindiffuser distill runs/demo-wider/checkpoint --only-gate --student runs/demo-few/checkpoint --no-search --undistilled \
 		--data runs/unseen --split test --gate-tiles 500 --output runs/judged
-	@echo "copy runs/judged/checkpoint to checkpoints/demo and run make graphs"
+	@echo "copy runs/judged/checkpoint to checkpoints/demo, runs/demo-wider/checkpoint to checkpoints/demo-teacher, and run make graphs"
 
 graphs: install  ## export the demonstration model's graphs from its weights
 	$(VENV)/bin/staindiffuser export graphs checkpoints/demo --output checkpoints/demo/graphs

@@ -66,6 +66,16 @@ def test_architecture_is_the_demo_preset(checkpoint: Checkpoint) -> None:
     assert [stain.name for stain in model.stains] == ["cd3", "ck818"]
 
 
+def test_it_is_a_student_of_the_teacher_that_ships(checkpoint: Checkpoint) -> None:
+    teacher = Checkpoint.load(FOLDER.parent / "demo-teacher")
+    assert "no medical meaning" in teacher.config.notice
+    assert teacher.config.model == checkpoint.config.model
+    ours, theirs = checkpoint.network.state_dict(), teacher.network.state_dict()
+    for name in ours:
+        if not name.startswith("pictures."):
+            assert ours[name].equal(theirs[name]), name
+
+
 def test_what_ships_is_small() -> None:
     megabytes = {path.name: path.stat().st_size / 1e6 for path in FOLDER.rglob("*") if path.is_file()}
     assert megabytes[WEIGHTS] <= 8

@@ -304,7 +304,7 @@ def _score(module: RegressionModule | TeacherModule, rows: tuple[PairedTile, ...
         scores = evaluate_tiles(module.averaged(), rows, sigmas=START_SIGMAS[steps])
         cells = "cells" in module.tasks
     else:
-        cells, stains = False, tuple(stain.name for stain in module.model.stains)
+        cells, stains = False, module.model.stain_names
         scores = {stain: StainScore(mpp=rows[0].mpp) for stain in stains}
         for row in rows:
             data = load_tile(row, stains)

@@ -69,11 +69,6 @@ class Checkpoint:
     network: DualDiffusion
     metrics: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def stains(self) -> tuple[str, ...]:
-        """The names of its stains."""
-        return tuple(stain.name for stain in self.config.model.stains)
-
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Write the folder; each file under a temporary name first, ``config.json`` last.
 

@@ -85,8 +85,13 @@ class ModelConfig:
     sigma_max: float = 80.0
     sigma_min: float = 0.002
 
+    @property
+    def stain_names(self) -> tuple[str, ...]:
+        """The stains' names, in order."""
+        return tuple(stain.name for stain in self.stains)
+
     def __post_init__(self) -> None:
-        names = [stain.name for stain in self.stains]
+        names = self.stain_names
         _require(len(set(names)) == len(names), "stains", names, "unique names")
         _require(self.mpp > 0, "mpp", self.mpp, "positive (µm per pixel)")
         _require(0 < self.sigma_min < self.sigma_max, "sigma_min", self.sigma_min, "between 0 and sigma_max")

@@ -94,7 +94,7 @@ def evaluate_tiles(
     return score_tiles(
         _stainer(network, [sigmas]),
         rows,
-        stains=tuple(stain.name for stain in network.config.stains),
+        stains=network.config.stain_names,
         seed=seed,
         batch=batch,
         seen=None if seen is None else lambda tile: seen(tile.row, tile.data, tile.results[0]),
@@ -219,7 +219,7 @@ def evaluate_steps(
     scores = score_tiles(
         _stainer(checkpoint.network, samplers),
         rows,
-        stains=tuple(stain.name for stain in checkpoint.config.model.stains),
+        stains=checkpoint.config.model.stain_names,
         samplers=len(samplers),
         seed=seed,
         batch=batch,

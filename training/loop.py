@@ -126,13 +126,13 @@ def train(preset: Preset, data: Path | Sequence[str], options: RunOptions, *, ta
         the finished checkpoint folder.
 
     Raises:
-        DataError: data that cannot be used; before any training starts.
-        UsageError: the output cannot be written, or a finished run stands there.
+        CheckpointError, DataError: a start or data that cannot be used; before any training starts.
+        UsageError: the output cannot be written, a finished run stands there, or the start is of another preset.
     """
     config = preset.train
     check_run(config, options, options.start)
     start = Checkpoint.load(options.start) if options.start else None
-    tiles = load_tiles(data, config, options, start.stains if start else ())
+    tiles = load_tiles(data, config, options, start.config.model.stain_names if start else ())
     model = preset.model
     if not model.stains:
         model = dataclasses.replace(model, stains=start.config.model.stains if start else measure_stains(tiles))
@@ -368,7 +368,7 @@ def measured(
     network: DualDiffusion, rows: tuple[PairedTile, ...], sigmas: tuple[float, ...]
 ) -> tuple[int, dict[str, Any]]:
     """The radius of influence in pixels, and the validation scores, of a finished network."""
-    stains = tuple(stain.name for stain in network.config.stains)
+    stains = network.config.stain_names
     he = np.stack([load_tile(row, stains)["he"] for row in rows[:8]])
     scores = evaluate_tiles(network, rows, sigmas=sigmas)
     metrics = {name: score.metrics() for name, score in scores.items()}

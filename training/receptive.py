@@ -39,7 +39,7 @@ def effective_radius(
     """Depth, in pixels, beyond which cutting the context away changes the result by at most ``threshold`` grey levels.
 
     Each picture is stained whole and with its left part missing; columns are judged by the 99 % quantile of their
-    absolute difference, over all stains and cell maps. Not by its mean (until 0.1.0): a cell here and there that is
+    absolute difference, over all stains and cell maps. Not by its mean: a cell here and there that is
     decided by what lies farther away is what is seen between tiles, and a mean hides it.
 
     Args:

@@ -138,7 +138,7 @@ def distill(
     teacher = Checkpoint.load(checkpoint)
     config = default_recipe(teacher, **changes)
     check_run(config, options, checkpoint)
-    tiles = load_tiles(data, config, options, stains=teacher.stains)
+    tiles = load_tiles(data, config, options, stains=teacher.config.model.stain_names)
     _check_judging(tiles, teacher, judging)
     folder = options.output / "checkpoint"
     if options.dry_run:
@@ -287,7 +287,7 @@ def _table(
             *stain_tiles_with(student.network, he, samplers=list(samplers.values()), seeds=seeds, origins=origins),
         ]
 
-    stains = teacher.stains
+    stains = teacher.config.model.stain_names
     gallery = Gallery(stains)
     scores = score_tiles(stainer, rows, stains=stains, samplers=len(asked), seed=judging.seed, seen=gallery.see)
     gallery.draw(picture, [f"{role}, k = {steps}" for role, steps, _ in asked])

@@ -60,7 +60,7 @@ class FewTiles:
     @torch.no_grad()
     def __init__(self, network: DualDiffusion, rows: Sequence[PairedTile], *, seed: int = 0) -> None:
         self.config = network.config
-        stains = tuple(stain.name for stain in self.config.stains)
+        stains = self.config.stain_names
         device = next(network.parameters()).device
         self._tiles: list[_Tile] = []
         for number, row in enumerate(rows):

@@ -1,0 +1,105 @@
+"""One-step fine-tuning: what its loss asks for, and a branch that is blind to noise."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from staindiffuser.training.checkpoint import Checkpoint
+from staindiffuser.training.config import StainConfig
+from staindiffuser.training.data import optical_density
+from staindiffuser.training.distill.e2e import OneStepLoss, dab_density, detail_distance, forget_noise_, local_spectra
+from staindiffuser.training.model.layers import normalize_weight_
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+STAIN = StainConfig(name="cd3", label="CD3")
+
+
+def test_dab_density_is_that_of_the_metric() -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    expected = optical_density.unmix(optical_density.optical_density(rgb))[..., 1]
+    found = dab_density(torch.from_numpy(rgb).permute(2, 0, 1)[None].double() / 255)
+    assert found.shape == (1, 1, 5, 7)
+    np.testing.assert_allclose(found[0, 0].numpy(), expected, atol=1e-5)
+
+
+def test_local_spectra_find_a_wave_wherever_it_lies() -> None:
+    place = torch.arange(32.0)
+    for shift in (0.0, 1.7):
+        wave = torch.cos(2 * math.pi * 4 / 16 * (place + shift)).expand(1, 1, 32, 32)
+        spectra = local_spectra(wave, 16)
+        assert spectra.shape == (1, 1, 3, 3, 16, 9)
+        # the amplitude of a wave of 1 under a window of mean 1/4 in each of 16² pixels, halved, times its frequency;
+        # halved again, since in each direction its power is 1 at the middle and 1/4 at the neighbours of three
+        torch.testing.assert_close(spectra[..., 0, 4], torch.full((1, 1, 3, 3), 16 * 0.25 / 4 * 4), rtol=1e-3, atol=0)
+    assert local_spectra(torch.ones(1, 1, 32, 32), 16)[..., 0, 0].abs().max() == 0
+
+
+def test_detail_is_not_met_by_a_blur_nor_by_a_pattern_and_is_by_the_same_grain_elsewhere() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def grain() -> Tensor:
+        return torch.nn.functional.avg_pool2d(torch.randn(1, 1, 130, 130, generator=generator), 3, 1)
+
+    real, other, blurred = grain(), grain(), torch.zeros(1, 1, 128, 128)
+    rows = torch.arange(128)
+    pattern = torch.where((rows[:, None] // 4 + rows // 4) % 2 == 0, 1.0, -1.0)[None, None] * real.std()
+    moved = real.roll((1, 1), (2, 3))
+    found = {
+        name: detail_distance(painted, real).item()
+        for name, painted in {"moved": moved, "other": other, "blurred": blurred, "pattern": pattern}.items()
+    }
+    assert list(found) == sorted(found, key=found.__getitem__), found
+    assert detail_distance(real, real).item() == 0
+    assert found["other"] < 0.6 * found["blurred"]
+    best = min((0.7, 0.78, 0.86, 0.94, 1.02), key=lambda power: detail_distance(power**0.5 * other, real).item())
+    assert best == 0.86  # with plain amplitudes it would be π / 4
+    # which pixel by pixel is the other way around
+    assert (other - real).square().mean() > 1.5 * (blurred - real).square().mean()
+
+
+def test_one_step_loss_asks_for_pixels_density_and_detail() -> None:
+    asked: list[tuple[Tensor, Tensor]] = []
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        asked.append((x, sigma))
+        return y + 0.1
+
+    y = torch.zeros(2, 3, 32, 32)
+    losses = []
+    for density_weight, detail_weight in ((0.0, 0.0), (4.0, 0.0), (0.0, 3.0)):
+        loss, pixels = OneStepLoss(
+            sigma_max=80.0, sigma_data=0.5, density_weight=density_weight, detail_weight=detail_weight
+        )(denoise, y, y, torch.zeros(2, 2), STAIN, 0)
+        assert pixels.tolist() == pytest.approx([0.01, 0.01])
+        losses.append(loss)
+    assert not asked[0][0].any()
+    assert asked[0][1].tolist() == [80.0, 80.0]
+    # STAIN's mean is 0.5 and its standard deviation 0.25: 0.1 of the standardised target is 0.05 of intensity
+    density = [dab_density(torch.full((1, 3, 1, 1), v)).item() for v in (0.55, 0.5)]
+    assert losses[0].tolist() == pytest.approx([0.01, 0.01])
+    assert losses[1][0].item() == pytest.approx(0.01 + 4 * (density[0] - density[1]) ** 2, rel=1e-4)
+    assert losses[2][0].item() == pytest.approx(0.01 + 3 * detail_distance(y + 0.1, y)[0].item(), rel=1e-4)
+
+
+def test_a_branch_that_forgot_noise_paints_the_same_from_any(tiny_checkpoint: Path) -> None:
+    network = Checkpoint.load(tiny_checkpoint).network
+    branch = network.branch("pictures", "cd3")
+    injections = branch.attend(network.encoder(torch.rand(1, 3, 32, 32)))
+
+    def painted(x: Tensor) -> Tensor:
+        return branch(x, torch.ones(1), injections)
+
+    x, nothing = torch.randn(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)
+    expected = painted(nothing)
+    assert not torch.allclose(painted(x), expected, atol=0.01)
+    forget_noise_(network.pictures)
+    normalize_weight_(network.pictures)  # as after an optimiser step
+    assert torch.allclose(painted(nothing), expected, atol=1e-3)
+    assert torch.equal(painted(x), painted(nothing))

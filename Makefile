@@ -52,7 +52,7 @@ demo-weights: install  ## train the demonstration model again (hours on two core
 	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo --config checkpoints/demo/longer.toml --name demo --trained-on 'simulated tissue' \
 		--resume runs/demo-first/snapshots/last.ckpt
 	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo-wider --config checkpoints/demo/wider.toml --name demo --trained-on 'simulated tissue' \
-		--start runs/demo/checkpoint
+		--from runs/demo/checkpoint
 	$(VENV)/bin/staindiffuser distill runs/demo-wider/checkpoint --data runs/demo-tiles --output runs/demo-few --method e2e --steps 2200 --learning-rate 3e-3
 	$(VENV)/bin/staindiffuser simulate tiles --output runs/unseen --count 1000 --seed 999 --val-share 0 --test-share 0.5
 	$(VENV)/bin/staindiffuser distill runs/demo-wider/checkpoint --only-gate --student runs/demo-few/checkpoint --no-search --undistilled \

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from staindiffuser.training.distill.gate import gate_lines, shown
 from staindiffuser.training.errors import CheckpointError, ConfigError
 from staindiffuser.training.model.network import DualDiffusion
 
-__all__ = ["WEIGHTS", "Checkpoint", "CheckpointConfig", "tensors_sha256"]
+__all__ = ["WEIGHTS", "Checkpoint", "CheckpointConfig", "model_card", "tensors_sha256"]
 
 CONFIG, WEIGHTS, METRICS, CARD = "config.json", "model.safetensors", "metrics.json", "MODEL_CARD.md"
 FORMAT = 2  # 1: c_in was that of EDM
@@ -159,7 +159,7 @@ def model_card(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
         "",
         "## How it was trained",
         "",
-        *(f"- {key}: {value}" for key, value in config.provenance.items()),
+        *_account(config.provenance),
         "",
     ]
     scores = metrics.get("stains", {})
@@ -178,3 +178,17 @@ def model_card(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
     if "gate" in metrics:
         lines += gate_lines(metrics["gate"])
     return "\n".join(lines)
+
+
+def _account(provenance: Mapping[str, Any], depth: int = 0) -> list[str]:
+    """Bullets: a group of plain values is one line, a group of groups (what a run was begun with) a list of its own."""
+    lines = []
+    for key, value in provenance.items():
+        bullet = f"{'  ' * depth}- {key}:"
+        if not isinstance(value, Mapping):
+            lines.append(f"{bullet} {value}")
+        elif any(isinstance(part, Mapping) for part in value.values()):
+            lines += [bullet, *_account(value, depth + 1)]
+        else:
+            lines.append(f"{bullet} " + ", ".join(f"{name} {part}" for name, part in value.items()))
+    return lines

@@ -84,7 +84,9 @@ def train(
     name: Annotated[str, typer.Option(help="Name written into the checkpoint.")] = "model",
     trained_on: TrainedOn = TRAINED_ON,
     start: Annotated[
-        Path | None, typer.Option(help="Begin with this checkpoint's weights (of the same preset).", show_default=False)
+        Path | None,
+        # Not --start: torchrun, in front of the command, would take that for a beginning of its own --start-method.
+        typer.Option("--from", help="Begin with this checkpoint's weights (of the same preset).", show_default=False),
     ] = None,
     resume: Resume = "auto",
     strategy: Strategy = StrategyName.auto,

@@ -137,7 +137,7 @@ def train(preset: Preset, data: Path | Sequence[str], options: RunOptions, *, ta
     if not model.stains:
         model = dataclasses.replace(model, stains=start.config.model.stains if start else measure_stains(tiles))
     if start and start.config.model != model:
-        raise UsageError(f"--start {options.start}: its sizes or stains are not the preset's: choose the one it is of")
+        raise UsageError(f"--from {options.start}: its sizes or stains are not the preset's: choose the one it is of")
     for part in tiles.parts:
         check_data(part, model)
     folder = options.output / "checkpoint"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
 
 from staindiffuser.cli import main
@@ -178,9 +179,22 @@ def test_wrong_usage_is_refused(
 
 
 def test_a_start_that_is_not_there_is_refused(refused: Callable[..., str], tiles_folder: Path, tmp_path: Path) -> None:
-    error = refused(4, "train", "--data", tiles_folder, "--output", tmp_path / "run", "--start", tmp_path / "none")
+    error = refused(4, "train", "--data", tiles_folder, "--output", tmp_path / "run", "--from", tmp_path / "none")
     assert "none/config.json is missing" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_in_front_takes_no_option_for_its_own() -> None:
+    """It stops at any option of the command behind it that could be the beginning of two of its own."""
+    from torch.distributed.run import get_args_parser
+
+    from staindiffuser.training.cli import app
+
+    train = typer.main.get_command(app)
+    parser = get_args_parser()
+    for option in (name for parameter in train.params for name in parameter.opts):
+        parsed = parser.parse_args(["--nproc-per-node", "2", "--no-python", "staindiffuser", "train", option, "x"])
+        assert parsed.training_script_args == ["train", option, "x"]
 
 
 def test_settings_and_options_have_their_order(tmp_path: Path) -> None:

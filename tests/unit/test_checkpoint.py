@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from staindiffuser.errors import UsageError
-from staindiffuser.training.checkpoint import Checkpoint, tensors_sha256
+from staindiffuser.training.checkpoint import Checkpoint, model_card, tensors_sha256
 from staindiffuser.training.errors import CheckpointError
 
 
@@ -24,6 +24,14 @@ def test_saved_in_half_precision_and_loaded_again(tiny_checkpoint: Path, tmp_pat
     card = (tmp_path / "again" / "MODEL_CARD.md").read_text()
     assert "research use only" in card
     assert "CK8/18" in card
+
+
+def test_the_card_tells_what_a_run_was_begun_with(tiny_checkpoint: Path) -> None:
+    loaded = Checkpoint.load(tiny_checkpoint)
+    first = {"recipe": {"steps": 7, "batch": 2}, "hardware": "CPU"}
+    config = dataclasses.replace(loaded.config, provenance={"recipe": {"steps": 9}, "begun with": first})
+    told = "- recipe: steps 9\n- begun with:\n  - recipe: steps 7, batch 2\n  - hardware: CPU\n"
+    assert told in model_card(config, {})
 
 
 def test_hash_covers_names_types_shapes_and_bytes() -> None:

@@ -20,8 +20,8 @@ Layers = list[tuple[FloatArray, Vector]]
 """Amounts [H, W] with the colour vector each is of."""
 
 # By Kind: how dark a nucleus is, and how clear its inside against its rim.
-_DARKNESS = np.array([0.78, 0.70, 1.12, 1.05, 0.9, 1.0, 0.82, 1.15, 1.3, 0.0, 0.76], np.float32)
-_CLEARNESS = np.array([0.75, 0.85, 0.15, 0.45, 0.4, 0.25, 0.5, 0.1, 0.0, 0.0, 0.75], np.float32)
+_DARKNESS = np.array([0.78, 0.70, 1.12, 1.05, 0.9, 1.0, 0.82, 1.15, 1.3, 0.0, 0.76, 0.74], np.float32)
+_CLEARNESS = np.array([0.75, 0.85, 0.15, 0.45, 0.4, 0.25, 0.5, 0.1, 0.0, 0.0, 0.75, 0.8], np.float32)
 _NOTHING = np.zeros((1, 1), np.float32)
 
 

@@ -248,6 +248,9 @@ def _staining(rng: np.random.Generator) -> Staining:
         0.02,
     )
     eosin = _mixed(rng, [(0.10, 0.92, 0.38), (0.05, 0.81, 0.58), (0.38, 0.77, 0.51), (0.22, 0.80, 0.56)], 0.02)
+    if rng.random() < 0.3:
+        # Poorly told apart: overstained, hardly differentiated, or faded, with nuclei more red than blue.
+        hematoxylin += rng.uniform(0.2, 0.55) * (eosin - hematoxylin)
     strength = float(np.exp(rng.normal(-1.15, 0.5)))
     nuclei = float(np.clip(np.exp(rng.normal(-0.45, 0.35)), 0.3, 1.3))
     weak = 0.6 if rng.random() < 0.1 else 1.0
@@ -288,7 +291,7 @@ def _scanner(rng: np.random.Generator, config: SimulatorConfig) -> Scanner:
     return Scanner(
         white=(float(white[0]), float(white[1]), float(white[2])),
         white_ihc=(float(base_ihc[0]), float(base_ihc[1]), float(base_ihc[2])),
-        blur=float(rng.uniform(0.42, 1.05)) if damage else 0.6,
+        blur=float(rng.uniform(0.42, 1.2)) if damage else 0.6,
         sharpen=float(rng.uniform(0.3, 1.4) if rng.random() < 0.5 else 0.0) if damage else 0.0,
         noise=float(rng.uniform(0.6, 3.0)) if damage else 0.0,
         quality=int(rng.integers(68, 96)),

@@ -47,17 +47,20 @@ types: install  ## mypy, strict
 	$(VENV)/bin/mypy
 
 demo-weights: install  ## train the demonstration model again (hours on two cores), into runs/
-	$(VENV)/bin/staindiffuser simulate tiles --output runs/demo-tiles --count 2800 --seed 11 --val-share 0.03 --test-share 0
+	$(VENV)/bin/staindiffuser simulate tiles --output runs/demo-tiles --count 4000 --seed 11 --val-share 0.03 --test-share 0
 	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo-first --preset demo --name demo --trained-on 'simulated tissue'
 	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo --config checkpoints/demo/longer.toml --name demo --trained-on 'simulated tissue' \
 		--resume runs/demo-first/snapshots/last.ckpt
 	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo-wider --config checkpoints/demo/wider.toml --name demo --trained-on 'simulated tissue' \
 		--from runs/demo/checkpoint
-	$(VENV)/bin/staindiffuser distill runs/demo-wider/checkpoint --data runs/demo-tiles --output runs/demo-few --method e2e --steps 2200 --learning-rate 3e-3
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node 2 $(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo-germinal \
+		--config checkpoints/demo/wider.toml --steps 7500 --name demo-teacher --trained-on 'simulated tissue' --from runs/demo-wider/checkpoint
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node 2 $(VENV)/bin/staindiffuser distill runs/demo-germinal/checkpoint --data runs/demo-tiles \
+		--output runs/demo-few --name demo --method e2e --steps 2200 --learning-rate 3e-3
 	$(VENV)/bin/staindiffuser simulate tiles --output runs/unseen --count 1000 --seed 999 --val-share 0 --test-share 0.5
-	$(VENV)/bin/staindiffuser distill runs/demo-wider/checkpoint --only-gate --student runs/demo-few/checkpoint --no-search --undistilled \
+	$(VENV)/bin/staindiffuser distill runs/demo-germinal/checkpoint --only-gate --student runs/demo-few/checkpoint --no-search --undistilled \
 		--data runs/unseen --split test --gate-tiles 500 --output runs/judged
-	@echo "copy runs/judged/checkpoint to checkpoints/demo, runs/demo-wider/checkpoint to checkpoints/demo-teacher, and run make graphs"
+	@echo "copy runs/judged/checkpoint to checkpoints/demo, runs/demo-germinal/checkpoint to checkpoints/demo-teacher, and run make graphs"
 
 graphs: install  ## export the demonstration model's graphs from its weights
 	$(VENV)/bin/staindiffuser export graphs checkpoints/demo --output checkpoints/demo/graphs

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint
 from staindiffuser.training.config import PRESETS, TrainConfig, from_json
+from staindiffuser.training.curves import curves_picture
 from staindiffuser.training.data.dataset import measure_stains
 from staindiffuser.training.data.labels import is_stain_name
 from staindiffuser.training.evaluate import check_data
@@ -105,5 +106,6 @@ def add_stain(
         }
         # In the precision that the file had, its numbers survive the way through float32 and back.
         dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in stored.values()))
-        Checkpoint(config=config, network=network, metrics=metrics).save(folder, dtype=dtype)
+        curves = curves_picture(options.output)
+        Checkpoint(config=config, network=network, metrics=metrics, curves=curves).save(folder, dtype=dtype)
     return folder

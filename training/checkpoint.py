@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from staindiffuser.training.model.network import DualDiffusion
 __all__ = ["WEIGHTS", "Checkpoint", "CheckpointConfig", "model_card", "tensors_sha256"]
 
 CONFIG, WEIGHTS, METRICS, CARD = "config.json", "model.safetensors", "metrics.json", "MODEL_CARD.md"
+CURVES = "curves.png"
 FORMAT = 2  # 1: c_in was that of EDM
 NOTICE = (
     "The model was trained on {trained_on}. For research use only: what it paints has no medical meaning and must not "
@@ -68,6 +70,8 @@ class Checkpoint:
     config: CheckpointConfig
     network: DualDiffusion
     metrics: dict[str, Any] = field(default_factory=dict)
+    curves: Path | None = None
+    """A picture of how the training went, which the card shows."""
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Write the folder; each file under a temporary name first, ``config.json`` last.
@@ -86,10 +90,12 @@ class Checkpoint:
             save_file(state, draft / WEIGHTS)
             (draft / WEIGHTS).chmod(0o644)  # safetensors makes it private
             (draft / METRICS).write_text(json.dumps(finite(self.metrics), indent=1) + "\n")
-            (draft / CARD).write_text(model_card(self.config, self.metrics))
+            if self.curves:
+                shutil.copyfile(self.curves, draft / CURVES)
+            (draft / CARD).write_text(model_card(self.config, self.metrics, curves=bool(self.curves)))
             config = json.dumps(dataclasses.asdict(self.config), indent=1, ensure_ascii=False)
             (draft / CONFIG).write_text(config + "\n", encoding="utf-8")
-            for name in (WEIGHTS, METRICS, CARD, CONFIG):
+            for name in (WEIGHTS, METRICS, *([CURVES] if self.curves else []), CARD, CONFIG):
                 (draft / name).replace(folder / name)
 
     @classmethod
@@ -130,7 +136,13 @@ class Checkpoint:
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise CheckpointError(f"{folder / WEIGHTS} does not fit {CONFIG}: {first}") from None
-        return cls(config=config, network=network.eval().requires_grad_(False), metrics=metrics)
+        curves = folder / CURVES
+        return cls(
+            config=config,
+            network=network.eval().requires_grad_(False),
+            metrics=metrics,
+            curves=curves if curves.is_file() else None,
+        )
 
 
 def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -143,8 +155,12 @@ def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def model_card(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
-    """``MODEL_CARD.md``: what it is, what it was trained on, how good it is, and what it must not be used for."""
+def model_card(config: CheckpointConfig, metrics: dict[str, Any], *, curves: bool = False) -> str:
+    """``MODEL_CARD.md``: what it is, what it was trained on, how good it is, and what it must not be used for.
+
+    Args:
+        curves: show the picture of the training's curves that lies beside it.
+    """
     stains = ", ".join(f"{s.label} (`{s.name}`)" for s in config.model.stains)
     lines = [
         f"# {config.name}",
@@ -161,6 +177,7 @@ def model_card(config: CheckpointConfig, metrics: dict[str, Any]) -> str:
         "",
         *_account(config.provenance),
         "",
+        *([f"![The curves of its last training]({CURVES})", ""] if curves else []),
     ]
     scores = metrics.get("stains", {})
     if scores:

@@ -1,7 +1,4 @@
-"""The curves of a training run, drawn from its ``csv/metrics.csv``: ``python -m staindiffuser.training.curves RUN``.
-
-Needs matplotlib (the ``dev`` extra).
-"""
+"""The curves of a training run, drawn from its ``csv/metrics.csv``: ``python -m staindiffuser.training.curves RUN``."""
 
 from __future__ import annotations
 
@@ -14,8 +11,9 @@ from numpy.typing import NDArray
 
 from staindiffuser.training.errors import DataError
 
-__all__ = ["draw_curves", "read_curves"]
+__all__ = ["curves_picture", "draw_curves", "read_curves"]
 
+METRICS = Path("csv", "metrics.csv")
 Curve = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
@@ -25,7 +23,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
     Raises:
         DataError: the folder holds no run.
     """
-    path = run / "csv" / "metrics.csv"
+    path = run / METRICS
     if not path.is_file():
         raise DataError(f"{path} is missing: {run} is not a run folder")
     points: dict[str, list[tuple[int, float]]] = {}
@@ -35,6 +33,14 @@ def read_curves(run: Path) -> dict[str, Curve]:
                 if value and name not in ("step", "epoch"):
                     points.setdefault(name, []).append((int(row["step"]), float(value)))
     return {name: (np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])) for name, pairs in points.items()}
+
+
+def curves_picture(run: Path) -> Path | None:
+    """Draw the curves into the run's folder, for its checkpoint; None for a run too short to have any."""
+    if not (run / METRICS).is_file():
+        return None
+    draw_curves(run, run / "curves.png")
+    return run / "curves.png"
 
 
 def draw_curves(run: Path, output: Path) -> None:
@@ -62,7 +68,7 @@ def draw_curves(run: Path, output: Path) -> None:
     for name, (steps, values) in sorted(curves.items()):
         if name.startswith(("val/dab_dice/", "val/cell_dice/")):
             axes[2].plot(steps, values, marker="o", label=name.removeprefix("val/"))
-    axes[2].set(title="validation, two steps, moving average of the weights", xlabel="step", ylim=(0, 1))
+    axes[2].set(title="validation, moving average of the weights", xlabel="step", ylim=(0, 1))
     axes[2].legend()
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=100)

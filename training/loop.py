@@ -31,6 +31,7 @@ from staindiffuser.files import write_json
 from staindiffuser.training.callbacks import EachStep, KeepCurves, Snapshots, Speed, TimedLoader
 from staindiffuser.training.checkpoint import NOTICE, Checkpoint, CheckpointConfig
 from staindiffuser.training.config import Preset, TrainConfig
+from staindiffuser.training.curves import curves_picture
 from staindiffuser.training.data.dataset import CropDataset, GlobalSampler, load_tile, measure_stains
 from staindiffuser.training.data.mixing import MixedTiles, open_tiles
 from staindiffuser.training.data.pairs import PairedTile, PairedTiles, spread
@@ -161,7 +162,8 @@ def train(preset: Preset, data: Path | Sequence[str], options: RunOptions, *, ta
             effective_radius=radius,
             provenance=provenance,
         )
-        Checkpoint(config=about, network=network.cpu(), metrics=metrics).save(folder)
+        curves = curves_picture(options.output)
+        Checkpoint(config=about, network=network.cpu(), metrics=metrics, curves=curves).save(folder)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,8 +32,6 @@ CHART = "metrics.png"
 
 def write_report(evaluations: Sequence[Evaluation], folder: Path) -> Path:
     """Write ``report.md`` and its pictures into ``folder``: one run at one or several numbers of steps.
-
-    The chart needs matplotlib (the ``dev`` extra); without it the report says that there is none.
 
     Raises:
         UsageError: the folder cannot be written.
@@ -134,8 +131,6 @@ def _side_by_side(*pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _chart(evaluations: Sequence[Evaluation], path: Path) -> list[str]:
     """Draw metrics against steps, with their intervals; the report's lines about it."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return ["(No chart: matplotlib is not installed.)", ""]
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -66,7 +66,8 @@ def test_distil_shows_the_table_and_stores_the_verdict(
     assert judged["gate"]["split"] == "test"
     assert json.loads((again / "checkpoint" / "config.json").read_text())["sigmas"] == config["sigmas"]
     weights = "model.safetensors"
-    assert (again / "checkpoint" / weights).read_bytes() == (tmp_path / "checkpoint" / weights).read_bytes()
+    for name in (weights, "curves.png"):
+        assert (again / "checkpoint" / name).read_bytes() == (tmp_path / "checkpoint" / name).read_bytes()
 
 
 def test_a_gate_that_nothing_passes_ends_with_0_and_says_so(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -186,15 +185,6 @@ def test_report_has_a_column_per_number_of_steps_and_pictures(
         assert f"({name}.png)" in text
     assert "(metrics.png)" in text
     assert (tmp_path / "metrics.png").stat().st_size > 1000
-
-
-def test_report_without_matplotlib_says_so(
-    evaluations: Sequence[Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
-    assert "No chart: matplotlib is not installed" in write_report(evaluations, tmp_path).read_text()
-    assert not (tmp_path / "metrics.png").exists()
 
 
 def test_report_that_cannot_be_written(evaluations: Sequence[Evaluation], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from staindiffuser import __version__
 from staindiffuser.errors import UsageError
 from staindiffuser.training.callbacks import EachStep
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
+from staindiffuser.training.curves import curves_picture
 from staindiffuser.training.data.dataset import CropDataset, load_tile
 from staindiffuser.training.data.mixing import MixedTiles, open_tiles
 from staindiffuser.training.data.pairs import PairedTile, PairedTiles, Split, spread
@@ -170,6 +171,7 @@ def distill(
             provenance={**teacher.config.provenance, "distillation": about},
         ),
         network=module.ema.cpu().eval(),
+        curves=curves_picture(options.output),
     )
     return _ship(teacher, student, samplers, tiles, judging, folder, dtype=_stored_dtype(checkpoint))
 
@@ -254,7 +256,8 @@ def _ship(
         "stains": shipped.stains,
         "gate": gate_record(table, verdict, **about, at_most=judging.at_most),
     }
-    Checkpoint(config=config, network=student.network.cpu(), metrics=metrics).save(folder, dtype=dtype)
+    shipping = Checkpoint(config=config, network=student.network.cpu(), metrics=metrics, curves=student.curves)
+    shipping.save(folder, dtype=dtype)
     return Outcome(folder=folder, rows=tuple(table), verdict=verdict)
 
 

@@ -54,7 +54,7 @@ demo-weights: install  ## train the demonstration model again (hours on two core
 	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo-wider --config checkpoints/demo/wider.toml --name demo --trained-on 'simulated tissue' \
 		--from runs/demo/checkpoint
 	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node 2 $(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo-germinal \
-		--config checkpoints/demo/wider.toml --steps 7500 --name demo-teacher --trained-on 'simulated tissue' --from runs/demo-wider/checkpoint
+		--config checkpoints/demo/wider.toml --steps 6600 --name demo-teacher --trained-on 'simulated tissue' --from runs/demo-wider/checkpoint
 	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node 2 $(VENV)/bin/staindiffuser distill runs/demo-germinal/checkpoint --data runs/demo-tiles \
 		--output runs/demo-few --name demo --method e2e --steps 2200 --learning-rate 3e-3
 	$(VENV)/bin/staindiffuser simulate tiles --output runs/unseen --count 1000 --seed 999 --val-share 0 --test-share 0.5

@@ -20,7 +20,7 @@ FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 REACH = 44
 """How far outside a box cells are placed, pixels: what is within reach of its pixels, and what could displace that."""
-BLASTS = 0.24
+BLASTS = 0.3
 """Share of centroblasts among the cells of a follicle's core: large, pale nuclei between the small B cells."""
 
 

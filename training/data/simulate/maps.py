@@ -85,6 +85,7 @@ class Maps:
         # Keratin lies in sheets along the surface.
         self.lamella = streaks(along, 0.45 * self.keratin_depth + 3.0 * self.cloud) if is_squamous else _NOTHING
         self.follicle = self._area(t.follicle, 8.0)
+        self.core = self._area(t.core, 5.0) * self.follicle
         self.bore = self._area(t.bore, 1.5, 0.5 * mottle)
         self.wall = self._area(t.vessel, 2.0) * (1 - self.bore)
         self.bloody = self._up(t.bloody)
@@ -212,8 +213,10 @@ class Maps:
                 * (np.float32(st.eosin_muscle) * (0.92 + np.float32(0.12 * a.fibrous) * self.fibre + grains))
             )
         if self.follicle.size > 1:
-            eosin += self.follicle * rest * (np.float32(0.4 * st.eosin_stroma) * (1 + 0.35 * self.mottle))
-            hematoxylin += self.follicle * rest * (np.float32(0.1 * st.nuclei) * (1 + 0.5 * self.mottle))
+            # Between the cells a germinal centre is less pink than the rim around it, and bluer.
+            pink, blue = self.follicle - np.float32(0.6) * self.core, self.follicle + np.float32(0.9) * self.core
+            eosin += pink * rest * (np.float32(0.5 * st.eosin_stroma) * (1 + 0.35 * self.mottle))
+            hematoxylin += blue * rest * (np.float32(0.1 * st.nuclei) * (1 + 0.5 * self.mottle))
         if self.wall.size > 1:
             eosin += self.wall * solid * np.float32(0.9 * st.eosin_muscle)
         if self.bore.size > 1:

@@ -149,10 +149,10 @@ METRICS: tuple[Metric, ...] = (
         name="kid_encoder",
         better="lower",
         meaning="Kernel distance (KID's) between the sets of pictures in the features of a frozen encoder of ours, not "
-        "of the usual network: compare only values of the same encoder. Unbiased, so it can be below 0; its interval "
-        "comes from halves of the set.",
+        "of the usual network: compare only values of the same encoder. A stain is not compared with the real one "
+        "of its own tile. Unbiased, so it can be below 0; its interval comes from halves of the set.",
     ),
-    Metric(name="kid_inception", better="lower", meaning="KID on Inception-v3, as published."),
+    Metric(name="kid_inception", better="lower", meaning="KID on Inception-v3, the pairs of the same tile left out."),
     Metric(
         name="fid_inception",
         better="lower",

@@ -21,7 +21,7 @@ from staindiffuser.training.infer import HEUN_STEPS, Sampler, stain_tiles_with
 from staindiffuser.training.metrics import StainScore
 from staindiffuser.training.model.network import DualDiffusion
 from staindiffuser.training.perceptual import Networks
-from staindiffuser.training.scoring import KID_TILES, ScoredTile, Stainer, score_tiles
+from staindiffuser.training.scoring import KID_TILES, ScoredTile, Stainer, inner, score_tiles
 
 __all__ = [
     "Evaluation",
@@ -113,6 +113,8 @@ class Evaluation:
     seconds: float
     """Of the whole run, all numbers of steps together."""
     scores: Mapping[str, StainScore]
+    margin: int = 0
+    """Pixels of each side that were not scored."""
     networks: Mapping[str, str] = field(default_factory=dict)
     """The networks whose features were used: name → which weights."""
 
@@ -124,6 +126,7 @@ class Evaluation:
             "tiles": len(self.rows),
             "kid_tiles": min(len(self.rows), KID_TILES),
             "seed": self.seed,
+            "margin": self.margin,
             "seconds": round(self.seconds, 2),
             "networks": dict(self.networks),
         }
@@ -158,7 +161,10 @@ def restain(evaluations: Sequence[Evaluation], index: int) -> ScoredTile:
     stainer = _stainer(first.checkpoint.network, [sampler_of(e.checkpoint, e.steps) for e in evaluations])
     results = stainer(data["he"][None], np.array([[first.seed + index]]))
     return ScoredTile(
-        row=row, number=index, data=data, results=[{name: a[0] for name, a in r.items()} for r in results]
+        row=row,
+        number=index,
+        data=inner(data, first.margin),
+        results=[inner({name: a[0] for name, a in r.items()}, first.margin) for r in results],
     )
 
 
@@ -186,6 +192,7 @@ def evaluate_steps(
     batch: int = 4,
     detail: bool = True,
     networks: Networks | None = None,
+    margin: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Evaluation, ...]:
     """Score a checkpoint at several numbers of steps, on the same tiles and from the same noise.
@@ -194,6 +201,7 @@ def evaluate_steps(
         limit: at most this many tiles, evenly spread over the split.
         detail: also measure what takes longer: edges and cells.
         networks: also measure what takes networks.
+        margin: pixels of each side that are stained but not scored.
         progress: called with the number of tiles done and of all.
 
     Raises:
@@ -225,6 +233,7 @@ def evaluate_steps(
         batch=batch,
         detail=detail,
         networks=networks,
+        margin=margin,
         seen=seen,
     )
     seconds = time.perf_counter() - start
@@ -237,6 +246,7 @@ def evaluate_steps(
             seed=seed,
             seconds=seconds,
             scores=score,
+            margin=margin,
             networks=networks.identities() if networks else {},
         )
         for k, score in zip(steps, scores, strict=True)

@@ -34,6 +34,10 @@ def evaluate(
         int | None, typer.Option(help="At most this many tiles, evenly spread over the split.", min=1)
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    margin: Annotated[
+        int,
+        typer.Option(help="Stain the tiles whole and leave out so many pixels of each side, as serving does.", min=0),
+    ] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out edges, cells as instances, and KID.")] = False,
     encoder: Annotated[
         Path | None,
@@ -102,6 +106,7 @@ def evaluate(
             batch=16 if device == "cuda" else 4,
             detail=not quick,
             networks=asked,
+            margin=margin,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if json_file is not None:

@@ -47,6 +47,8 @@ def write_report(evaluations: Sequence[Evaluation], folder: Path) -> Path:
     for name, identity in head["networks"].items():
         sample = f", on {head['kid_tiles']} of the tiles, evenly spread" if name == "encoder" else ""
         lines += [f"Network of `kid_{name}`: {identity}{sample}.", ""]
+    if head["margin"]:
+        lines += [f"Without {head['margin']} pixels of each side, which are stained but not served.", ""]
     for stain in stains:
         lines += [f"## {stain}", "", *_table(evaluations, stain), ""]
     try:

@@ -19,7 +19,7 @@ from staindiffuser.training.measures import Reference, Row, measure_cells, measu
 from staindiffuser.training.metrics import StainScore
 from staindiffuser.training.perceptual import Features, Networks
 
-__all__ = ["KID_TILES", "ScoredTile", "Stainer", "score_tiles"]
+__all__ = ["KID_TILES", "ScoredTile", "Stainer", "inner", "score_tiles"]
 
 U8 = NDArray[np.uint8]
 Stainer = Callable[[U8, NDArray[np.int64]], Sequence[Mapping[str, U8]]]
@@ -54,6 +54,7 @@ def score_tiles(
     batch: int = 4,
     detail: bool = False,
     networks: Networks | None = None,
+    margin: int = 0,
     seen: Callable[[ScoredTile], None] | None = None,
 ) -> list[dict[str, StainScore]]:
     """Stain ``rows`` and score each stain, the tiles of a batch in threads.
@@ -63,7 +64,8 @@ def score_tiles(
         seed: tile n of the list has the seed ``seed`` + n.
         detail: also measure what takes longer: edges and cells.
         networks: also measure what takes networks.
-        seen: called with each tile, in order.
+        margin: pixels of each side that are stained but not scored, as serving leaves them out.
+        seen: called with each tile, in order, without its margin.
 
     Returns:
         per sampler and stain the score.
@@ -77,7 +79,7 @@ def score_tiles(
     # The first set is the real one.
     features = {stain: [Features(networks.features) for _ in range(1 + samplers)] for stain in stains}
     with ThreadPoolExecutor(min(LARGEST_POOL, os.cpu_count() or 1)) as pool:
-        for tiles in _batches(stainer, rows, stains, seed, batch, pool):
+        for tiles in _batches(stainer, rows, stains, seed, batch, margin, pool):
             jobs = [(tile, stain) for tile in tiles for stain in stains]
             for (_, stain), measured in zip(
                 jobs, pool.map(lambda job: _measure(job[0], job[1], detail), jobs), strict=True
@@ -103,11 +105,17 @@ def score_tiles(
 
 
 def _batches(
-    stainer: Stainer, rows: Sequence[PairedTile], stains: tuple[str, ...], seed: int, batch: int, pool: Any
+    stainer: Stainer,
+    rows: Sequence[PairedTile],
+    stains: tuple[str, ...],
+    seed: int,
+    batch: int,
+    margin: int,
+    pool: Any,
 ) -> Iterator[list[ScoredTile]]:
-    """The tiles in order, stained; each batch of one size."""
+    """The tiles in order, stained, without their margin; each batch of one size."""
     for start in range(0, len(rows), batch):
-        loaded = pool.map(lambda row: _load(row, stains), rows[start : start + batch])
+        loaded = pool.map(lambda row: _load(row, stains, margin), rows[start : start + batch])
         for _, same_size in groupby(enumerate(loaded, start), key=lambda item: item[1]["he"].shape):
             numbers, data = zip(*same_size, strict=True)
             results = stainer(np.stack([d["he"] for d in data]), np.array(numbers, np.int64)[:, None] + seed)
@@ -115,16 +123,23 @@ def _batches(
                 ScoredTile(
                     row=rows[number],
                     number=number,
-                    data=data[i],
-                    results=[{name: array[i] for name, array in result.items()} for result in results],
+                    data=inner(data[i], margin),
+                    results=[inner({name: a[i] for name, a in result.items()}, margin) for result in results],
                 )
                 for i, number in enumerate(numbers)
             ]
 
 
-def _load(row: PairedTile, stains: tuple[str, ...]) -> dict[str, U8]:
+def inner(pictures: Mapping[str, U8], margin: int) -> dict[str, U8]:
+    """Pictures [H, W, ...] without ``margin`` pixels of each side."""
+    return {name: a[margin : a.shape[0] - margin, margin : a.shape[1] - margin] for name, a in pictures.items()}
+
+
+def _load(row: PairedTile, stains: tuple[str, ...], margin: int) -> dict[str, U8]:
     data = load_tile(row, stains)
     height, width = data["he"].shape[:2]
+    if 2 * margin >= min(height, width):
+        raise DataError(f"{row.he} has {width} x {height} pixels: a margin of {margin} leaves nothing of it")
     if height % TILE_MULTIPLE or width % TILE_MULTIPLE:
         raise DataError(
             f"{row.he} has {width} x {height} pixels: width and height must be multiples of {TILE_MULTIPLE}; crop it"

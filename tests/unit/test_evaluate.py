@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import Checkpoint
+from staindiffuser.training.data.dataset import load_tile
 from staindiffuser.training.data.pairs import PairedTiles, PairedTilesWriter
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.evaluate import Evaluation, evaluate, evaluate_steps, evaluate_tiles, restain, summarize
@@ -185,6 +187,30 @@ def test_report_has_a_column_per_number_of_steps_and_pictures(
         assert f"({name}.png)" in text
     assert "(metrics.png)" in text
     assert (tmp_path / "metrics.png").stat().st_size > 1000
+
+
+def test_a_margin_is_stained_but_not_scored(checkpoint: Checkpoint, tiles: PairedTiles, tmp_path: Path) -> None:
+    rows = tiles.split("test")
+
+    def only_the_middle(he: np.ndarray, seeds: np.ndarray) -> list[dict[str, np.ndarray]]:
+        """Right but for a frame of 8 pixels."""
+        assert he.shape[1:3] == (64, 64)
+        painted = {}
+        for stain in STAINS:
+            real = np.stack([load_tile(rows[int(seed)], (stain,))[stain] for seed in seeds[:, 0]])
+            wrong = 255 - real
+            wrong[:, 8:-8, 8:-8] = real[:, 8:-8, 8:-8]
+            painted[f"STAIN_{stain.upper()}"] = wrong
+        return [painted]
+
+    whole, inside = (score_tiles(only_the_middle, rows, stains=STAINS, margin=m)[0]["ck818"].metrics() for m in (0, 8))
+    assert math.isinf(inside["psnr"])
+    assert whole["psnr"] < 20
+    evaluations = evaluate_steps(checkpoint, tiles, steps=[1], detail=False, margin=16)
+    assert evaluations[0].summary()["margin"] == 16
+    assert "Without 16 pixels" in write_report(evaluations, tmp_path).read_text()
+    with pytest.raises(DataError, match="a margin of 32 leaves nothing"):
+        evaluate_steps(checkpoint, tiles, steps=[1], margin=32)
 
 
 def test_report_that_cannot_be_written(evaluations: Sequence[Evaluation], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from staindiffuser.client.contract import UInt8Array
 from staindiffuser.client.output import RUN_JSON
 from staindiffuser.client.resample import ModelView
 from staindiffuser.client.slides import open_slide
+from staindiffuser.errors import InputError
 from staindiffuser.training.data.optical_density import dab_density, hematoxylin_density, optical_density
 
 __all__ = ["Plausibility", "judge"]
@@ -47,8 +48,10 @@ def judge(result: Path) -> list[Plausibility]:
     Pictures are read whole: meant for small slides.
 
     Raises:
-        InputError: the H&E cannot be read.
+        InputError: the folder is none that ``stain`` wrote, or the H&E cannot be read.
     """
+    if not (result / RUN_JSON).is_file():
+        raise InputError(f"{result / RUN_JSON} is missing: {result} is not a folder that `stain` wrote")
     run = json.loads((result / RUN_JSON).read_text(encoding="utf-8"))
     mpp_x, mpp_y = run["input"]["mpp"]
     with open_slide(Path(run["input"]["path"])) as slide:

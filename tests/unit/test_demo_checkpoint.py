@@ -106,6 +106,8 @@ def test_a_tile_alone_looks_as_it_does_inside_a_larger_one(
     for name, result in alone.items():
         difference = np.abs(result.astype(int) - large[name][:, inner, inner])[:, kept, kept]
         assert difference.mean() <= 0.5, name
-        # On real tissue, which it was not trained on, single cells of a map depend on more context than that.
-        assert np.quantile(difference[: len(real)], 0.99 if name.startswith("CELLS") else 0.999) <= 4, name
+        # On real tissue, which it was not trained on, more depends on context farther away.
+        assert np.quantile(difference[: len(real)], 0.99) <= 4, name
+        if not name.startswith("CELLS"):
+            assert np.quantile(difference[: len(real)], 0.999) <= 8, name
         assert np.quantile(difference[len(real) :], 0.999) <= 4, name

@@ -9,6 +9,7 @@ from PIL import Image
 from staindiffuser.benchmarks.plausibility import Plausibility, judge
 from staindiffuser.client import StainingOptions, stain_slide
 from staindiffuser.client.testing import FakeStainer
+from staindiffuser.errors import InputError
 
 PALE_BLUE, BLUE, BROWN = (215, 215, 235), (90, 100, 170), (120, 75, 45)
 
@@ -56,3 +57,8 @@ def test_nuclei_that_wander_are_found_out(slide: Path, tmp_path: Path) -> None:
 def test_brown_glass_is_found_out(slide: Path, tmp_path: Path) -> None:
     """Near the tissue, where tiles are stained, brown glass shows; far from it the client leaves white."""
     assert stained(slide, tmp_path / "out", glass=BROWN).glass_dab > 0.03
+
+
+def test_a_folder_that_no_stain_wrote_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a folder that `stain` wrote"):
+        judge(tmp_path)

@@ -57,6 +57,7 @@ def test_distil_shows_the_table_and_stores_the_verdict(
 
     # The same student judged again, on other tiles, without training
     again = tmp_path / "again"
+    (tmp_path / "checkpoint" / "curves.png").write_bytes(b"a picture")  # so short a run has drawn none
     options = ["--only-gate", "--no-search", "--student", tmp_path / "checkpoint", "--split", "test"]
     code, out, err = staindiffuser(
         "distill", tiny_checkpoint, "--data", tiles_folder, "--output", again, *options, "--gate-tiles", "1"

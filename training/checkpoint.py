@@ -19,6 +19,7 @@ from torch import Tensor
 from staindiffuser.errors import UsageError
 from staindiffuser.files import finite
 from staindiffuser.training.config import ModelConfig, from_json
+from staindiffuser.training.curves import PICTURE as CURVES
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
 from staindiffuser.training.distill.gate import gate_lines, shown
 from staindiffuser.training.errors import CheckpointError, ConfigError
@@ -27,7 +28,6 @@ from staindiffuser.training.model.network import DualDiffusion
 __all__ = ["WEIGHTS", "Checkpoint", "CheckpointConfig", "model_card", "tensors_sha256"]
 
 CONFIG, WEIGHTS, METRICS, CARD = "config.json", "model.safetensors", "metrics.json", "MODEL_CARD.md"
-CURVES = "curves.png"
 FORMAT = 2  # 1: c_in was that of EDM
 NOTICE = (
     "The model was trained on {trained_on}. For research use only: what it paints has no medical meaning and must not "

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from staindiffuser.training.errors import DataError
 
-__all__ = ["curves_picture", "draw_curves", "read_curves"]
+__all__ = ["PICTURE", "curves_picture", "draw_curves", "read_curves"]
 
 METRICS = Path("csv", "metrics.csv")
+PICTURE = "curves.png"
+"""The curves' picture, in the run folder and beside the checkpoint's card."""
 Curve = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
@@ -39,8 +41,8 @@ def curves_picture(run: Path) -> Path | None:
     """Draw the curves into the run's folder, for its checkpoint; None for a run too short to have any."""
     if not (run / METRICS).is_file():
         return None
-    draw_curves(run, run / "curves.png")
-    return run / "curves.png"
+    draw_curves(run, run / PICTURE)
+    return run / PICTURE
 
 
 def draw_curves(run: Path, output: Path) -> None:
@@ -55,8 +57,12 @@ def draw_curves(run: Path, output: Path) -> None:
     from matplotlib import pyplot as plt
 
     curves = read_curves(run)
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     panels = [("error/", "weighted error, all noise levels"), ("error_high_sigma/", "weighted error, σ ≥ 2")]
+    # One-step fine-tuning has no noise levels to tell apart.
+    panels = [panel for panel in panels if any(name.startswith(panel[0]) for name in curves)]
+    shown = len(panels) + 1
+    figure, drawn = plt.subplots(1, shown, figsize=(5 * shown, 4), layout="constrained", squeeze=False)
+    axes = drawn[0]
     for axis, (prefix, title) in zip(axes, panels, strict=False):
         for name, (steps, values) in sorted(curves.items()):
             if name.startswith(prefix):
@@ -67,9 +73,9 @@ def draw_curves(run: Path, output: Path) -> None:
         axis.legend()
     for name, (steps, values) in sorted(curves.items()):
         if name.startswith(("val/dab_dice/", "val/cell_dice/")):
-            axes[2].plot(steps, values, marker="o", label=name.removeprefix("val/"))
-    axes[2].set(title="validation, moving average of the weights", xlabel="step", ylim=(0, 1))
-    axes[2].legend()
+            axes[-1].plot(steps, values, marker="o", label=name.removeprefix("val/"))
+    axes[-1].set(title="validation, moving average of the weights", xlabel="step", ylim=(0, 1))
+    axes[-1].legend()
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=100)
     plt.close(figure)
@@ -79,7 +85,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Draw the curves of a training run.")
     parser.add_argument("run", type=Path)
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=Path(PICTURE), help="default: %(default)s")
     chosen = parser.parse_args()
     draw_curves(chosen.run, chosen.output)
 

@@ -55,12 +55,15 @@ demo-weights: install  ## train the demonstration model again (hours on two core
 		--from runs/demo/checkpoint
 	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node 2 $(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo-germinal \
 		--config checkpoints/demo/wider.toml --steps 6600 --name demo-teacher --trained-on 'simulated tissue' --from runs/demo-wider/checkpoint
-	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node 2 $(VENV)/bin/staindiffuser distill runs/demo-germinal/checkpoint --data runs/demo-tiles \
+	$(VENV)/bin/staindiffuser simulate tiles --output runs/more-tiles --count 8000 --seed 12 --val-share 0.02 --test-share 0
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node 2 $(VENV)/bin/staindiffuser train --data runs/more-tiles --output runs/demo-again \
+		--config checkpoints/demo/wider.toml --steps 7200 --name demo-teacher --trained-on 'simulated tissue' --from runs/demo-germinal/checkpoint
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node 2 $(VENV)/bin/staindiffuser distill runs/demo-again/checkpoint --data runs/more-tiles \
 		--output runs/demo-few --name demo --method e2e --steps 2200 --learning-rate 3e-3
 	$(VENV)/bin/staindiffuser simulate tiles --output runs/unseen --count 1000 --seed 999 --val-share 0 --test-share 0.5
-	$(VENV)/bin/staindiffuser distill runs/demo-germinal/checkpoint --only-gate --student runs/demo-few/checkpoint --no-search --undistilled \
+	$(VENV)/bin/staindiffuser distill runs/demo-again/checkpoint --only-gate --student runs/demo-few/checkpoint --no-search --undistilled \
 		--data runs/unseen --split test --gate-tiles 500 --output runs/judged
-	@echo "copy runs/judged/checkpoint to checkpoints/demo, runs/demo-germinal/checkpoint to checkpoints/demo-teacher, and run make graphs"
+	@echo "copy runs/judged/checkpoint to checkpoints/demo, runs/demo-again/checkpoint to checkpoints/demo-teacher, and run make graphs"
 
 graphs: install  ## export the demonstration model's graphs from its weights
 	$(VENV)/bin/staindiffuser export graphs checkpoints/demo --output checkpoints/demo/graphs

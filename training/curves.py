@@ -75,7 +75,8 @@ def draw_curves(run: Path, output: Path) -> None:
         if name.startswith(("val/dab_dice/", "val/cell_dice/")):
             axes[-1].plot(steps, values, marker="o", label=name.removeprefix("val/"))
     axes[-1].set(title="validation, moving average of the weights", xlabel="step", ylim=(0, 1))
-    axes[-1].legend()
+    if axes[-1].lines:  # a short run ends before its first validation
+        axes[-1].legend()
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=100)
     plt.close(figure)

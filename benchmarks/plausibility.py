@@ -6,7 +6,6 @@ where those of the H&E lie. Both are necessary and neither is sufficient: a path
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 
 from staindiffuser.client.contract import UInt8Array
-from staindiffuser.client.output import RUN_JSON
+from staindiffuser.client.output import RUN_JSON, read_run
 from staindiffuser.client.resample import ModelView
 from staindiffuser.client.slides import open_slide
 from staindiffuser.errors import InputError
@@ -50,9 +49,9 @@ def judge(result: Path) -> list[Plausibility]:
     Raises:
         InputError: the folder is none that ``stain`` wrote, or the H&E cannot be read.
     """
-    if not (result / RUN_JSON).is_file():
-        raise InputError(f"{result / RUN_JSON} is missing: {result} is not a folder that `stain` wrote")
-    run = json.loads((result / RUN_JSON).read_text(encoding="utf-8"))
+    run = read_run(result)
+    if run is None:
+        raise InputError(f"{result / RUN_JSON} is missing or damaged: {result} is not a folder that `stain` wrote")
     mpp_x, mpp_y = run["input"]["mpp"]
     with open_slide(Path(run["input"]["path"])) as slide:
         view = ModelView(slide, (mpp_x, mpp_y), run["model"]["mpp"])

@@ -19,7 +19,7 @@ from torch import Tensor
 from staindiffuser.errors import UsageError
 from staindiffuser.files import finite
 from staindiffuser.training.config import ModelConfig, from_json
-from staindiffuser.training.curves import PICTURE as CURVES
+from staindiffuser.training.curves import CURVES
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
 from staindiffuser.training.distill.gate import gate_lines, shown
 from staindiffuser.training.errors import CheckpointError, ConfigError

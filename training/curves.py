@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from staindiffuser.training.errors import DataError
 
-__all__ = ["PICTURE", "curves_picture", "draw_curves", "read_curves"]
+__all__ = ["CURVES", "curves_picture", "draw_curves", "read_curves"]
 
 METRICS = Path("csv", "metrics.csv")
-PICTURE = "curves.png"
+CURVES = "curves.png"
 """The curves' picture, in the run folder and beside the checkpoint's card."""
 Curve = tuple[NDArray[np.int64], NDArray[np.float64]]
 
@@ -41,8 +41,8 @@ def curves_picture(run: Path) -> Path | None:
     """Draw the curves into the run's folder, for its checkpoint; None for a run too short to have any."""
     if not (run / METRICS).is_file():
         return None
-    draw_curves(run, run / PICTURE)
-    return run / PICTURE
+    draw_curves(run, run / CURVES)
+    return run / CURVES
 
 
 def draw_curves(run: Path, output: Path) -> None:
@@ -86,7 +86,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Draw the curves of a training run.")
     parser.add_argument("run", type=Path)
-    parser.add_argument("--output", type=Path, default=Path(PICTURE), help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=Path(CURVES), help="default: %(default)s")
     chosen = parser.parse_args()
     draw_curves(chosen.run, chosen.output)
 

@@ -35,9 +35,10 @@ test: install lint types  ## all tests but the slow ones, with lint and types
 test-all: install lint types  ## every test that this machine can run
 	$(RUN) -m pytest -m "not gpu and not network"
 
-lint: install  ## ruff: lint and formatting
+lint: install  ## ruff (lint, formatting) and the contracts on who may import whom
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
 
 format: install  ## let ruff rewrite the formatting
 	$(VENV)/bin/ruff check --fix .

@@ -17,7 +17,7 @@ from staindiffuser.errors import UsageError
 from staindiffuser.files import write_json
 
 if TYPE_CHECKING:
-    from staindiffuser.benchmarks.ablations import Plan
+    from staindiffuser.benchmarks.ablations import AblationStudy
 
 __all__ = ["Difference", "Spread", "claim", "differences", "write_report"]
 
@@ -41,13 +41,13 @@ TITLES = {
     "dual": "dual diffusion (ours)",
 }
 _EXPLAINED = """\
-* **U-Net regression**: one U-Net for all stains, mean squared error; as many parameters as the encoder and the picture
+* **U-Net regression**: one U-Net for all stains, mean squared error; as many parameters as the encoder and the image
   branches together.
 * **pix2pix**: the same U-Net, mean absolute error (weight 100) and a PatchGAN, whose parameters are not counted.
 * **single task**: dual diffusion without the cell branches.
 * **plain injection**: dual diffusion whose branches add the encoder's features as they are, without task attention.
 * **stains one by one**: dual diffusion, one model a stain, each with the full number of steps.
-* **dual diffusion (ours)**: one encoder, and a picture and a cell branch for each stain, all trained together."""
+* **dual diffusion (ours)**: one encoder, and an image and a cell branch for each stain, all trained together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ def differences(records: Sequence[Record], arm: str = "dual") -> list[Difference
 
 
 def _value(record: Record, metric: str) -> float:
-    """Mean of the stains; 0 where a stain has none, as the correlation with a picture of one colour."""
+    """Mean of the stains; 0 where a stain has none, as the correlation with an image of one colour."""
     return statistics.fmean(values.get(metric, 0.0) for values in record["stains"].values())
 
 
@@ -153,7 +153,7 @@ def claim(found: Sequence[Difference]) -> str:
     return text
 
 
-def write_report(plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
+def write_report(study: AblationStudy, records: Sequence[Record]) -> dict[str, Any]:
     """Write ``results.json``, ``ablations.md`` and ``ablations.png``; returns what stands in the first.
 
     Raises:
@@ -179,12 +179,12 @@ def write_report(plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
         "hardware": _hardware(),
         "runs": list(records),
     }
-    write_json(plan.output / "results.json", report)
+    write_json(study.output / "results.json", report)
     try:
-        (plan.output / "ablations.md").write_text(_markdown(plan, records, found), encoding="utf-8")
-        _draw(records, found, plan.output / "ablations.png")
+        (study.output / "ablations.md").write_text(_markdown(study, records, found), encoding="utf-8")
+        _draw(records, found, study.output / "ablations.png")
     except OSError as error:
-        raise UsageError(f"{plan.output} cannot be written: {error.strerror}; choose another --output") from error
+        raise UsageError(f"{study.output} cannot be written: {error.strerror}; choose another --output") from error
     return report
 
 
@@ -203,10 +203,10 @@ def _hardware() -> str:
     return f"CPU, {platform.machine()}, torch threads: {torch.get_num_threads()}"
 
 
-def _markdown(plan: Plan, records: Sequence[Record], found: Sequence[Difference]) -> str:
+def _markdown(study: AblationStudy, records: Sequence[Record], found: Sequence[Difference]) -> str:
     stains = list(records[0]["stains"])
     scored = records[0]["settings"]["scored_tiles"]
-    seeds = f"over {plan.seeds} seeds" if plan.seeds > 1 else "of one seed"
+    seeds = f"over {study.seeds} seeds" if study.seeds > 1 else "of one seed"
     return f"""\
 # Baselines and ablations
 
@@ -219,7 +219,7 @@ short budget: they are no measure of the best that each could reach.
 ![DAB-Dice over training tiles, and dual minus single](ablations.png)
 
 Mean ± standard deviation {seeds}; {" / ".join(stains)}. Scored on {scored} tiles of slides that no arm trained on,
-pooled over all pixels. Radial power is 1 for a picture as sharp and as noisy as the real stain. Seconds are of
+pooled over all pixels. Radial power is 1 for an image as sharp and as noisy as the real stain. Seconds are of
 training; in brackets, those that cores of the processor worked on it.
 
 {_table(records, stains)}
@@ -230,7 +230,7 @@ Differences, mean of the stains, paired by seed, so on the same tiles and crops;
 
 {_EXPLAINED}
 
-{_settings(plan, records)}
+{_settings(study, records)}
 """
 
 
@@ -272,17 +272,17 @@ def _pairs(found: Sequence[Difference]) -> str:
     return "\n".join(lines)
 
 
-def _settings(plan: Plan, records: Sequence[Record]) -> str:
-    train, model = plan.preset.train, plan.preset.model
+def _settings(study: AblationStudy, records: Sequence[Record]) -> str:
+    train, model = study.preset.train, study.preset.model
     rates = {r["settings"]["arm"]: r["settings"]["train"]["learning_rate"] for r in records}
-    cut = f"cut to {plan.tile} × {plan.tile} pixels" if plan.tile else "whole"
-    widths = [", ".join(map(str, part.channels)) for part in (model.encoder, model.picture, model.cells)]
+    cut = f"cut to {study.tile} × {study.tile} pixels" if study.tile else "whole"
+    widths = [", ".join(map(str, part.channels)) for part in (model.encoder, model.image, model.cells)]
     return f"""\
 Settings: tiles {cut}; {train.steps:,} steps of {train.batch} crops of {train.crop} × {train.crop} pixels; Adam,
 {train.warmup} steps of warm-up, the last {train.cooldown:.0%} of the steps cooling down; moving average of the weights;
-ln σ ~ N({train.p_mean}, {train.p_std}²) and {plan.sampler_steps} sampler steps where there is diffusion.
+ln σ ~ N({train.p_mean}, {train.p_std}²) and {study.sampler_steps} sampler steps where there is diffusion.
 Peak learning rates: {", ".join(f"{TITLES[arm]} {rates[arm]:g}" for arm in TITLES if arm in rates)}.
-Channels per level: encoder {widths[0]}; picture branch {widths[1]}; cell branch {widths[2]}.
+Channels per level: encoder {widths[0]}; image branch {widths[1]}; cell branch {widths[2]}.
 Each seed draws its own tiles, weights, crops and noise; its larger sets of tiles hold the smaller ones.
 Machine: {_hardware()}."""
 

@@ -11,51 +11,51 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from staindiffuser.training.data.dataset import load_tile
-from staindiffuser.training.data.pairs import PairedTile, PairedTiles, PairedTilesWriter, check_one_split
 from staindiffuser.training.errors import DataError
+from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, PairedTilesWriter, check_one_split
 
 if TYPE_CHECKING:
-    from staindiffuser.benchmarks.ablations import Plan
+    from staindiffuser.benchmarks.ablations import AblationStudy
 
 __all__ = ["fingerprint", "open_tiles", "subset"]
 
 
-def open_tiles(plan: Plan, progress: Callable[[str], None]) -> tuple[PairedTiles, tuple[PairedTile, ...]]:
+def open_tiles(study: AblationStudy, progress: Callable[[str], None]) -> tuple[PairedTiles, tuple[PairedTile, ...]]:
     """The tiles to train on, and those to score on, spread over their split; cut if asked for.
 
     Raises:
         DataError: too few tiles, too small ones, a stain that is missing, or a slide on both sides.
     """
-    tiles = PairedTiles.load(plan.data, mpp=plan.preset.model.mpp)
-    others = PairedTiles.load(plan.test, mpp=plan.preset.model.mpp) if plan.test else tiles
+    tiles = PairedTiles.load(study.data, mpp=study.preset.model.mpp)
+    others = PairedTiles.load(study.test, mpp=study.preset.model.mpp) if study.test else tiles
     path = others.folder / "tiles.csv"
     for stain in tiles.stains:
         if stain not in others.stains:
-            raise DataError(f"{path}, row 1: column {stain!r} is missing, which {plan.data} has")
-    train, rows = tiles.split("train"), others.split(plan.split)
-    largest = max((size for size in plan.sizes if size is not None), default=1)
+            raise DataError(f"{path}, row 1: column {stain!r} is missing, which {study.data} has")
+    train, rows = tiles.split("train"), others.split(study.split)
+    largest = max((size for size in study.sizes if size is not None), default=1)
     if len(train) < largest:
-        raise DataError(f"{plan.data / 'tiles.csv'}: {len(train)} training tiles, but --sizes asks for {largest}")
+        raise DataError(f"{study.data / 'tiles.csv'}: {len(train)} training tiles, but --sizes asks for {largest}")
     if not rows:
-        raise DataError(f"{path}: no rows with split {plan.split!r} to score on; name another folder with --test")
-    rows = rows[:: max(1, len(rows) // plan.test_tiles)][: plan.test_tiles]
+        raise DataError(f"{path}: no rows with split {study.split!r} to score on; name another folder with --test")
+    rows = rows[:: max(1, len(rows) // study.test_tiles)][: study.test_tiles]
     check_one_split((*train, *rows))
-    side = plan.tile or plan.preset.train.crop
+    side = study.tile or study.preset.train.crop
     for row in (*train, *rows):
         if min(row.size) < side:
             raise DataError(
                 f"{row.file}, row {row.row}: the tile is {row.size[0]} × {row.size[1]}, smaller than {side}: "
                 "use --tile or --crop"
             )
-    if None not in plan.sizes:
+    if None not in study.sizes:
         order = np.random.default_rng(0).permutation(len(train))[:largest]
         train = tuple(train[index] for index in sorted(order))
     tiles = dataclasses.replace(tiles, tiles=train)
-    if plan.tile is None:
+    if study.tile is None:
         return tiles, rows
-    progress(f"{len(train)} training tiles and {len(rows)} to score on, cut to {plan.tile} × {plan.tile}")
-    cut = _cut(tiles, rows, plan.tile, plan.output)
-    return dataclasses.replace(cut, tiles=cut.split("train")), cut.split(plan.split)
+    progress(f"{len(train)} training tiles and {len(rows)} to score on, cut to {study.tile} × {study.tile}")
+    cut = _cut(tiles, rows, study.tile, study.output)
+    return dataclasses.replace(cut, tiles=cut.split("train")), cut.split(study.split)
 
 
 def _cut(tiles: PairedTiles, rows: tuple[PairedTile, ...], side: int, output: Path) -> PairedTiles:

@@ -31,14 +31,14 @@ from staindiffuser.training.baselines.pix2pix import Pix2PixModule
 from staindiffuser.training.baselines.unet import RegressionModule, parameter_count
 from staindiffuser.training.config import PRESETS, ModelConfig, Preset, TrainConfig, WidthConfig
 from staindiffuser.training.data.dataset import CropDataset, load_tile, measure_stains
-from staindiffuser.training.data.pairs import PairedTile, PairedTiles, Split
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
-from staindiffuser.training.evaluate import evaluate_tiles
+from staindiffuser.training.evaluation.evaluate import evaluate_tiles
+from staindiffuser.training.evaluation.metrics import StainScore
 from staindiffuser.training.loop import RunOptions, fit
-from staindiffuser.training.metrics import StainScore
 from staindiffuser.training.module import TASKS, TeacherModule
+from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, Split
 
-__all__ = ["ARMS", "EVERY_SIZE", "SMALL", "ArmName", "Plan", "Run", "bench_ablations", "chosen_preset"]
+__all__ = ["ARMS", "EVERY_SIZE", "SMALL", "AblationStudy", "ArmName", "Run", "bench_ablations", "chosen_preset"]
 
 ArmName = Literal["regression", "pix2pix", "single", "plain", "separate", "dual"]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
@@ -50,7 +50,7 @@ Scores = dict[str, dict[str, float]]
 SMALL = Preset(
     model=ModelConfig(
         encoder=WidthConfig(channels=(16, 24, 32, 48)),
-        picture=WidthConfig(channels=(16, 32, 48, 64)),
+        image=WidthConfig(channels=(16, 32, 48, 64)),
         cells=WidthConfig(channels=(8, 16, 24, 32)),
         embedding=64,
     ),
@@ -71,7 +71,7 @@ _DIFFUSION, _BASELINES = ("diffusion", "infer.py", "model"), ("baselines", "mode
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class AblationStudy:
     """What is compared, on what, and for how long."""
 
     data: Path
@@ -144,8 +144,8 @@ def chosen_preset(name: str, *, steps: int | None = None, batch: int | None = No
     return dataclasses.replace(preset, train=dataclasses.replace(preset.train, **changes))
 
 
-def bench_ablations(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Do every run of the plan that is not done yet, then write the table, the chart and ``results.json``.
+def bench_ablations(study: AblationStudy, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Do every run of the study that is not done yet, then write the table, the chart and ``results.json``.
 
     Returns:
         what stands in ``results.json``.
@@ -159,38 +159,38 @@ def bench_ablations(plan: Plan, progress: Callable[[str], None]) -> dict[str, An
         raise DependencyError("matplotlib is not installed, which draws the chart: pip install 'staindiffuser[dev]'")
     from staindiffuser.benchmarks.ablation_report import write_report
 
-    tiles, rows = open_tiles(plan, progress)
+    tiles, rows = open_tiles(study, progress)
     shared = {
         "data": fingerprint(tiles.split("train")),
         "scored_on": fingerprint(rows),
         "scored_tiles": len(rows),
     }
-    code = {arm: _code(*_CODE, *(_BASELINES if arm in LEARNING_RATES else _DIFFUSION)) for arm in plan.arms}
-    runs = list(plan.runs())
+    code = {arm: _code(*_CODE, *(_BASELINES if arm in LEARNING_RATES else _DIFFUSION)) for arm in study.arms}
+    runs = list(study.runs())
     records = []
     for number, run in enumerate(runs, 1):
-        config = plan.recipe(run)
+        config = study.recipe(run)
         about = {
             "arm": run.arm,
             "tiles": len(subset(tiles, run.tiles, run.seed).tiles),
             "seed": run.seed,
-            "model": dataclasses.asdict(plan.preset.model),
+            "model": dataclasses.asdict(study.preset.model),
             "train": dataclasses.asdict(config),
-            "sampler_steps": None if run.arm in LEARNING_RATES else plan.sampler_steps,
+            "sampler_steps": None if run.arm in LEARNING_RATES else study.sampler_steps,
             "code": code[run.arm],
             **shared,
         }
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        file = plan.output / "runs" / f"{run.name}.json"
-        record = _finished(file, key) if plan.resume else None
+        file = study.output / "runs" / f"{run.name}.json"
+        record = _finished(file, key) if study.resume else None
         if record is None:
-            record = {"key": key, "settings": about, **_do(plan, run, config, tiles, rows, file.with_suffix(""), key)}
+            record = {"key": key, "settings": about, **_do(study, run, config, tiles, rows, file.with_suffix(""), key)}
             write_json(file, record)
             progress(f"[{number}/{len(runs)}] {run.name}: {_line(record)}")
         else:
             progress(f"[{number}/{len(runs)}] {run.name}: done before")
         records.append(record)
-    return write_report(plan, records)
+    return write_report(study, records)
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -207,7 +207,13 @@ def _finished(file: Path, key: str) -> dict[str, Any] | None:
 
 
 def _do(
-    plan: Plan, run: Run, config: TrainConfig, tiles: PairedTiles, rows: tuple[PairedTile, ...], folder: Path, key: str
+    study: AblationStudy,
+    run: Run,
+    config: TrainConfig,
+    tiles: PairedTiles,
+    rows: tuple[PairedTile, ...],
+    folder: Path,
+    key: str,
 ) -> dict[str, Any]:
     """Train and score; what is kept on the way is in a folder of this key and goes when it is done."""
     folder = folder.with_name(f"{folder.name}-{key[:12]}")
@@ -217,12 +223,12 @@ def _do(
     scores: Scores = {}
     for stains in parts:
         part = dataclasses.replace(chosen, stains=stains)
-        model = dataclasses.replace(plan.preset.model, stains=measure_stains(part))
+        model = dataclasses.replace(study.preset.model, stains=measure_stains(part))
         torch.manual_seed(run.seed)
         module = _module(run.arm, model, config)
         clock += _fit(module, part, config, folder / "-".join(stains))
         parameters += _trained_parameters(module)
-        scores |= _score(module, rows, plan.sampler_steps)
+        scores |= _score(module, rows, study.sampler_steps)
     shutil.rmtree(folder)
     return {
         "models": len(parts),
@@ -282,10 +288,10 @@ def _module(arm: ArmName, model: ModelConfig, config: TrainConfig) -> Regression
         return RegressionModule(model, config)
     if arm == "pix2pix":
         return Pix2PixModule(model, config)
-    module = TeacherModule(model, config, tasks=("pictures",) if arm == "single" else TASKS)
+    module = TeacherModule(model, config, tasks=("images",) if arm == "single" else TASKS)
     if arm == "plain":
         for network in (module.net, module.ema):
-            for branch in (*network.pictures.values(), *network.cells.values()):
+            for branch in (*network.images.values(), *network.cells.values()):
                 branch.add_module("attention", _Unchanged())
     return module
 
@@ -308,9 +314,9 @@ def _score(module: RegressionModule | TeacherModule, rows: tuple[PairedTile, ...
         scores = {stain: StainScore(mpp=rows[0].mpp) for stain in stains}
         for row in rows:
             data = load_tile(row, stains)
-            pictures = module.stain_tiles(data["he"][None])
+            images = module.stain_tiles(data["he"][None])
             for stain, score in scores.items():
-                score.add(virtual=pictures[stain][0], real=data[stain], mask=data[f"{stain}_mask"])
+                score.add(virtual=images[stain][0], real=data[stain], mask=data[f"{stain}_mask"])
     return {
         stain: {
             name: value

@@ -62,7 +62,7 @@ def ablations(
     """
     from typing import get_args
 
-    from staindiffuser.benchmarks.ablations import ArmName, Plan, bench_ablations, chosen_preset
+    from staindiffuser.benchmarks.ablations import AblationStudy, ArmName, bench_ablations, chosen_preset
     from staindiffuser.errors import UsageError
 
     known = {name: name for name in get_args(ArmName)}
@@ -70,7 +70,7 @@ def ablations(
     for name in wanted:
         if name not in known:
             raise UsageError(f"--arms: {name!r} is unknown; known are {', '.join(known)}")
-    plan = Plan(
+    study = AblationStudy(
         data=data,
         output=output,
         preset=chosen_preset(preset.value, steps=steps, batch=batch, crop=crop),
@@ -85,7 +85,7 @@ def ablations(
         learning_rate=learning_rate,
         resume=resume,
     )
-    report = bench_ablations(plan, lambda message: typer.echo(message, err=True))
+    report = bench_ablations(study, lambda message: typer.echo(message, err=True))
     for line in report["findings"]:
         typer.echo(line)
     typer.echo(f"table: {output / 'ablations.md'}")

@@ -192,7 +192,7 @@ def engines(
     for name, milliseconds in report.engine_ms.items():
         typer.echo(f"{name:>16} {milliseconds:8.1f} ms")
     typer.echo(
-        f"four stains: {report.four_stains_ms:.0f} ms, encoder + 4 pictures + 4 cell maps alone "
+        f"four stains: {report.four_stains_ms:.0f} ms, encoder + 4 images + 4 cell maps alone "
         f"{report.four_stains_sum_ms:.0f} ms: x {report.four_stains_ratio:.3f}"
     )
 

@@ -71,7 +71,7 @@ class EnginesReport:
     """Each engine alone, batch 1."""
     four_stains_ms: float
     four_stains_sum_ms: float
-    """t_encoder + 4 t_picture + 4 t_cells."""
+    """t_encoder + 4 t_image + 4 t_cells."""
     four_stains_ratio: float
 
 
@@ -200,7 +200,7 @@ def _batch_report(batch: int, seconds: Mapping[str, Sequence[float]], flops: flo
 
 def _inputs(graphs: GraphSet, batch: int) -> Arrays:
     rng = np.random.default_rng(batch)
-    picture, cells = tile_noise(
+    image, cells = tile_noise(
         np.arange(batch, dtype=np.int64)[:, None],
         np.zeros((batch, 2), np.int64),
         steps=graphs.steps,
@@ -208,7 +208,7 @@ def _inputs(graphs: GraphSet, batch: int) -> Arrays:
         width=graphs.tile,
     )
     he = rng.integers(0, 256, (batch, graphs.tile, graphs.tile, 3), dtype=np.uint8)
-    return {"HE": he, "NOISE": picture, "NOISE_CELLS": cells}
+    return {"HE": he, "NOISE": image, "NOISE_CELLS": cells}
 
 
 def _run(engine: OnnxRuntimeEngine, graphs: GraphSet, name: str, tensors: Arrays) -> Arrays:
@@ -257,8 +257,8 @@ def _torch_sides(checkpoint: Path, graphs: GraphSet) -> tuple[Callable[[Arrays],
         features = network.encoder(he_to_network(torch.from_numpy(inputs["HE"])))
         noise = torch.from_numpy(inputs["NOISE"]).float().unbind(1)
         for stain in config.stains:
-            y = few_step(network.denoiser("pictures", stain.name, features), list(noise), graphs.sigmas)
-            unstandardize(y, stain, "pictures", config.sigma_data).clamp(0, 1).mul(255).round().to(torch.uint8)
+            y = few_step(network.denoiser("images", stain.name, features), list(noise), graphs.sigmas)
+            unstandardize(y, stain, "images", config.sigma_data).clamp(0, 1).mul(255).round().to(torch.uint8)
             cell_noise = [torch.from_numpy(inputs["NOISE_CELLS"]).float()]
             y = few_step(network.denoiser("cells", stain.name, features), cell_noise, [config.sigma_max])
             unstandardize(y, stain, "cells", config.sigma_data).clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -266,7 +266,7 @@ def _torch_sides(checkpoint: Path, graphs: GraphSet) -> tuple[Callable[[Arrays],
     encoder = EncoderEngine(network).eval()
     branches = []
     for stain in config.stains:
-        branches.append((BranchEngine(network, "pictures", stain, graphs.sigmas).eval(), "NOISE"))
+        branches.append((BranchEngine(network, "images", stain, graphs.sigmas).eval(), "NOISE"))
         branches.append((BranchEngine(network, "cells", stain, [config.sigma_max]).eval(), "NOISE_CELLS"))
 
     @torch.inference_mode()

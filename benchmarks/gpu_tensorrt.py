@@ -38,7 +38,7 @@ class TensorRTStage:
     Args:
         trt: the module.
         network: one stain.
-        name: as in ``verify_gpu``: ``encoder``, ``picture k=2``, ``cells``.
+        name: as in ``verify_gpu``: ``encoder``, ``image k=2``, ``cells``.
         trunk: what the convolutions compute in.
         tile: pixels.
         batches: one optimisation profile each.

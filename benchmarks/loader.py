@@ -73,7 +73,7 @@ def bench_loader(
         DataError: the tiles cannot be used.
     """
     from staindiffuser.training.data.dataset import CropDataset
-    from staindiffuser.training.data.mixing import open_tiles
+    from staindiffuser.training.tiles.mixed_tiles import open_tiles
 
     tiles = open_tiles(data)
     dataset = CropDataset(tiles, crop=crop, seed=0, cache_bytes=0)

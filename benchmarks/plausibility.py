@@ -15,12 +15,12 @@ import tifffile
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
-from staindiffuser.client.contract import UInt8Array
 from staindiffuser.client.output import RUN_JSON, read_run
 from staindiffuser.client.resample import ModelView
-from staindiffuser.client.slides import open_slide
 from staindiffuser.errors import InputError
-from staindiffuser.training.data.optical_density import dab_density, hematoxylin_density, optical_density
+from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.optical_density import dab_density, hematoxylin_density, optical_density
+from staindiffuser.imaging.slides import open_slide
 
 __all__ = ["Plausibility", "judge"]
 
@@ -44,7 +44,7 @@ class Plausibility:
 def judge(result: Path) -> list[Plausibility]:
     """Judge a result folder that ``stain`` wrote; its H&E must still be where ``run.json`` says.
 
-    Pictures are read whole: meant for small slides.
+    Images are read whole: meant for small slides.
 
     Raises:
         InputError: the folder is none that ``stain`` wrote, or the H&E cannot be read.

@@ -1,6 +1,6 @@
 """How well sections are registered: real pairs with landmarks, as scanned or turned with a third erased; wrong pairs.
 
-A wrong pair has no right answer: the only good one is to refuse it. Each is a picture that a laboratory could pick by
+A wrong pair has no right answer: the only good one is to refuse it. Each is an image that a laboratory could pick by
 mistake: the section upside down (mirrored), or the section of another block.
 """
 
@@ -18,12 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from staindiffuser.training.data.prepare.features import glass_colour
-from staindiffuser.training.data.prepare.landmarks import Points, read_pair, target_error
-from staindiffuser.training.data.prepare.overview import overviews
-from staindiffuser.training.data.prepare.registration import LEAST_SCORE, WORKING_SIDE, Registration, register
-from staindiffuser.training.data.prepare.sections import Section
+from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.training.errors import DataError
+from staindiffuser.training.prepare.overview import overviews
+from staindiffuser.training.prepare.registration.features import glass_colour
+from staindiffuser.training.prepare.registration.landmarks import Points, read_pair, target_error
+from staindiffuser.training.prepare.registration.register import LEAST_SCORE, WORKING_SIDE, Registration, register
+from staindiffuser.training.prepare.sections import Section
 
 __all__ = [
     "OWN",
@@ -35,10 +36,9 @@ __all__ = [
     "turned_and_erased",
 ]
 
-UInt8Array = npt.NDArray[np.uint8]
 
 MPP = 10.0
-"""Pixel size that the pictures are said to have, µm; it cancels out."""
+"""Pixel size that the images are said to have, µm; it cancels out."""
 SIDES = ("left", "top", "right", "bottom")
 """In the order in which quarter turns bring them to the left."""
 FIRST_ANGLE = 22.5
@@ -141,7 +141,7 @@ class RegistrationReport:
 
 
 def find_section_pairs(folder: Path) -> list[SectionPair]:
-    """Pairs in ANHIR's layout: ``NAME_HE.jpg`` and IHC pictures in one folder, landmarks beside each as ``.csv``.
+    """Pairs in ANHIR's layout: ``NAME_HE.jpg`` and IHC images in one folder, landmarks beside each as ``.csv``.
 
     Raises:
         DataError: there is none.
@@ -153,31 +153,31 @@ def find_section_pairs(folder: Path) -> list[SectionPair]:
         if ihc != he and ihc.with_suffix(".csv").is_file()
     ]
     if not pairs:
-        raise DataError(f"{folder} holds no pair: expected NAME_HE.jpg and another picture, each with a .csv beside it")
+        raise DataError(f"{folder} holds no pair: expected NAME_HE.jpg and another image, each with a .csv beside it")
     return pairs
 
 
 def turned_and_erased(
-    picture: UInt8Array, points: Points, degrees: float, side: str | None
+    image: UInt8Array, points: Points, degrees: float, side: str | None
 ) -> tuple[UInt8Array, Points, npt.NDArray[np.bool_]]:
-    """A picture with a third of it made glass, then turned on a canvas that holds all of it.
+    """An image with a third of it made glass, then turned on a canvas that holds all of it.
 
     Args:
-        picture: uint8 [H, W, 3].
+        image: uint8 [H, W, 3].
         points: [n, 2] (x, y) on it, pixels.
         degrees: counter-clockwise.
         side: of :data:`SIDES`, or None to erase nothing.
 
     Returns:
-        The picture, the points on it, and which of them were not erased.
+        The image, the points on it, and which of them were not erased.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     there = np.ones((height, width), bool)
     if side is not None:
         left = np.rot90(there, SIDES.index(side))  # a view
         left[:, : left.shape[1] // 3] = False
-    glass = np.rint(glass_colour(picture))
-    kept = np.where(there[..., None], picture, glass.astype(np.uint8))
+    glass = np.rint(glass_colour(image))
+    kept = np.where(there[..., None], image, glass.astype(np.uint8))
     cos, sin = abs(np.cos(np.radians(degrees))), abs(np.sin(np.radians(degrees)))
     # Not a pixel more for what is rounding only, at quarter turns.
     size = (int(np.ceil(width * cos + height * sin - 1e-6)), int(np.ceil(width * sin + height * cos - 1e-6)))
@@ -218,14 +218,14 @@ def bench_registration(
     with tempfile.TemporaryDirectory() as scratch:
         for pair in pairs:
             he_points, ihc_points = pair.landmarks()
-            for ihc, picture in _pictures(pair, pairs):
-                diagonal = float(np.hypot(picture.shape[0], picture.shape[1]))
+            for ihc, image in _images(pair, pairs):
+                diagonal = float(np.hypot(image.shape[0], image.shape[1]))
                 if ihc == OWN:
                     report.landmarks[pair.name] = len(he_points)
                     before = target_error(he_points, ihc_points, he_points, diagonal).median
                     report.before[pair.name] = round(before, 5)
                 for degrees, side in poses:
-                    turned, points, there = turned_and_erased(picture, ihc_points, degrees, side)
+                    turned, points, there = turned_and_erased(image, ihc_points, degrees, side)
                     found, places, seconds, cpu_seconds = _registered(pair.he, turned, he_points, Path(scratch))
                     median = maximum = None
                     if ihc == OWN and there.any():
@@ -250,7 +250,7 @@ def bench_registration(
     return report
 
 
-def _pictures(pair: SectionPair, pairs: Sequence[SectionPair]) -> Iterator[tuple[str, UInt8Array]]:
+def _images(pair: SectionPair, pairs: Sequence[SectionPair]) -> Iterator[tuple[str, UInt8Array]]:
     """The pair's own IHC, and wrong ones: [H, W, 3]."""
     own = _read(pair.ihc)
     yield OWN, own
@@ -263,7 +263,7 @@ def _read(path: Path) -> UInt8Array:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except OSError as error:
-        raise DataError(f"{path} cannot be read as a picture: {error}") from error
+        raise DataError(f"{path} cannot be read as an image: {error}") from error
 
 
 def _registered(he: Path, ihc: UInt8Array, points: Points, scratch: Path) -> tuple[Registration, Points, float, float]:

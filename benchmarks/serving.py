@@ -1,6 +1,6 @@
 """What the server costs: the same tiles through Triton and through the engines called directly in this process.
 
-Both sides compute everything (noise, encoder, a picture and a cell map per stain), with the same number of threads per
+Both sides compute everything (noise, encoder, an image and a cell map per stain), with the same number of threads per
 engine, the same batches, and the same bytes out. Rounds of the two alternate, so that a slow moment of the machine
 meets both; the result is the ratio of their throughputs, round by round.
 """
@@ -248,10 +248,10 @@ def _stage_times(
         times[name] = statistics.median(seconds) * 1e3 / batch
 
     def noise() -> Arrays:
-        picture, cells = philox.tile_noise(
+        image, cells = philox.tile_noise(
             inputs["SEED"], inputs["ORIGIN"], steps=manifest.steps, height=manifest.tile, width=manifest.tile
         )
-        return {"NOISE": picture, "NOISE_CELLS": cells}
+        return {"NOISE": image, "NOISE_CELLS": cells}
 
     measure("noise", noise)
     for name in ("he_encoder", *(engine for engine in engines if engine != "he_encoder")):

@@ -1,7 +1,7 @@
 """What the engines do on an NVIDIA GPU: ``make verify-gpu``. Needs torch (2.11 or newer) and NumPy, nothing else.
 
 It finds what is installed, checks every engine against torch in float32, and measures each stage (the encoder, a
-picture at k = 1, 2, 4, its cells) at each batch size: eager, compiled, under a captured CUDA graph, and by TensorRT
+image at k = 1, 2, 4, its cells) at each batch size: eager, compiled, under a captured CUDA graph, and by TensorRT
 where it is installed. Times are CUDA events; floating-point operations are counted by torch; the share is of the
 fastest matrix product that the same card shows. Measurements that no longer fit into the time limit are left out and
 listed.
@@ -254,7 +254,7 @@ def _stages(network: DualDiffusion, trunk: torch.dtype) -> dict[str, nn.Module]:
     cpu = network.cpu()  # folding builds its constants where the weights are
     stages: dict[str, nn.Module] = {"encoder": EncoderEngine(cpu, trunk)}
     for k in STEPS:
-        stages[f"picture k={k}"] = BranchEngine(cpu, "pictures", stain, START_SIGMAS[k], trunk)
+        stages[f"image k={k}"] = BranchEngine(cpu, "images", stain, START_SIGMAS[k], trunk)
     stages["cells"] = BranchEngine(cpu, "cells", stain, [cpu.config.sigma_max], trunk)
     network.to(device)
     return {name: module.eval().to(device) for name, module in stages.items()}
@@ -294,8 +294,8 @@ def _parity(
     for k in STEPS:
         noise, cell_noise = sampler_noise(seeds, origins, steps=k, size=(tile, tile))
         golden = stain_tiles(network, he, sigmas=START_SIGMAS[k], seeds=seeds, origins=origins)
-        picture = stages[f"picture k={k}"](*features, torch.from_numpy(noise).to(device))
-        results[f"picture k={k}"] = _difference(picture, golden["STAIN_CD3"])
+        image = stages[f"image k={k}"](*features, torch.from_numpy(noise).to(device))
+        results[f"image k={k}"] = _difference(image, golden["STAIN_CD3"])
         if k == 1:
             cells = stages["cells"](*features, torch.from_numpy(cell_noise).to(device))
             results["cells"] = _difference(cells, golden["CELLS_CD3"])

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from staindiffuser.client.contract import ModelContract as ModelContract
     from staindiffuser.client.contract import Stainer as Stainer
     from staindiffuser.client.options import StainingOptions as StainingOptions
-    from staindiffuser.client.slides import open_slide as open_slide
     from staindiffuser.client.staining import stain_slide as stain_slide
+    from staindiffuser.imaging.slides import open_slide as open_slide
 
 _HOME = {
     "StainClient": "connection",

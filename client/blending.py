@@ -1,4 +1,4 @@
-"""Tiles into one picture: neighbours are blended with ramps, in integers, so that no order of arrival shows.
+"""Tiles into one image: neighbours are blended with ramps, in integers, so that no order of arrival shows.
 
 Weights are integers and sums are exact, therefore a pixel is the same whichever tile came first, whichever region is
 composed, and in however many threads.
@@ -13,21 +13,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from staindiffuser.client.contract import UInt8Array
-from staindiffuser.client.tiling import Tile, TileGrid
-from staindiffuser.client.tissue import TissueMask
+from staindiffuser.client.tiling import GridTile, TileGrid
+from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.tissue import TissueMask
 
-__all__ = ["Mosaic", "Plane", "ramp_weights"]
+__all__ = ["Mosaic", "OutputImage", "ramp_weights"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plane:
-    """One picture that is put together."""
+class OutputImage:
+    """One image that is put together."""
 
     tensor: str
     """The server's output that it is made of."""
     channels: int
-    """3 for a picture, 1 for a cell map."""
+    """3 for an image, 1 for a cell map."""
     background: int
     """Value of what was not stained: 255 is white glass, 0 is no cell."""
 
@@ -35,7 +35,7 @@ class Plane:
 class Mosaic:
     """Holds the tiles that are still needed and composes regions of them; safe to use from many threads."""
 
-    def __init__(self, grid: TileGrid, planes: tuple[Plane, ...], mask: TissueMask | None = None) -> None:
+    def __init__(self, grid: TileGrid, planes: tuple[OutputImage, ...], mask: TissueMask | None = None) -> None:
         """Start empty.
 
         Args:
@@ -50,7 +50,7 @@ class Mosaic:
         self._tiles: dict[tuple[int, int], dict[str, UInt8Array]] = {}
         self._lock = threading.Lock()
 
-    def add(self, tile: Tile, outputs: Mapping[str, UInt8Array]) -> None:
+    def add(self, tile: GridTile, outputs: Mapping[str, UInt8Array]) -> None:
         """Take a stained tile: per plane's tensor, uint8 [T, T, C]. Its margin is cropped away."""
         x0, x1 = self._grid.shown(tile.x, self._grid.width)
         y0, y1 = self._grid.shown(tile.y, self._grid.height)
@@ -69,7 +69,7 @@ class Mosaic:
             for key in [key for key in self._tiles if key[0] < row]:
                 del self._tiles[key]
 
-    def compose(self, plane: Plane, x: int, y: int, width: int, height: int) -> UInt8Array | None:
+    def compose(self, plane: OutputImage, x: int, y: int, width: int, height: int) -> UInt8Array | None:
         """A region, uint8 [height, width, C]; None where nothing of it was stained: it is all background."""
         grid = self._grid
         rows, columns = grid.rows_that_show(y, y + height), grid.columns_that_show(x, x + width)
@@ -82,16 +82,16 @@ class Mosaic:
             }
         if not tiles:
             return None
-        picture_HWC = np.full((height, width, plane.channels), plane.background, dtype=np.uint8)
+        image_HWC = np.full((height, width, plane.channels), plane.background, dtype=np.uint8)
         for y0, y1, over in grid.row_segments(y, y + height):
             for x0, x1, beside in grid.column_segments(x, x + width):
                 parts = [tiles[row, column] for row in over for column in beside if (row, column) in tiles]
                 if parts:
                     blended = self._blend(parts, x0, y0, x1, y1)
-                    picture_HWC[y0 - y : y1 - y, x0 - x : x1 - x] = blended
-        return self._faded(picture_HWC, plane, x, y)
+                    image_HWC[y0 - y : y1 - y, x0 - x : x1 - x] = blended
+        return self._faded(image_HWC, plane, x, y)
 
-    def _blend(self, parts: list[tuple[Tile, UInt8Array]], x0: int, y0: int, x1: int, y1: int) -> UInt8Array:
+    def _blend(self, parts: list[tuple[GridTile, UInt8Array]], x0: int, y0: int, x1: int, y1: int) -> UInt8Array:
         """A region that all of these tiles (at most four) cover."""
         grid = self._grid
         crops = []
@@ -109,13 +109,13 @@ class Mosaic:
             total_HW1 += weight_HW1
         return ((sums_HWC + (total_HW1 >> np.uint32(1))) // total_HW1).astype(np.uint8)
 
-    def _faded(self, picture_HWC: UInt8Array, plane: Plane, x: int, y: int) -> UInt8Array:
-        height, width = picture_HWC.shape[:2]
+    def _faded(self, image_HWC: UInt8Array, plane: OutputImage, x: int, y: int) -> UInt8Array:
+        height, width = image_HWC.shape[:2]
         opacity_HW = None if self._mask is None else self._mask.opacity(x, y, width, height)
         if opacity_HW is None:
-            return picture_HWC
+            return image_HWC
         opacity_HW1 = opacity_HW[..., None].astype(np.uint32)
-        faded = picture_HWC * opacity_HW1 + plane.background * (256 - opacity_HW1)
+        faded = image_HWC * opacity_HW1 + plane.background * (256 - opacity_HW1)
         return ((faded + 128) >> 8).astype(np.uint8)
 
 

@@ -22,8 +22,9 @@ from scipy import ndimage
 from skimage.feature import peak_local_max
 from skimage.segmentation import watershed
 
-from staindiffuser.client.contract import Stain, UInt8Array
-from staindiffuser.client.ome import SIDE
+from staindiffuser.client.contract import ServedStain
+from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.ome_tiff import SIDE
 
 __all__ = ["BlockCells", "Cell", "CellsFile", "find_cells"]
 
@@ -159,7 +160,7 @@ class _Outlines:
 class BlockCells:
     """Finds the cells of one stain, row of blocks by row of blocks, as its map is composed."""
 
-    def __init__(self, stain: Stain, number: int, mpp: float, scale: tuple[float, float], rows: int) -> None:
+    def __init__(self, stain: ServedStain, number: int, mpp: float, scale: tuple[float, float], rows: int) -> None:
         """Start.
 
         Args:

@@ -21,9 +21,9 @@ from staindiffuser.client.errors import OutputError
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.output import RUN_JSON, ResultFolder
 from staindiffuser.client.progress import Reporter, TerminalReporter
-from staindiffuser.client.slides import open_slide
 from staindiffuser.client.staining import stain_slide
 from staindiffuser.errors import EXIT_SOME_FAILED, InputError, StainDiffuserError, UsageError
+from staindiffuser.imaging.slides import open_slide
 
 __all__ = ["Server", "default_output", "outputs_for", "run_command"]
 

@@ -11,14 +11,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from staindiffuser.client.contract import ENSEMBLE, ModelContract, UInt8Array
-from staindiffuser.client.errors import (
-    ContractError,
-    RefusedRequestError,
-    ServerLostError,
-    ServerUnreachableError,
-)
+from staindiffuser.client.contract import ENSEMBLE, ModelContract
+from staindiffuser.client.errors import ContractError, RefusedRequestError, ServerLostError, ServerUnreachableError
 from staindiffuser.errors import ServerError, StainDiffuserError
+from staindiffuser.imaging.arrays import UInt8Array
 
 __all__ = ["StainClient"]
 
@@ -100,7 +96,7 @@ class StainClient:
         seed: int,
         *,
         stains: Sequence[str] | None = None,
-        pictures: bool = True,
+        images: bool = True,
         cells: bool = True,
     ) -> dict[str, UInt8Array]:
         """Stain a batch of tiles.
@@ -110,7 +106,7 @@ class StainClient:
             origins_B2: x and y of each tile's top-left pixel in the slide at the model's pixel size.
             seed: decides the noise, with the origin.
             stains: names of the stains; all for ``None``. The server runs nothing for the others.
-            pictures: ask for ``STAIN_<NAME>``, uint8 [B,T,T,3].
+            images: ask for ``STAIN_<NAME>``, uint8 [B,T,T,3].
             cells: ask for ``CELLS_<NAME>``, uint8 [B,T,T,1], probability × 255.
 
         Returns:
@@ -123,9 +119,9 @@ class StainClient:
         """
         triton = self._triton
         selected = self._contract.select(stains)
-        names = [s.picture_tensor for s in selected] * pictures + [s.cells_tensor for s in selected] * cells
+        names = [s.image_tensor for s in selected] * images + [s.cells_tensor for s in selected] * cells
         if not names:
-            raise ValueError("ask for pictures, cells or both")
+            raise ValueError("ask for images, cells or both")
         seeds_B1 = np.full((len(tiles_BTT3), 1), seed, dtype=np.int64)
         inputs = [
             triton.InferInput("HE", list(tiles_BTT3.shape), "UINT8").set_data_from_numpy(tiles_BTT3),

@@ -16,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from staindiffuser.client.errors import ContractError, UnknownStainError
+from staindiffuser.imaging.arrays import UInt8Array
 
-__all__ = ["ENSEMBLE", "ModelContract", "Stain", "Stainer", "UInt8Array"]
+__all__ = ["ENSEMBLE", "ModelContract", "ServedStain", "Stainer", "UInt8Array"]
 
 ENSEMBLE = "staindiffuser"
-UInt8Array = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stain:
+class ServedStain:
     """A stain as machines (``ck818``) and as people (``CK8/18``) name it."""
 
     name: str
@@ -33,8 +33,8 @@ class Stain:
     """What is shown to people."""
 
     @property
-    def picture_tensor(self) -> str:
-        """Name of the output that holds the picture."""
+    def image_tensor(self) -> str:
+        """Name of the output that holds the image."""
         return f"STAIN_{self.name.upper()}"
 
     @property
@@ -47,7 +47,7 @@ class Stain:
 class ModelContract:
     """What the served model takes and gives."""
 
-    stains: tuple[Stain, ...]
+    stains: tuple[ServedStain, ...]
     """In the model's order."""
     tile: int
     """Side of a tile, pixels."""
@@ -56,7 +56,7 @@ class ModelContract:
     mpp: float
     """Pixel size the model was trained at, µm."""
     steps: int
-    """Sampler steps of the picture branches."""
+    """Sampler steps of the image branches."""
     origin_multiple: int
     """A tile's origin must be a multiple of this, pixels."""
     max_batch: int
@@ -83,7 +83,7 @@ class ModelContract:
         if self.max_batch < 1 or self.steps < 1:
             raise ValueError("max_batch and steps must be at least 1")
 
-    def select(self, names: Sequence[str] | None) -> tuple[Stain, ...]:
+    def select(self, names: Sequence[str] | None) -> tuple[ServedStain, ...]:
         """The stains of these names, in the model's order; all of them for ``None``.
 
         Raises:
@@ -107,7 +107,7 @@ class ModelContract:
         """
         try:
             return cls(
-                stains=tuple(Stain(name=s["name"], label=s["label"]) for s in json.loads(parameters["stains"])),
+                stains=tuple(ServedStain(name=s["name"], label=s["label"]) for s in json.loads(parameters["stains"])),
                 tile=int(parameters["tile"]),
                 margin=int(parameters["margin"]),
                 mpp=float(parameters["mpp"]),
@@ -151,10 +151,10 @@ class Stainer(Protocol):
         seed: int,
         *,
         stains: Sequence[str] | None = None,
-        pictures: bool = True,
+        images: bool = True,
         cells: bool = True,
     ) -> dict[str, UInt8Array]:
-        """Stain a batch; see :meth:`staindiffuser.client.connection.StainClient.stain_tiles`."""
+        """ServedStain a batch; see :meth:`staindiffuser.client.connection.StainClient.stain_tiles`."""
         ...
 
     def cancel(self) -> None:

@@ -5,27 +5,20 @@ StainDiffuserError
 │   ├── UnknownStainError      2  a stain the model does not have
 │   ├── OutputError            2  an output that cannot be written, or would be overwritten
 │   └── RefusedRequestError    2  the server refuses a request: an origin, shape or size it does not take
-├── ServerError
-│   ├── ServerUnreachableError 3  nothing that speaks gRPC answers there
-│   ├── ServerLostError        3  the server went away, or did not answer in time, while it worked
-│   └── ContractError          3  a server answers, but serves no ensemble this client understands
-└── InputError
-    ├── SlideError             4  a slide that is missing, damaged or of an unsupported kind
-    │   └── IncompleteSlideError  its data go on after the end of the file
-    └── MissingPixelSizeError  4  a slide that does not say how large its pixels are
+└── ServerError
+    ├── ServerUnreachableError 3  nothing that speaks gRPC answers there
+    ├── ServerLostError        3  the server went away, or did not answer in time, while it worked
+    └── ContractError          3  a server answers, but serves no ensemble this client understands
 """
 
-from staindiffuser.errors import InputError, ServerError, UsageError
+from staindiffuser.errors import ServerError, UsageError
 
 __all__ = [
     "ContractError",
-    "IncompleteSlideError",
-    "MissingPixelSizeError",
     "OutputError",
     "RefusedRequestError",
     "ServerLostError",
     "ServerUnreachableError",
-    "SlideError",
     "UnknownStainError",
 ]
 
@@ -52,15 +45,3 @@ class ServerLostError(ServerError):
 
 class ContractError(ServerError):
     """A server answers, but it serves no ensemble that this client understands."""
-
-
-class SlideError(InputError):
-    """A slide is missing, damaged or of an unsupported kind."""
-
-
-class IncompleteSlideError(SlideError):
-    """A slide's data go on after the end of its file: a copy or a transfer that was cut off."""
-
-
-class MissingPixelSizeError(InputError):
-    """A slide does not say how large its pixels are."""

@@ -1,7 +1,7 @@
-"""Tiles to the server and back, and rows of the picture to the writer, all at once.
+"""Tiles to the server and back, and rows of the image to the writer, all at once.
 
 ``in_flight`` threads each read a batch, send it and wait for the answer: reading overlaps with the server's work. One
-writer thread takes the picture's rows as their tiles are complete; tiles are let go once composed. So memory grows
+writer thread takes the image's rows as their tiles are complete; tiles are let go once composed. So memory grows
 with the slide's width, not with its area.
 """
 
@@ -15,20 +15,20 @@ from typing import Any
 import numpy as np
 
 from staindiffuser.client.blending import Mosaic
-from staindiffuser.client.contract import Stain, Stainer
-from staindiffuser.client.ome import SIDE
+from staindiffuser.client.contract import ServedStain, Stainer
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.progress import Stopwatch
 from staindiffuser.client.resample import ModelView
-from staindiffuser.client.tiling import Tile, TileGrid
+from staindiffuser.client.tiling import GridTile, TileGrid
 from staindiffuser.errors import ServerError
+from staindiffuser.imaging.ome_tiff import SIDE
 
 __all__ = ["WriteRow", "run_pipeline"]
 
 WriteRow = Callable[[int, Executor], None]
-"""(row of the picture's file tiles, threads to use) → compose, encode and write it."""
+"""(row of the image's file tiles, threads to use) → compose, encode and write it."""
 ROWS_AHEAD = 2
-"""Rows of the picture that may wait for the writer before no more tiles are sent."""
+"""Rows of the image that may wait for the writer before no more tiles are sent."""
 WRITER_THREADS = 2
 
 
@@ -39,16 +39,16 @@ class _Stopped(Exception):  # noqa: N818 - not an error: the work ended elsewher
 def run_pipeline(
     view: ModelView,
     grid: TileGrid,
-    tiles: Sequence[Tile],
+    tiles: Sequence[GridTile],
     mosaic: Mosaic,
     stainer: Stainer,
-    stains: tuple[Stain, ...],
+    stains: tuple[ServedStain, ...],
     options: StainingOptions,
     write_row: WriteRow,
     watch: Stopwatch,
     advance: Callable[[int], None],
 ) -> None:
-    """Stain ``tiles`` (in the grid's order) into ``mosaic`` and have every row of the picture written, in order.
+    """ServedStain ``tiles`` (in the grid's order) into ``mosaic`` and have every row of the image written, in order.
 
     Args:
         view: the slide at the model's resolution.
@@ -72,7 +72,7 @@ def run_pipeline(
     stop = threading.Event()
     view.expect(((tile.x, tile.y) for tile in tiles), grid.tile)
 
-    def stain(part: Sequence[Tile]) -> Sequence[Tile]:
+    def stain(part: Sequence[GridTile]) -> Sequence[GridTile]:
         if stop.is_set():
             raise _Stopped
         with watch.stage("read"):
@@ -99,7 +99,7 @@ def run_pipeline(
         ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
         ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="code") as coders,
     ):
-        staining: set[Future[Sequence[Tile]]] = set()
+        staining: set[Future[Sequence[GridTile]]] = set()
         writing: set[Future[None]] = set()
         try:
             while True:
@@ -131,9 +131,9 @@ def run_pipeline(
 
 
 class _Rows:
-    """Which rows of the picture can be written, and which rows of tiles are no longer needed."""
+    """Which rows of the image can be written, and which rows of tiles are no longer needed."""
 
-    def __init__(self, grid: TileGrid, tiles: Sequence[Tile], mosaic: Mosaic) -> None:
+    def __init__(self, grid: TileGrid, tiles: Sequence[GridTile], mosaic: Mosaic) -> None:
         self._grid, self._mosaic = grid, mosaic
         self._missing = [0] * grid.rows
         for tile in tiles:
@@ -141,19 +141,19 @@ class _Rows:
         self._next = 0
         self._count = -(-grid.height // SIDE)
 
-    def stained(self, tiles: Sequence[Tile]) -> None:
+    def stained(self, tiles: Sequence[GridTile]) -> None:
         """These are in the mosaic."""
         for tile in tiles:
             self._missing[tile.row] -= 1
 
     def ready(self) -> Iterator[int]:
-        """Rows of the picture, in order, once each, whose tiles are all there."""
+        """Rows of the image, in order, once each, whose tiles are all there."""
         while self._next < self._count and not any(self._missing[row] for row in self._needed(self._next)):
             yield self._next
             self._next += 1
 
     def written(self, row: int) -> None:
-        """A row of the picture is done: forget what no later row needs."""
+        """A row of the image is done: forget what no later row needs."""
         later = self._needed(row + 1) if row + 1 < self._count else range(self._grid.rows, self._grid.rows)
         self._mosaic.forget_above(later.start)
 

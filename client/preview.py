@@ -11,17 +11,18 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from staindiffuser.client.contract import ModelContract, Stain, UInt8Array
+from staindiffuser.client.contract import ModelContract, ServedStain
 from staindiffuser.client.resample import ModelView
-from staindiffuser.client.result import cell_map_file, picture_file
+from staindiffuser.client.result import cell_map_file, image_file
 from staindiffuser.client.run import SYNTHETIC
+from staindiffuser.imaging.arrays import UInt8Array
 
 __all__ = ["PANEL", "round_length", "write_preview"]
 
 PANEL = 640
 """Largest side of a panel, pixels."""
 DETAIL = 512
-"""Side of the detail, pixels at the model's resolution; of a small picture, half its longer side."""
+"""Side of the detail, pixels at the model's resolution; of a small image, half its longer side."""
 GAP = 16
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 
@@ -31,18 +32,18 @@ def write_preview(
     path: Path,
     view: ModelView,
     overview: UInt8Array,
-    stains: tuple[Stain, ...],
+    stains: tuple[ServedStain, ...],
     contract: ModelContract,
 ) -> None:
     """Draw the preview of a finished result.
 
     Args:
-        folder: holds the result's pictures.
+        folder: holds the result's images.
         path: the PNG to write.
         view: the slide at the model's resolution.
         overview: the slide, small, uint8 [H, W, 3].
         stains: those in the result.
-        contract: of the model: its notice is part of the picture.
+        contract: of the model: its notice is part of the image.
     """
     width, height = view.size
     factor = PANEL / max(width, height)
@@ -51,19 +52,19 @@ def write_preview(
     whole = [Image.fromarray(overview).resize(size, Image.Resampling.LANCZOS)]
     detail = [Image.fromarray(view.read(x, y, side_x, side_y))]
     for stain in stains:
-        with tifffile.TiffFile(folder / picture_file(stain)) as tiff:
+        with tifffile.TiffFile(folder / image_file(stain)) as tiff:
             levels = tiff.series[0].levels
             level = next((i for i in reversed(range(len(levels))) if max(levels[i].shape[:2]) >= PANEL), 0)
             whole.append(Image.fromarray(levels[level].asarray()).resize(size, Image.Resampling.LANCZOS))
             detail.append(Image.fromarray(_region(tiff, x, y, side_x, side_y)))
     zoom = PANEL / max(side_x, side_y)
     enlarged = (round(side_x * zoom), round(side_y * zoom))
-    detail = [picture.resize(enlarged, Image.Resampling.LANCZOS) for picture in detail]
+    detail = [image.resize(enlarged, Image.Resampling.LANCZOS) for image in detail]
     titles = ["H&E (input)", *(f"{stain.label} (virtual)" for stain in stains)]
     box = tuple(round(value * factor) for value in (x, y, x + side_x, y + side_y))
-    for picture in whole:
-        ImageDraw.Draw(picture).rectangle(box, outline=(255, 255, 255), width=4)
-        ImageDraw.Draw(picture).rectangle(box, outline=INK, width=2)
+    for image in whole:
+        ImageDraw.Draw(image).rectangle(box, outline=(255, 255, 255), width=4)
+        ImageDraw.Draw(image).rectangle(box, outline=INK, width=2)
     notice = f"{SYNTHETIC} {contract.notice}"
     sheet = _sheet(
         titles,
@@ -80,7 +81,7 @@ def round_length(longest: float) -> float:
 
 
 def _place_of_detail(
-    folder: Path, view: ModelView, overview: UInt8Array, stains: tuple[Stain, ...]
+    folder: Path, view: ModelView, overview: UInt8Array, stains: tuple[ServedStain, ...]
 ) -> tuple[int, int, int, int]:
     """Where most is to be seen: tissue, and the stains' cells where there are maps."""
     width, height = view.size
@@ -131,22 +132,22 @@ def _region(tiff: tifffile.TiffFile, x: int, y: int, width: int, height: int) ->
 def _sheet(titles: list[str], rows: list[tuple[list[Image.Image], float]], footer: list[str]) -> Image.Image:
     """Panels under their titles; per row of panels its pixel size in µm, for the scale bar."""
     title_font, text_font = ImageFont.load_default(22), ImageFont.load_default(15)
-    panel_width = max(picture.width for pictures, _ in rows for picture in pictures)
+    panel_width = max(image.width for images, _ in rows for image in images)
     width = GAP + len(titles) * (panel_width + GAP)
     lines = [line for text in footer for line in _wrapped(text, text_font, width - 2 * GAP)]
-    height = 48 + sum(max(p.height for p in pictures) + GAP for pictures, _ in rows) + 22 * len(lines) + GAP
+    height = 48 + sum(max(p.height for p in images) + GAP for images, _ in rows) + 22 * len(lines) + GAP
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         draw.text((GAP + column * (panel_width + GAP), 12), _drawable(title), fill=INK, font=title_font)
     y = 48
-    for pictures, mpp in rows:
-        for column, picture in enumerate(pictures):
+    for images, mpp in rows:
+        for column, image in enumerate(images):
             x = GAP + column * (panel_width + GAP)
-            sheet.paste(picture, (x, y))
-            draw.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline=(190, 190, 190))
-        _scale_bar(draw, GAP, y, pictures[0].size, mpp)
-        y += max(picture.height for picture in pictures) + GAP
+            sheet.paste(image, (x, y))
+            draw.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline=(190, 190, 190))
+        _scale_bar(draw, GAP, y, images[0].size, mpp)
+        y += max(image.height for image in images) + GAP
     for line in lines:
         draw.text((GAP, y), line, fill=INK, font=text_font)
         y += 22

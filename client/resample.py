@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from staindiffuser.client.contract import UInt8Array
-from staindiffuser.client.pixel_size import PixelSize
-from staindiffuser.client.slides import Slide
+from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.pixel_size import PixelSize
+from staindiffuser.imaging.slides import Slide
 
 __all__ = ["ModelView", "reflected"]
 

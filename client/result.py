@@ -10,45 +10,45 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from staindiffuser.client.blending import Mosaic, Plane
+from staindiffuser.client.blending import Mosaic, OutputImage
 from staindiffuser.client.cells import BlockCells, CellsFile
-from staindiffuser.client.contract import ModelContract, Stain
-from staindiffuser.client.ome import PictureInfo, PyramidWriter
+from staindiffuser.client.contract import ModelContract, ServedStain
 from staindiffuser.client.progress import Stopwatch
 from staindiffuser.client.resample import ModelView
 from staindiffuser.client.run import SYNTHETIC, description
+from staindiffuser.imaging.ome_tiff import ImageInfo, PyramidWriter
 
-__all__ = ["CELLS_FILE", "PREVIEW_FILE", "ResultWriter", "cell_map_file", "picture_file", "planes_of"]
+__all__ = ["CELLS_FILE", "PREVIEW_FILE", "ResultWriter", "cell_map_file", "image_file", "planes_of"]
 
 CELLS_FILE = "cells.geojson.gz"
 PREVIEW_FILE = "preview.png"
 
 
-def picture_file(stain: Stain) -> str:
-    """Name of a stain's picture."""
+def image_file(stain: ServedStain) -> str:
+    """Name of a stain's image."""
     return f"{stain.name}.ome.tiff"
 
 
-def cell_map_file(stain: Stain) -> str:
+def cell_map_file(stain: ServedStain) -> str:
     """Name of a stain's cell map."""
     return f"{stain.name}.cells.ome.tiff"
 
 
-def planes_of(stains: tuple[Stain, ...], *, cells: bool) -> tuple[Plane, ...]:
+def planes_of(stains: tuple[ServedStain, ...], *, cells: bool) -> tuple[OutputImage, ...]:
     """What is put together for these stains."""
-    pictures = [Plane(tensor=stain.picture_tensor, channels=3, background=255) for stain in stains]
-    maps = [Plane(tensor=stain.cells_tensor, channels=1, background=0) for stain in stains]
-    return tuple(pictures + maps * cells)
+    images = [OutputImage(tensor=stain.image_tensor, channels=3, background=255) for stain in stains]
+    maps = [OutputImage(tensor=stain.cells_tensor, channels=1, background=0) for stain in stains]
+    return tuple(images + maps * cells)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _File:
-    """One picture file on its way."""
+    """One image file on its way."""
 
     name: str
-    plane: Plane
+    plane: OutputImage
     writer: PyramidWriter
-    info: PictureInfo
+    info: ImageInfo
     search: BlockCells | None
     """Looks for the cells of a cell map."""
 
@@ -62,7 +62,7 @@ class ResultWriter:
         source: Path,
         view: ModelView,
         contract: ModelContract,
-        stains: tuple[Stain, ...],
+        stains: tuple[ServedStain, ...],
         *,
         seed: int,
         cells: bool,
@@ -100,7 +100,13 @@ class ResultWriter:
             self._cells = self._open.enter_context(CellsFile(folder / CELLS_FILE, about))
 
     def _file(
-        self, plane: Plane, number: int, stains: tuple[Stain, ...], source: Path, view: ModelView, about: str
+        self,
+        plane: OutputImage,
+        number: int,
+        stains: tuple[ServedStain, ...],
+        source: Path,
+        view: ModelView,
+        about: str,
     ) -> _File:
         stain, is_map = stains[number], plane.channels == 1
         width, height = view.size
@@ -109,10 +115,10 @@ class ResultWriter:
         mpp = math.sqrt(view.mpp[0] * view.mpp[1])
         what = "probability of stained cells, 0 to 255" if is_map else "virtual immunohistochemistry"
         return _File(
-            name=cell_map_file(stain) if is_map else picture_file(stain),
+            name=cell_map_file(stain) if is_map else image_file(stain),
             plane=plane,
             writer=writer,
-            info=PictureInfo(
+            info=ImageInfo(
                 name=f"{stain.label} {'cell map' if is_map else 'virtual stain'} of {source.name}",
                 description=f"{about} stain: {stain.label}; content: {what}",
                 mpp=view.mpp,
@@ -127,10 +133,10 @@ class ResultWriter:
         return dict(self._cells.counts) if self._cells else {}
 
     def write_row(self, row: int, mosaic: Mosaic, workers: Executor) -> None:
-        """Compose, encode and search one row of file tiles of every picture."""
+        """Compose, encode and search one row of file tiles of every image."""
         for file in self._files:
 
-            def compose(x: int, y: int, width: int, height: int, plane: Plane = file.plane) -> Any:
+            def compose(x: int, y: int, width: int, height: int, plane: OutputImage = file.plane) -> Any:
                 return mosaic.compose(plane, x, y, width, height)
 
             with self._watch.stage("compose and encode"):

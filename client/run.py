@@ -66,7 +66,7 @@ def model_record(contract: ModelContract) -> dict[str, Any]:
 
 
 def description(contract: ModelContract, seed: int, source: Path) -> str:
-    """The text inside a picture file that says what it is."""
+    """The text inside an image file that says what it is."""
     parts: Mapping[str, object] = {
         "model": f"{contract.model_name} {contract.model_version}",
         "steps": contract.steps,

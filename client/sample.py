@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from staindiffuser.client.errors import SlideError
 from staindiffuser.client.run import file_sha256
 from staindiffuser.files import cache_folder
+from staindiffuser.imaging.errors import SlideError
 
 __all__ = ["NAME", "SLIDES_VARIABLE", "Sample", "choose_slide"]
 
@@ -120,7 +120,7 @@ def _brief(error: BaseException) -> str:
 
 
 def _simulate(output: Path) -> Sample:
-    from staindiffuser.training.data.simulate.pyramid import SlideRequest, write_slide
+    from staindiffuser.training.simulate.pyramid import SlideRequest, write_slide
 
     width, height = SIMULATED_SIZE
     output.mkdir(parents=True, exist_ok=True)

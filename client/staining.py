@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from staindiffuser.client.blending import Mosaic
-from staindiffuser.client.contract import Stain, Stainer
+from staindiffuser.client.contract import ServedStain, Stainer
 from staindiffuser.client.errors import OutputError
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.output import RUN_JSON, ResultFolder, read_run
 from staindiffuser.client.pipeline import run_pipeline
-from staindiffuser.client.pixel_size import PixelSize
 from staindiffuser.client.preview import PANEL, write_preview
 from staindiffuser.client.progress import QuietReporter, Reporter, Stopwatch
 from staindiffuser.client.resample import ModelView
 from staindiffuser.client.result import PREVIEW_FILE, ResultWriter, planes_of
 from staindiffuser.client.run import FORMAT, SYNTHETIC, file_sha256, model_record, now, versions
-from staindiffuser.client.slides import Slide, open_slide
-from staindiffuser.client.tiling import Tile, TileGrid
-from staindiffuser.client.tissue import TissueMask, find_tissue, read_overview
+from staindiffuser.client.tiling import GridTile, TileGrid
+from staindiffuser.imaging.pixel_size import PixelSize
+from staindiffuser.imaging.slides import Slide, open_slide
+from staindiffuser.imaging.tissue import TissueMask, find_tissue, read_overview
 
 __all__ = ["StainingOptions", "stain_slide"]
 
@@ -36,7 +36,7 @@ def stain_slide(
     options: StainingOptions | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Stain a slide or a tile into the folder ``output``.
+    """ServedStain a slide or a tile into the folder ``output``.
 
     Args:
         path: the H&E slide or tile.
@@ -72,7 +72,7 @@ def stain_slide(
 def _stain(
     slide: Slide,
     mpp: PixelSize,
-    stains: tuple[Stain, ...],
+    stains: tuple[ServedStain, ...],
     stainer: Stainer,
     options: StainingOptions,
     reporter: Reporter,
@@ -155,7 +155,7 @@ def _stain(
     return record
 
 
-def _tiles_with_tissue(grid: TileGrid, mask: TissueMask) -> list[Tile]:
+def _tiles_with_tissue(grid: TileGrid, mask: TissueMask) -> list[GridTile]:
     tiles = []
     for row in range(grid.rows):
         for column in range(grid.columns):
@@ -167,7 +167,7 @@ def _tiles_with_tissue(grid: TileGrid, mask: TissueMask) -> list[Tile]:
 
 
 def _finished(
-    path: Path, output: Path, stainer: Stainer, options: StainingOptions, stains: tuple[Stain, ...]
+    path: Path, output: Path, stainer: Stainer, options: StainingOptions, stains: tuple[ServedStain, ...]
 ) -> dict[str, Any] | None:
     """The run of a complete result of the same input and options."""
     run = read_run(output)
@@ -178,7 +178,7 @@ def _finished(
     return run if run.get("input", {}).get("sha256") == file_sha256(path) else None
 
 
-def _request(stainer: Stainer, options: StainingOptions, stains: tuple[Stain, ...]) -> dict[str, Any]:
+def _request(stainer: Stainer, options: StainingOptions, stains: tuple[ServedStain, ...]) -> dict[str, Any]:
     """Everything that decides the result, beside the input's bytes."""
     return {
         "model_version": stainer.contract.model_version,
@@ -190,7 +190,7 @@ def _request(stainer: Stainer, options: StainingOptions, stains: tuple[Stain, ..
     }
 
 
-def _announcement(slide: Slide, mpp: PixelSize, view: ModelView, grid: TileGrid, tiles: list[Tile]) -> str:
+def _announcement(slide: Slide, mpp: PixelSize, view: ModelView, grid: TileGrid, tiles: list[GridTile]) -> str:
     resampled = f", resampled to {view.size[0]} × {view.size[1]} at {view.mpp[0]:.3f}" if view.resampled else ""
     return (
         f"{slide.path}: {slide.format}, {slide.size[0]} × {slide.size[1]} pixels of {mpp[0]:.3f} µm{resampled}; "
@@ -198,7 +198,7 @@ def _announcement(slide: Slide, mpp: PixelSize, view: ModelView, grid: TileGrid,
     )
 
 
-def _warnings(slide: Slide, mpp: PixelSize, view: ModelView, tiles: list[Tile], model_mpp: float) -> list[str]:
+def _warnings(slide: Slide, mpp: PixelSize, view: ModelView, tiles: list[GridTile], model_mpp: float) -> list[str]:
     found = []
     if max(mpp) > COARSE * model_mpp:
         found.append(

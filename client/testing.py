@@ -1,7 +1,7 @@
 """Stand-ins for a server, for tests of the client and of programs that use it: no model, no Triton.
 
 ``FakeStainer`` answers in the same process, ``FakeTriton`` over gRPC as Triton does. Both "stain" with a function of
-tile and origin that is known exactly: by default the picture is the H&E itself, so that a stained slide must equal the
+tile and origin that is known exactly: by default the image is the H&E itself, so that a stained slide must equal the
 slide.
 """
 
@@ -17,13 +17,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from staindiffuser.client.contract import ENSEMBLE, ModelContract, Stain, UInt8Array
+from staindiffuser.client.contract import ENSEMBLE, ModelContract, ServedStain
 from staindiffuser.client.errors import ServerLostError
+from staindiffuser.imaging.arrays import UInt8Array
 
 __all__ = ["FAKE_CONTRACT", "FakeStainer", "FakeTriton", "Paint", "identity"]
 
 FAKE_CONTRACT = ModelContract(
-    stains=(Stain(name="cd3", label="CD3"), Stain(name="ck818", label="CK8/18")),
+    stains=(ServedStain(name="cd3", label="CD3"), ServedStain(name="ck818", label="CK8/18")),
     tile=256,
     margin=32,
     mpp=0.5,
@@ -40,7 +41,7 @@ Paint = Callable[[str, UInt8Array, NDArray[np.int64]], UInt8Array]
 
 
 def identity(tensor: str, tiles_BTT3: UInt8Array, origins_B2: NDArray[np.int64]) -> UInt8Array:
-    """The picture is the H&E; a cell is where it is dark."""
+    """The image is the H&E; a cell is where it is dark."""
     if tensor.startswith("STAIN_"):
         return tiles_BTT3
     return np.where(tiles_BTT3.min(axis=-1, keepdims=True) < 100, 255, 0).astype(np.uint8)
@@ -76,7 +77,7 @@ class FakeStainer:
         seed: int,
         *,
         stains: Sequence[str] | None = None,
-        pictures: bool = True,
+        images: bool = True,
         cells: bool = True,
     ) -> dict[str, UInt8Array]:
         """See :meth:`staindiffuser.client.connection.StainClient.stain_tiles`."""
@@ -86,7 +87,7 @@ class FakeStainer:
             self.batches.append(len(tiles_BTT3))
         _check(tiles_BTT3, origins_B2, self.contract)
         selected = self.contract.select(stains)
-        names = [s.picture_tensor for s in selected] * pictures + [s.cells_tensor for s in selected] * cells
+        names = [s.image_tensor for s in selected] * images + [s.cells_tensor for s in selected] * cells
         return {name: self._paint(name, tiles_BTT3, origins_B2) for name in names}
 
     def cancel(self) -> None:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from staindiffuser.client.contract import ModelContract
 
-__all__ = ["Tile", "TileGrid"]
+__all__ = ["GridTile", "TileGrid"]
 
 RAMP = 16
 """Width of the blending zone between two tiles, pixels (ours)."""
 
 
 @dataclass(frozen=True)
-class Tile:
+class GridTile:
     """One tile of a grid."""
 
     row: int
@@ -80,9 +80,9 @@ class TileGrid:
         """Tiles down."""
         return self._count(self.height)
 
-    def at(self, row: int, column: int) -> Tile:
+    def at(self, row: int, column: int) -> GridTile:
         """The tile in this place."""
-        return Tile(row, column, self.start + column * self.stride, self.start + row * self.stride)
+        return GridTile(row, column, self.start + column * self.stride, self.start + row * self.stride)
 
     def shown(self, origin: int, size: int) -> tuple[int, int]:
         """What of a tile at ``origin`` reaches the result, [first, last) on one axis of a slide of ``size`` pixels."""
@@ -91,15 +91,15 @@ class TileGrid:
         return max(0, first), min(size, last)
 
     def rows_that_show(self, y0: int, y1: int) -> range:
-        """Rows of tiles that reach into the picture's rows [y0, y1)."""
+        """Rows of tiles that reach into the image's rows [y0, y1)."""
         return self._that_show(y0, y1, self.rows)
 
     def columns_that_show(self, x0: int, x1: int) -> range:
-        """Columns of tiles that reach into the picture's columns [x0, x1)."""
+        """Columns of tiles that reach into the image's columns [x0, x1)."""
         return self._that_show(x0, x1, self.columns)
 
     def row_segments(self, y0: int, y1: int) -> list[tuple[int, int, tuple[int, ...]]]:
-        """The picture's rows [y0, y1) cut where the set of tile rows that cover them changes: (first, last, rows)."""
+        """The image's rows [y0, y1) cut where the set of tile rows that cover them changes: (first, last, rows)."""
         return self._segments(y0, y1, self.rows)
 
     def column_segments(self, x0: int, x1: int) -> list[tuple[int, int, tuple[int, ...]]]:

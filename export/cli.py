@@ -20,7 +20,7 @@ def graphs(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder (model.safetensors, config.json).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the graphs; replaced as a whole.")],
     steps: Annotated[
-        int | None, typer.Option(help="Sampler steps of the picture branches: 1, 2 or 4; the checkpoint's by default.")
+        int | None, typer.Option(help="Sampler steps of the image branches: 1, 2 or 4; the checkpoint's by default.")
     ] = None,
     tile: Annotated[
         int | None, typer.Option(help="Tile height and width, pixels; the checkpoint's by default.")

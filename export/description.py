@@ -17,7 +17,7 @@ from typing import Any
 
 from staindiffuser.export.errors import GraphsError, ManifestError
 
-__all__ = ["GRAPHS_JSON", "EngineGraph", "GraphSet", "Stain", "TensorSpec", "file_sha256"]
+__all__ = ["GRAPHS_JSON", "EngineGraph", "ExportedStain", "GraphSet", "TensorSpec", "file_sha256"]
 
 GRAPHS_JSON = "graphs.json"
 FORMAT = 1
@@ -50,7 +50,7 @@ class EngineGraph:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stain:
+class ExportedStain:
     """A stain as machines (``ck818``) and as people (``CK8/18``) name it."""
 
     name: str
@@ -76,12 +76,12 @@ class GraphSet:
     mpp: float
     """Pixel size the model was trained at, µm."""
     steps: int
-    """Sampler steps k of the picture branches."""
+    """Sampler steps k of the image branches."""
     sigmas: tuple[float, ...]
     """Noise levels of those steps, highest first."""
     precision: str
     """``fp32``, ``fp16`` or ``bf16``: the trunk's."""
-    stains: tuple[Stain, ...]
+    stains: tuple[ExportedStain, ...]
     engines: Mapping[str, EngineGraph]
     """``he_encoder``, then ``stain_<name>`` and ``cells_<name>`` per stain."""
     golden_sha256: str
@@ -135,7 +135,7 @@ class GraphSet:
         if data.pop("format") != FORMAT:
             raise ValueError("unknown format")
         data["sigmas"] = tuple(data["sigmas"])
-        data["stains"] = tuple(Stain(**stain) for stain in data["stains"])
+        data["stains"] = tuple(ExportedStain(**stain) for stain in data["stains"])
         data["engines"] = {name: _engine(engine) for name, engine in data["engines"].items()}
         return cls(**data)
 

@@ -21,16 +21,16 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from staindiffuser.errors import UsageError
-from staindiffuser.export.description import EngineGraph, GraphSet, Stain, TensorSpec, file_sha256
+from staindiffuser.export.description import EngineGraph, ExportedStain, GraphSet, TensorSpec, file_sha256
 from staindiffuser.export.errors import ExportUsageError
 from staindiffuser.export.modules import PRECISIONS, BranchEngine, EncoderEngine
+from staindiffuser.imaging.image_files import read_image
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
 from staindiffuser.training.config import LEVELS
-from staindiffuser.training.data.pictures import read_picture
-from staindiffuser.training.data.simulate.tiles import simulate_tile
 from staindiffuser.training.infer import stain_tiles
 from staindiffuser.training.model.network import DualDiffusion, Task
 from staindiffuser.training.receptive import default_margin
+from staindiffuser.training.simulate.tiles import simulate_tile
 
 __all__ = ["PRECISIONS", "export_graphs", "write_engines"]
 
@@ -55,7 +55,7 @@ def export_graphs(
         steps: sampler steps k; the checkpoint's own if None.
         tile: height and width of a tile, a multiple of 16; the checkpoint's own if None.
         precision: of the trunk: ``fp32``, ``fp16`` or ``bf16``.
-        samples: pictures of real H&E at the model's pixel size, whose middles are golden samples too.
+        samples: images of real H&E at the model's pixel size, whose middles are golden samples too.
 
     Raises:
         CheckpointError: unreadable checkpoint.
@@ -95,7 +95,7 @@ def export_graphs(
             steps=steps,
             sigmas=tuple(sigmas),
             precision=precision,
-            stains=tuple(Stain(name=s.name, label=s.label) for s in config.model.stains),
+            stains=tuple(ExportedStain(name=s.name, label=s.label) for s in config.model.stains),
             engines=engines,
             golden_sha256=file_sha256(draft / "golden.npz"),
         )
@@ -141,7 +141,7 @@ def write_engines(
     cell_noise = torch.zeros(2, 1, tile, tile, dtype=torch.float16)
     for stain in network.config.stains:
         tasks: list[tuple[str, Task, str, Tensor, Sequence[float]]] = [
-            ("stain", "pictures", "NOISE", noise, sigmas),
+            ("stain", "images", "NOISE", noise, sigmas),
             ("cells", "cells", "NOISE_CELLS", cell_noise, [network.config.sigma_max]),
         ]
         for prefix, task, noise_name, z, levels in tasks:
@@ -235,13 +235,13 @@ def _golden(network: DualDiffusion, he: NDArray[np.uint8], *, sigmas: Sequence[f
 
 
 def _middle(path: Path, tile: int) -> NDArray[np.uint8]:
-    """The middle of a picture: uint8 [tile, tile, 3]."""
-    picture = read_picture(path)
-    top, left = ((side - tile) // 2 for side in picture.shape[:2])
+    """The middle of an image: uint8 [tile, tile, 3]."""
+    image = read_image(path)
+    top, left = ((side - tile) // 2 for side in image.shape[:2])
     if min(top, left) < 0:
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         raise ExportUsageError(f"--sample {path}: {width} × {height} is smaller than the tile of {tile}")
-    return picture[top : top + tile, left : left + tile]
+    return image[top : top + tile, left : left + tile]
 
 
 def golden_tiles(tile: int) -> NDArray[np.uint8]:

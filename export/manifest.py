@@ -16,7 +16,7 @@ from typing import Any
 
 from staindiffuser.export import builders
 from staindiffuser.export.builders import Device, Profile
-from staindiffuser.export.description import Stain, TensorSpec, file_sha256
+from staindiffuser.export.description import ExportedStain, TensorSpec, file_sha256
 from staindiffuser.export.errors import ManifestError
 from staindiffuser.export.parity import EngineParity
 
@@ -108,7 +108,7 @@ class Manifest:
     cuda_pool_bytes: int
     """What the server must be given (``--cuda-memory-pool-byte-size=<gpu>:<bytes>``), lest tensors between models fall
     back to host memory; 0 for a CPU."""
-    stains: tuple[Stain, ...]
+    stains: tuple[ExportedStain, ...]
     engines: Mapping[str, EngineRecord]
     files: Mapping[str, FileRecord]
     """Every file of the repository but this one, by its path with forward slashes."""
@@ -217,7 +217,7 @@ def _read(repository: Path) -> tuple[Manifest, bool]:
 
 
 def _manifest(data: dict[str, Any]) -> Manifest:
-    data["stains"] = tuple(Stain(**stain) for stain in data["stains"])
+    data["stains"] = tuple(ExportedStain(**stain) for stain in data["stains"])
     data["sigmas"] = tuple(data["sigmas"])
     data["batches"] = tuple(data["batches"])
     data["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}

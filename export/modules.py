@@ -39,7 +39,7 @@ class EncoderEngine(nn.Module):
 
 
 class BranchEngine(nn.Module):
-    """Features and noise → uint8 picture or cell map: attention once, then the unrolled sampler.
+    """Features and noise → uint8 image or cell map: attention once, then the unrolled sampler.
 
     Args:
         sigmas: noise level of each step; the cell branch has one, σ_max.
@@ -63,7 +63,7 @@ class BranchEngine(nn.Module):
         self.branch = branch.to(trunk)
         # One value per channel and not one number: numbers end up in the text of TensorRT-RTX's kernels, so that each
         # step has kernels of its own (the engine of k = 4 was 1.18 times the size of k = 1, with this 1.14 times).
-        channels = 4 * (3 if task == "pictures" else 1)
+        channels = 4 * (3 if task == "images" else 1)
         for name, value in (("c_skip", c_skip), ("c_out", c_out), ("c_in", c_in), ("sigma", sigma)):
             self.register_buffer(name, value.float().view(-1, 1, 1, 1, 1).repeat(1, 1, channels, 1, 1))
         self.c_skip: Tensor

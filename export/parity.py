@@ -100,8 +100,8 @@ def run_pipeline(
         The features and the branches' outputs, by tensor name.
     """
     features = engines["he_encoder"].run({"HE": inputs["HE"]}, [tensor.name for tensor in graphs["he_encoder"].outputs])
-    picture, cells = philox.tile_noise(inputs["SEED"], inputs["ORIGIN"], steps=steps, height=tile, width=tile)
-    tensors = {**features, "NOISE": picture, "NOISE_CELLS": cells}
+    image, cells = philox.tile_noise(inputs["SEED"], inputs["ORIGIN"], steps=steps, height=tile, width=tile)
+    tensors = {**features, "NOISE": image, "NOISE_CELLS": cells}
     outputs: dict[str, np.ndarray[Any, Any]] = {}
     for name, engine in engines.items():
         if name != "he_encoder":

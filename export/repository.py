@@ -23,14 +23,14 @@ from staindiffuser.export.manifest import MANIFEST_JSON, SAMPLER, EngineRecord, 
 from staindiffuser.export.parity import EngineParity, Golden, check_parity
 from staindiffuser.export.publishing import locked, staging_folder
 
-__all__ = ["BuildReport", "Plan", "build", "build_repository", "plan_repository"]
+__all__ = ["BuildReport", "RepositoryBuild", "build", "build_repository", "plan_repository"]
 
 TRITON_MODELS = Path(__file__).resolve().parent.parent / "triton_models"
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RepositoryBuild:
     """All that decides a repository, before anything is built."""
 
     graphs_dir: Path
@@ -120,7 +120,7 @@ def build(
 
 def plan_repository(
     graphs_dir: Path, *, target: str = "onnxruntime", flavour: str = "python", options: BuildOptions | None = None
-) -> Plan:
+) -> RepositoryBuild:
     """Decide everything about a repository without building; fast."""
     options = options or BuildOptions()
     builder = builders.get(target)
@@ -155,7 +155,7 @@ def plan_repository(
         "noise": file_sha256(noise_sources[0]),
     }
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return Plan(
+    return RepositoryBuild(
         graphs_dir=graphs_dir,
         graphs=graphs,
         builder=builder,
@@ -184,7 +184,7 @@ def _current(output: Path, *, environment: bool = True) -> Manifest | None:
         return None
 
 
-def _carry_others(plan: Plan, folder: Path, output: Path) -> dict[str, tuple[PlanRecord, ...]]:
+def _carry_others(plan: RepositoryBuild, folder: Path, output: Path) -> dict[str, tuple[PlanRecord, ...]]:
     """Keep the plans that the repository which is replaced has for other kinds of GPU (native flavour)."""
     others: dict[str, tuple[PlanRecord, ...]] = dict.fromkeys(plan.graphs.engines, ())
     old = _current(output, environment=False) if plan.flavour == "native" else None
@@ -210,7 +210,7 @@ def _carry_others(plan: Plan, folder: Path, output: Path) -> dict[str, tuple[Pla
 
 
 def _write_models(
-    plan: Plan, folder: Path, output: Path, others: Mapping[str, tuple[PlanRecord, ...]], progress: Progress
+    plan: RepositoryBuild, folder: Path, output: Path, others: Mapping[str, tuple[PlanRecord, ...]], progress: Progress
 ) -> tuple[str, ...]:
     built = []
     configs = plan.configs
@@ -242,7 +242,7 @@ def _write_models(
     return tuple(built)
 
 
-def _reuse(plan: Plan, name: str, output: Path, target: Path) -> bool:
+def _reuse(plan: RepositoryBuild, name: str, output: Path, target: Path) -> bool:
     """Take an engine with the same key from the repository that is being replaced, if its bytes are intact."""
     try:
         old = Manifest.load(output).engines.get(name)
@@ -259,7 +259,7 @@ def _reuse(plan: Plan, name: str, output: Path, target: Path) -> bool:
     return True
 
 
-def _run_parity(plan: Plan, folder: Path, progress: Progress) -> dict[str, list[EngineParity]]:
+def _run_parity(plan: RepositoryBuild, folder: Path, progress: Progress) -> dict[str, list[EngineParity]]:
     golden = Golden.load(plan.graphs_dir / plan.graphs.golden)
     batches = plan.options.corners(plan.builder.profiles(plan.options))
     progress(f"checking {golden.samples} golden samples at batch {', '.join(map(str, batches))}")
@@ -275,7 +275,7 @@ def _run_parity(plan: Plan, folder: Path, progress: Progress) -> dict[str, list[
 
 
 def _manifest(
-    plan: Plan,
+    plan: RepositoryBuild,
     folder: Path,
     parity: Mapping[str, list[EngineParity]],
     others: Mapping[str, tuple[PlanRecord, ...]],

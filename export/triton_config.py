@@ -26,9 +26,9 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from staindiffuser.export.builders import Builder, BuildOptions
-from staindiffuser.export.description import GraphSet, Stain, TensorSpec
+from staindiffuser.export.description import ExportedStain, GraphSet, TensorSpec
 from staindiffuser.export.errors import ExportUsageError, GraphsError
-from staindiffuser.triton_models.noise.philox import ORIGIN_MULTIPLE, PICTURE_CHANNELS
+from staindiffuser.triton_models.noise.philox import IMAGE_CHANNELS, ORIGIN_MULTIPLE
 
 if TYPE_CHECKING:
     ModelConfig = Any  # protobuf's generated classes carry no types
@@ -68,7 +68,7 @@ class Contract(Protocol):
     """What a client must know; :class:`GraphSet` and :class:`Manifest` both have it."""
 
     @property
-    def stains(self) -> tuple[Stain, ...]: ...
+    def stains(self) -> tuple[ExportedStain, ...]: ...
     @property
     def tile(self) -> int: ...
     @property
@@ -110,7 +110,7 @@ def wire_inputs(tile: int) -> tuple[TensorSpec, ...]:
 def noise_outputs(tile: int, steps: int) -> tuple[TensorSpec, ...]:
     """What the noise model gives."""
     return (
-        TensorSpec(name="NOISE", dtype="float16", shape=(steps, PICTURE_CHANNELS, tile, tile)),
+        TensorSpec(name="NOISE", dtype="float16", shape=(steps, IMAGE_CHANNELS, tile, tile)),
         TensorSpec(name="NOISE_CELLS", dtype="float16", shape=(1, tile, tile)),
     )
 

@@ -39,8 +39,8 @@ def tiny_model() -> ModelConfig:
     from staindiffuser.training.config import PRESETS, StainConfig
 
     stains = (
-        StainConfig(name="cd3", label="CD3", picture_mean=(0.8, 0.8, 0.85), picture_std=(0.15, 0.18, 0.15)),
-        StainConfig(name="ck818", label="CK8/18", picture_mean=(0.75, 0.7, 0.7), picture_std=(0.2, 0.2, 0.2)),
+        StainConfig(name="cd3", label="CD3", image_mean=(0.8, 0.8, 0.85), image_std=(0.15, 0.18, 0.15)),
+        StainConfig(name="ck818", label="CK8/18", image_mean=(0.75, 0.7, 0.7), image_std=(0.2, 0.2, 0.2)),
     )
     return dataclasses.replace(PRESETS["debug"].model, stains=stains)
 
@@ -79,7 +79,7 @@ def tiny_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def tiles_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Paired tiles of 64 pixels: blobs, brown in the IHC; two slides to train on, one each for val and test."""
-    from staindiffuser.training.data.pairs import PairedTilesWriter, Split
+    from staindiffuser.training.tiles.paired_tiles import PairedTilesWriter, Split
 
     folder = tmp_path_factory.mktemp("tiles")
     rng = np.random.default_rng(0)
@@ -88,10 +88,10 @@ def tiles_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with PairedTilesWriter(folder, ["cd3", "ck818"], masks=False) as writer:
         for i in range(16):
             he = np.full((64, 64, 3), (225, 170, 205), np.uint8)
-            pictures = {stain: np.full((64, 64, 3), (225, 225, 235), np.uint8) for stain in writer.stains}
+            images = {stain: np.full((64, 64, 3), (225, 225, 235), np.uint8) for stain in writer.stains}
             for stain, colour in (("cd3", (90, 60, 140)), ("ck818", (160, 90, 170))):
                 for x, y in rng.integers(8, 56, (4, 2)):
                     blob = np.hypot(xx - x, yy - y) < 7
-                    he[blob], pictures[stain][blob] = colour, (130, 80, 45)
-            writer.add(f"t{i:02d}", he=he, stains=pictures, slide=f"s{i % 4}", split=splits[i % 4], mpp=0.5)
+                    he[blob], images[stain][blob] = colour, (130, 80, 45)
+            writer.add(f"t{i:02d}", he=he, stains=images, slide=f"s{i % 4}", split=splits[i % 4], mpp=0.5)
     return folder

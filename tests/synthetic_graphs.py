@@ -1,7 +1,7 @@
 """Graphs of any size with random weights: the tensors of the real ones, without a checkpoint and without torch.
 
 They measure what the server adds to engines of a given cost, and let tests build and serve a repository in a second.
-Their pictures mean nothing.
+Their images mean nothing.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from staindiffuser.export.description import EngineGraph, GraphSet, Stain, TensorSpec, file_sha256
+from staindiffuser.export.description import EngineGraph, ExportedStain, GraphSet, TensorSpec, file_sha256
 from staindiffuser.export.parity import run_pipeline
 from staindiffuser.triton_models.engine.engine_onnxruntime import OnnxRuntimeEngine
 
 __all__ = ["write_graphs"]
 
 Weights = np.ndarray[Any, Any]
-DEFAULT_STAINS = (Stain(name="cd3", label="CD3"), Stain(name="ck818", label="CK8/18"))
+DEFAULT_STAINS = (ExportedStain(name="cd3", label="CD3"), ExportedStain(name="ck818", label="CK8/18"))
 
 
 def write_graphs(
@@ -33,7 +33,7 @@ def write_graphs(
     channels: Sequence[int] = (8, 12, 16, 24),
     depth: int = 1,
     steps: int = 2,
-    stains: Sequence[Stain] = DEFAULT_STAINS,
+    stains: Sequence[ExportedStain] = DEFAULT_STAINS,
     samples: int = 3,
     seed: int = 0,
 ) -> GraphSet:
@@ -65,7 +65,7 @@ def write_graphs(
             engines[name] = _branch(folder, name, features, noise, output, depth, seed)
     graphs = GraphSet(
         name="synthetic",
-        notice="Random weights: these pictures mean nothing.",
+        notice="Random weights: these images mean nothing.",
         checkpoint_sha256=hashlib.sha256(str(seed).encode()).hexdigest(),
         tile=tile,
         margin=tile // 8,
@@ -144,19 +144,19 @@ def _branch(
             part = graph.add("Resize", part, "", scales, mode="nearest")
         total = graph.add("Add", total, part) if total else part
     drawn = graph.add("Cast", noise.name, to=TensorProto.FLOAT)
-    picture = ""
+    image = ""
     for step in range(noise.shape[0] if len(noise.shape) == 4 else 1):
         if len(noise.shape) == 4:
             z = graph.add("Gather", drawn, graph.constant(np.array(step, dtype=np.int64)), axis=1)
         else:
             z = drawn
-        x = graph.add("Add", z, picture) if picture else z
+        x = graph.add("Add", z, image) if image else z
         x = graph.conv(graph.add("SpaceToDepth", x, blocksize=2), planes * 4, width)
         x = graph.add("Add", total, graph.scaled(x, 0.2))
         for _ in range(depth):
             x = graph.relu_conv(x, width, width)
-        picture = graph.add("DepthToSpace", graph.conv(x, width, planes * 4), blocksize=2)
-    x = graph.add("Round", graph.scaled(graph.add("Sigmoid", picture), 255))
+        image = graph.add("DepthToSpace", graph.conv(x, width, planes * 4), blocksize=2)
+    x = graph.add("Round", graph.scaled(graph.add("Sigmoid", image), 255))
     x = graph.add("Transpose", x, perm=[0, 2, 3, 1])
     graph.nodes.append(helper.make_node("Cast", [x], [output.name], to=TensorProto.UINT8))
     return _save(folder, name, graph, (*features, noise), (output,))
@@ -194,7 +194,7 @@ def _golden(
     folder: Path,
     tile: int,
     steps: int,
-    stains: Sequence[Stain],
+    stains: Sequence[ExportedStain],
     engines: dict[str, EngineGraph],
     samples: int,
     seed: int,

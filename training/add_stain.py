@@ -15,10 +15,9 @@ from safetensors.torch import load_file
 from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint
 from staindiffuser.training.config import PRESETS, TrainConfig, from_json
-from staindiffuser.training.curves import curves_picture
+from staindiffuser.training.curves import curves_image
 from staindiffuser.training.data.dataset import measure_stains
-from staindiffuser.training.data.labels import is_stain_name
-from staindiffuser.training.evaluate import check_data
+from staindiffuser.training.evaluation.evaluate import check_data
 from staindiffuser.training.loop import (
     RunOptions,
     check_run,
@@ -30,6 +29,7 @@ from staindiffuser.training.loop import (
 from staindiffuser.training.model.network import DualDiffusion
 from staindiffuser.training.module import TeacherModule
 from staindiffuser.training.settings import choose_recipe
+from staindiffuser.training.tiles.stain_names import is_stain_name
 
 __all__ = ["add_stain"]
 
@@ -106,6 +106,6 @@ def add_stain(
         }
         # In the precision that the file had, its numbers survive the way through float32 and back.
         dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in stored.values()))
-        curves = curves_picture(options.output)
+        curves = curves_image(options.output)
         Checkpoint(config=config, network=network, metrics=metrics, curves=curves).save(folder, dtype=dtype)
     return folder

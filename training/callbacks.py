@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from staindiffuser.imaging.errors import ImageError
 from staindiffuser.training import resuming
 from staindiffuser.training.errors import DataError
 
@@ -51,8 +52,9 @@ class TimedLoader(DataLoader[Any]):
                     start = time.perf_counter()
                     try:
                         batch = coming.result()
-                    except DataError as error:  # into which torch has put the worker's traceback
-                        raise DataError(str(error).rstrip().rpartition("DataError: ")[2]) from None
+                    except (DataError, ImageError) as error:  # into which torch has put the worker's traceback
+                        kind = type(error)
+                        raise kind(str(error).rstrip().rpartition(f"{kind.__name__}: ")[2]) from None
                     self.waited += time.perf_counter() - start
                     if batch is None:
                         return

@@ -28,7 +28,8 @@ from staindiffuser.training.model.network import DualDiffusion
 __all__ = ["WEIGHTS", "Checkpoint", "CheckpointConfig", "model_card", "tensors_sha256"]
 
 CONFIG, WEIGHTS, METRICS, CARD = "config.json", "model.safetensors", "metrics.json", "MODEL_CARD.md"
-FORMAT = 2  # 1: c_in was that of EDM
+FORMAT = 3
+"""2 said picture where 3 says image; 1 had the c_in of EDM, so its weights mean something else."""
 NOTICE = (
     "The model was trained on {trained_on}. For research use only: what it paints has no medical meaning and must not "
     "be used for diagnosis."
@@ -71,7 +72,7 @@ class Checkpoint:
     network: DualDiffusion
     metrics: dict[str, Any] = field(default_factory=dict)
     curves: Path | None = None
-    """A picture of how the training went, which the card shows."""
+    """An image of how the training went, which the card shows."""
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Write the folder; each file under a temporary name first, ``config.json`` last.
@@ -117,8 +118,13 @@ class Checkpoint:
         for name, value in ((CONFIG, data), (METRICS, metrics)):
             if not isinstance(value, dict):
                 raise CheckpointError(f"{folder / name} must hold fields")
+        if data.get("format") == 2:
+            data = {**_from_format_2(data), "format": FORMAT}
+            state = {name.replace("pictures.", "images.", 1): tensor for name, tensor in state.items()}
         if data.get("format") != FORMAT:
-            raise CheckpointError(f"{folder / CONFIG}: format is {data.get('format')!r}, this version reads {FORMAT}")
+            raise CheckpointError(
+                f"{folder / CONFIG}: format is {data.get('format')!r}, this version reads 2 and {FORMAT}"
+            )
         try:
             config = from_json(CheckpointConfig, data, str(folder / CONFIG))
         except ConfigError as error:
@@ -145,6 +151,13 @@ class Checkpoint:
         )
 
 
+def _from_format_2(data: Any) -> Any:
+    """``config.json`` of format 2 as format 3 has it: its fields said ``picture`` for ``image``."""
+    if isinstance(data, dict):
+        return {name.replace("picture", "image"): _from_format_2(value) for name, value in data.items()}
+    return [_from_format_2(value) for value in data] if isinstance(data, list) else data
+
+
 def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Hash of tensors: sorted name, dtype, shape, bytes (DESIGN, contract 3). 64 hex digits."""
     digest = hashlib.sha256()
@@ -159,7 +172,7 @@ def model_card(config: CheckpointConfig, metrics: dict[str, Any], *, curves: boo
     """``MODEL_CARD.md``: what it is, what it was trained on, how good it is, and what it must not be used for.
 
     Args:
-        curves: show the picture of the training's curves that lies beside it.
+        curves: show the image of the training's curves that lies beside it.
     """
     stains = ", ".join(f"{s.label} (`{s.name}`)" for s in config.model.stains)
     lines = [

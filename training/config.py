@@ -9,13 +9,13 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from staindiffuser.training.data.labels import is_stain_name
 from staindiffuser.training.errors import ConfigError
+from staindiffuser.training.tiles.stain_names import is_stain_name
 
 __all__ = ["LEVELS", "PRESETS", "ModelConfig", "StainConfig", "Task", "TrainConfig", "WidthConfig", "from_json"]
 
-Task = Literal["pictures", "cells"]
-"""Which of a stain's two branches: its picture, or its cells."""
+Task = Literal["images", "cells"]
+"""Which of a stain's two branches: its image, or its cells."""
 LEVELS = 4
 """Resolutions of the pyramid: 1/2, 1/4, 1/8, 1/16 of the tile."""
 
@@ -48,10 +48,10 @@ class StainConfig:
     """Matches ``[a-z][a-z0-9_]*``."""
     label: str
     """What is shown to people, such as ``CK8/18``."""
-    picture_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Mean of the picture, per channel, intensities in [0, 1]."""
-    picture_std: tuple[float, float, float] = (0.25, 0.25, 0.25)
-    """Standard deviation of the picture, per channel."""
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Mean of the image, per channel, intensities in [0, 1]."""
+    image_std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    """Standard deviation of the image, per channel."""
     cells_mean: float = 0.5
     """Mean of the cell mask in [0, 1]."""
     cells_std: float = 0.5
@@ -59,12 +59,12 @@ class StainConfig:
 
     def __post_init__(self) -> None:
         _require(is_stain_name(self.name), "name", self.name, "lower-case: [a-z][a-z0-9_]*")
-        _require(min(*self.picture_std, self.cells_std) > 0, "picture_std, cells_std", self.picture_std, "positive")
+        _require(min(*self.image_std, self.cells_std) > 0, "image_std, cells_std", self.image_std, "positive")
 
     def constants(self, task: Task) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel of a task's targets, in [0, 1]."""
-        if task == "pictures":
-            return self.picture_mean, self.picture_std
+        if task == "images":
+            return self.image_mean, self.image_std
         return (self.cells_mean,), (self.cells_std,)
 
 
@@ -73,7 +73,7 @@ class ModelConfig:
     """The architecture and everything the numbers in a checkpoint need to mean something."""
 
     encoder: WidthConfig
-    picture: WidthConfig
+    image: WidthConfig
     cells: WidthConfig
     embedding: int = 128
     """Channels of the noise-level embedding."""
@@ -122,8 +122,8 @@ class TrainConfig:
     """Mean of ln σ (ours; see DESIGN, "The mathematics")."""
     p_std: float = 1.6
     """Standard deviation of ln σ."""
-    picture_max_share: float = 0.1
-    """Share of the picture draws taken at σ_max (ours)."""
+    image_max_share: float = 0.1
+    """Share of the image draws taken at σ_max (ours)."""
     cells_max_share: float = 0.5
     """Share of the cell draws taken at σ_max (ours): the only noise level that the cell branch is used at."""
     bf16: bool = True
@@ -157,7 +157,7 @@ class TrainConfig:
         _require(self.checkpoint_minutes > 0, "checkpoint_minutes", self.checkpoint_minutes, "positive")
         _require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         _require(0 <= self.cooldown <= 1, "cooldown", self.cooldown, "in [0, 1]")
-        for name in ("picture_max_share", "cells_max_share"):
+        for name in ("image_max_share", "cells_max_share"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
 
 
@@ -169,11 +169,11 @@ class Preset:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def _model(encoder: tuple[int, ...], picture: tuple[int, ...], *, blocks: int = 1, embedding: int = 128) -> ModelConfig:
+def _model(encoder: tuple[int, ...], image: tuple[int, ...], *, blocks: int = 1, embedding: int = 128) -> ModelConfig:
     return ModelConfig(
         encoder=WidthConfig(channels=encoder, blocks=blocks),
-        picture=WidthConfig(channels=picture, blocks=blocks),
-        cells=WidthConfig(channels=tuple(-(-c // 16) * 8 for c in picture), blocks=blocks),
+        image=WidthConfig(channels=image, blocks=blocks),
+        cells=WidthConfig(channels=tuple(-(-c // 16) * 8 for c in image), blocks=blocks),
         embedding=embedding,
     )
 
@@ -195,7 +195,7 @@ PRESETS: dict[str, Preset] = {
             cooldown=0.6,
             p_mean=0.4,
             p_std=1.4,
-            picture_max_share=0.2,
+            image_max_share=0.2,
             cells_max_share=0.7,
         ),
     ),

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from staindiffuser.training.errors import DataError
 
-__all__ = ["CURVES", "curves_picture", "draw_curves", "read_curves"]
+__all__ = ["CURVES", "curves_image", "draw_curves", "read_curves"]
 
 METRICS = Path("csv", "metrics.csv")
 CURVES = "curves.png"
-"""The curves' picture, in the run folder and beside the checkpoint's card."""
+"""The curves' image, in the run folder and beside the checkpoint's card."""
 Curve = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
@@ -37,7 +37,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
     return {name: (np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])) for name, pairs in points.items()}
 
 
-def curves_picture(run: Path) -> Path | None:
+def curves_image(run: Path) -> Path | None:
     """Draw the curves into the run's folder, for its checkpoint; None for a run too short to have any."""
     if not (run / METRICS).is_file():
         return None

@@ -4,7 +4,7 @@ StainDiffuserError
 ├── UsageError
 │   └── ConfigError      2  a configuration field, option or preset that cannot be
 └── InputError
-    ├── DataError        4  a paired-tiles folder, picture or slide that cannot be used
+    ├── DataError        4  a paired-tiles folder, image or slide that cannot be used
     └── CheckpointError  4  a checkpoint that is missing, incomplete or of another format
 """
 

@@ -24,7 +24,7 @@ Sampler = Sequence[float] | None
 def sampler_noise(
     seeds: NDArray[Any], origins: NDArray[Any], *, steps: int, size: tuple[int, int]
 ) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-    """The deployed noise of a batch: for pictures [B, k, 3, H, W], for cells [B, 1, H, W]."""
+    """The deployed noise of a batch: for images [B, k, 3, H, W], for cells [B, 1, H, W]."""
     return tile_noise(seeds, origins, steps=steps, height=size[0], width=size[1])
 
 
@@ -36,7 +36,7 @@ def stain_tiles(
     seeds: NDArray[Any],
     origins: NDArray[Any],
 ) -> dict[str, NDArray[np.uint8]]:
-    """Pictures and cell maps of a batch of tiles, in float32.
+    """Images and cell maps of a batch of tiles, in float32.
 
     Args:
         he: uint8 [B, H, W, 3]; H and W multiples of 16.
@@ -73,13 +73,13 @@ def stain_tiles_with(
         denoise = network.denoiser("cells", stain.name, features)
         y = few_step(denoise, [cell_noise], [config.sigma_max])
         cells = _bytes(unstandardize(y, stain, "cells", config.sigma_data))
-        denoise = network.denoiser("pictures", stain.name, features)
+        denoise = network.denoiser("images", stain.name, features)
         for sigmas, result in zip(samplers, results, strict=True):
             if sigmas is None:
                 y = heun(denoise, noise[:, 0], steps=HEUN_STEPS, sigma_max=config.sigma_max, sigma_min=config.sigma_min)
             else:
                 y = few_step(denoise, list(noise.unbind(1))[: len(sigmas)], sigmas)
-            result[f"STAIN_{stain.name.upper()}"] = _bytes(unstandardize(y, stain, "pictures", config.sigma_data))
+            result[f"STAIN_{stain.name.upper()}"] = _bytes(unstandardize(y, stain, "images", config.sigma_data))
             result[f"CELLS_{stain.name.upper()}"] = cells
     return results
 

@@ -31,17 +31,17 @@ from staindiffuser.files import write_json
 from staindiffuser.training.callbacks import EachStep, KeepCurves, Snapshots, Speed, TimedLoader
 from staindiffuser.training.checkpoint import NOTICE, Checkpoint, CheckpointConfig
 from staindiffuser.training.config import Preset, TrainConfig
-from staindiffuser.training.curves import curves_picture
+from staindiffuser.training.curves import curves_image
 from staindiffuser.training.data.dataset import CropDataset, GlobalSampler, load_tile, measure_stains
-from staindiffuser.training.data.mixing import MixedTiles, open_tiles
-from staindiffuser.training.data.pairs import PairedTile, PairedTiles, spread
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
 from staindiffuser.training.errors import DataError
-from staindiffuser.training.evaluate import check_data, evaluate_tiles
+from staindiffuser.training.evaluation.evaluate import check_data, evaluate_tiles
 from staindiffuser.training.model.network import DualDiffusion, Task
 from staindiffuser.training.module import TASKS, TeacherModule
 from staindiffuser.training.receptive import default_margin, effective_radius, theoretical_radius
 from staindiffuser.training.resuming import begun_with, check_snapshot
+from staindiffuser.training.tiles.mixed_tiles import MixedTiles, open_tiles
+from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, spread
 
 __all__ = [
     "RunOptions",
@@ -85,7 +85,7 @@ class RunOptions:
 
 
 class Validation(EachStep):
-    """Every so many steps, pictures and DAB-Dice into TensorBoard and the CSV."""
+    """Every so many steps, images and DAB-Dice into TensorBoard and the CSV."""
 
     def __init__(self, rows: tuple[PairedTile, ...], every: int) -> None:
         self.rows, self.every = rows, every
@@ -97,22 +97,22 @@ class Validation(EachStep):
                 self.validate(trainer, network)
 
     def validate(self, trainer: L.Trainer, network: DualDiffusion) -> None:
-        pictures: list[Any] = []
+        images: list[Any] = []
 
         def keep(row: PairedTile, data: dict[str, Any], result: dict[str, Any]) -> None:
-            if len(pictures) < 4:
+            if len(images) < 4:
                 panels = [data["he"]]
                 for stain in network.config.stains:
                     cells = np.repeat(result[f"CELLS_{stain.name.upper()}"], 3, axis=2)
                     panels += [data[stain.name], result[f"STAIN_{stain.name.upper()}"], cells]
-                pictures.append(np.concatenate(panels, axis=1))
+                images.append(np.concatenate(panels, axis=1))
 
         scores = evaluate_tiles(network, self.rows, sigmas=START_SIGMAS[VALIDATION_STEPS], seen=keep)
         values = {f"val/{m}/{s}": v for s, score in scores.items() for m, v in score.metrics().items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
             if isinstance(logger, TensorBoardLogger):
-                sheet = np.concatenate(pictures, axis=0)
+                sheet = np.concatenate(images, axis=0)
                 logger.experiment.add_image("val/he_real_virtual_cells", sheet, trainer.global_step, dataformats="HWC")
 
 
@@ -162,7 +162,7 @@ def train(preset: Preset, data: Path | Sequence[str], options: RunOptions, *, ta
             effective_radius=radius,
             provenance=provenance,
         )
-        curves = curves_picture(options.output)
+        curves = curves_image(options.output)
         Checkpoint(config=about, network=network.cpu(), metrics=metrics, curves=curves).save(folder)
     return folder
 

@@ -27,7 +27,7 @@ from staindiffuser.training.model.network import DualDiffusion, Task, he_to_netw
 
 __all__ = ["TASKS", "DivergedError", "TeacherModule", "learning_rate", "stop_if_not_finite"]
 
-TASKS: tuple[Task, ...] = ("pictures", "cells")
+TASKS: tuple[Task, ...] = ("images", "cells")
 
 
 BANDS = {
@@ -124,9 +124,9 @@ class TeacherModule(L.LightningModule):
             for t, task in enumerate(TASKS):  # the draws are of both tasks, so that they are the same without one
                 if task not in self.tasks:
                     continue
-                if task == "pictures":
+                if task == "images":
                     target, valid = batch[stain.name].permute(0, 3, 1, 2), None
-                    noise, share = batch["noise"][:, s, :3], config.picture_max_share
+                    noise, share = batch["noise"][:, s, :3], config.image_max_share
                 else:
                     target, valid = mask, ((mask <= NEGATIVE) | (mask >= POSITIVE)).float()
                     noise, share = batch["noise"][:, s, 3:], config.cells_max_share
@@ -200,7 +200,7 @@ class TeacherModule(L.LightningModule):
             return
         mesh = self.trainer.strategy.device_mesh["data_parallel"]
         for network in (self.net, self.ema):
-            for part in (network.encoder, *network.pictures.values(), *network.cells.values()):
+            for part in (network.encoder, *network.images.values(), *network.cells.values()):
                 fully_shard(part, mesh=mesh, reshard_after_forward=True)
                 if isinstance(part, Branch):
                     register_fsdp_forward_method(part, "attend")

@@ -26,7 +26,7 @@ def theoretical_radius(model: ModelConfig) -> int:
     reaches 2^(l+1) pixels; a step down reaches one pixel of the coarser level at most.
     """
     pixel = [2 ** (level + 1) for level in range(LEVELS)]
-    blocks = {"encoder": model.encoder.blocks, "branch": max(model.picture.blocks, model.cells.blocks)}
+    blocks = {"encoder": model.encoder.blocks, "branch": max(model.image.blocks, model.cells.blocks)}
     down = pixel[0] + sum(2 * blocks["encoder"] * p for p in pixel) + pixel[-1]
     across = 2 * blocks["branch"] * pixel[-1]
     up = sum(2 * blocks["branch"] * p for p in pixel[:-1]) + pixel[0]
@@ -38,7 +38,7 @@ def effective_radius(
 ) -> int:
     """Depth, in pixels, beyond which cutting the context away changes the result by at most ``threshold`` grey levels.
 
-    Each picture is stained whole and with its left part missing; columns are judged by the 99 % quantile of their
+    Each image is stained whole and with its left part missing; columns are judged by the 99 % quantile of their
     absolute difference, over all stains and cell maps. Not by its mean: a cell here and there that is
     decided by what lies farther away is what is seen between tiles, and a mean hides it.
 

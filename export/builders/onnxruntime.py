@@ -1,6 +1,6 @@
 """Target ``onnxruntime``: any CPU. The embedded server's default, and what tests and the demonstration run.
 
-The engine is the graph itself. Optimising it offline was measured on a picture branch (k = 2, 256 px, one thread): a
+The engine is the graph itself. Optimising it offline was measured on an image branch (k = 2, 256 px, one thread): a
 graph serialised at the level "extended" or "all" gives the same bytes, runs no faster (157 and 163 against 160 ms a
 tile, within the noise), loads 30 ms sooner, and is twice as large; the one at "all" also holds the memory layout of the
 machine that wrote it. So the portable bytes are kept, and ONNX Runtime optimises them when it loads them.

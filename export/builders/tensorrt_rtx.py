@@ -2,7 +2,7 @@
 
 One engine covers several compute capabilities: it holds the kernels' sources and the tactics, and the GPU it meets
 finishes the work. So one profile over all batches is enough; three of them were measured to double the bytes (a demo
-picture, k = 1: 9.7 against 4.8 MB).
+image, k = 1: 9.7 against 4.8 MB).
 
 Loading an engine needs a GPU. Where there is none, engines can be compiled but not checked, so nothing is published:
 ``staindiffuser export compile`` writes the engines alone.

@@ -18,10 +18,10 @@ from staindiffuser.errors import EXIT_INTERRUPTED, DependencyError, StainDiffuse
 from staindiffuser.export.cli import app as export_app
 from staindiffuser.serving.cli import serve
 from staindiffuser.training.cli import app as train_app
-from staindiffuser.training.data.prepare.cli import app as prepare_app
-from staindiffuser.training.data.simulate.cli import app as simulate_app
+from staindiffuser.training.prepare.cli import app as prepare_app
+from staindiffuser.training.simulate.cli import app as simulate_app
 from staindiffuser.training.distill.cli import distill
-from staindiffuser.training.evaluate_cli import evaluate
+from staindiffuser.training.evaluation.cli import evaluate
 
 __all__ = ["app", "main"]
 

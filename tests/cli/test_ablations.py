@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 
 from staindiffuser.benchmarks.ablation_report import Difference, Spread, claim, differences
 from staindiffuser.benchmarks.ablation_tiles import open_tiles, subset
-from staindiffuser.benchmarks.ablations import ARMS, SMALL, Plan, chosen_preset
+from staindiffuser.benchmarks.ablations import ARMS, SMALL, AblationStudy, chosen_preset
 from staindiffuser.benchmarks.ablations_cli import ablations
 from staindiffuser.errors import UsageError
 from staindiffuser.training.data.dataset import load_tile
-from staindiffuser.training.data.pairs import PairedTiles
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.loop import fit
+from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -109,13 +109,13 @@ def test_an_interrupted_table_goes_on(
         assert record["stains"] == same["stains"]  # and so does a run that is done twice
 
 
-def plan(tiles: Path, output: Path, **changes: Any) -> Plan:
+def study(tiles: Path, output: Path, **changes: Any) -> AblationStudy:
     preset = chosen_preset("debug", crop=32)
-    return dataclasses.replace(Plan(data=tiles, output=output, preset=preset, sizes=(4,), tile=48), **changes)
+    return dataclasses.replace(AblationStudy(data=tiles, output=output, preset=preset, sizes=(4,), tile=48), **changes)
 
 
 def test_tiles_are_cut_from_the_middle(tiles_folder: Path, tmp_path: Path) -> None:
-    tiles, rows = open_tiles(plan(tiles_folder, tmp_path), print)
+    tiles, rows = open_tiles(study(tiles_folder, tmp_path), print)
     assert len(tiles.tiles) == 4
     assert {row.split for row in rows} == {"test"}
     source = {f"{row.split}-{row.row:07d}.png": row for row in PairedTiles.load(tiles_folder).tiles}
@@ -126,7 +126,7 @@ def test_tiles_are_cut_from_the_middle(tiles_folder: Path, tmp_path: Path) -> No
 
 
 def test_larger_sets_hold_smaller_ones_and_seeds_draw_their_own(tiles_folder: Path, tmp_path: Path) -> None:
-    tiles, _ = open_tiles(plan(tiles_folder, tmp_path, sizes=(None,), tile=None), print)
+    tiles, _ = open_tiles(study(tiles_folder, tmp_path, sizes=(None,), tile=None), print)
     chosen = {
         (size, seed): {row.he for row in subset(tiles, size, seed).tiles} for size in (2, 4, None) for seed in range(4)
     }
@@ -135,7 +135,7 @@ def test_larger_sets_hold_smaller_ones_and_seeds_draw_their_own(tiles_folder: Pa
 
 
 def test_which_runs_there_are(tiles_folder: Path, tmp_path: Path) -> None:
-    runs = list(plan(tiles_folder, tmp_path, sizes=(64, 256, 1024), seeds=3).runs())
+    runs = list(study(tiles_folder, tmp_path, sizes=(64, 256, 1024), seeds=3).runs())
     assert len(runs) == 3 * (3 * 3 + 3)
     assert {run.tiles for run in runs if run.arm == "pix2pix"} == {256}
     assert {run.tiles for run in runs if run.arm == "single"} == {64, 256, 1024}
@@ -185,7 +185,7 @@ def test_help_needs_no_torch() -> None:
 def test_the_small_preset_lies_between_debug_and_demo() -> None:
     assert chosen_preset("small", steps=7).train.steps == 7
     debug, demo = chosen_preset("debug").model, chosen_preset("demo").model
-    assert sum(debug.picture.channels) < sum(SMALL.model.picture.channels) < sum(demo.picture.channels)
+    assert sum(debug.image.channels) < sum(SMALL.model.image.channels) < sum(demo.image.channels)
 
 
 def record(arm: str, tiles: int, seed: int, dice: float) -> dict[str, Any]:

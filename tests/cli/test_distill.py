@@ -57,7 +57,7 @@ def test_distil_shows_the_table_and_stores_the_verdict(
 
     # The same student judged again, on other tiles, without training
     again = tmp_path / "again"
-    (tmp_path / "checkpoint" / "curves.png").write_bytes(b"a picture")  # so short a run has drawn none
+    (tmp_path / "checkpoint" / "curves.png").write_bytes(b"an image")  # so short a run has drawn none
     options = ["--only-gate", "--no-search", "--student", tmp_path / "checkpoint", "--split", "test"]
     code, out, err = staindiffuser(
         "distill", tiny_checkpoint, "--data", tiles_folder, "--output", again, *options, "--gate-tiles", "1"
@@ -100,7 +100,7 @@ def test_dry_run_checks_and_writes_nothing(
         (["--crop", "128"], 4, "smaller than the crop of 128: use --crop"),
         (["--stages", "0"], 2, "stages is 0, must be at least 1"),
         (["--learning-rate", "0"], 2, "learning_rate is 0.0, must be positive"),
-        (["--max-share", "2"], 2, "picture_max_share is 2.0, must be a share between 0 and 1"),
+        (["--max-share", "2"], 2, "image_max_share is 2.0, must be a share between 0 and 1"),
         (["--student", "somewhere"], 2, "--student goes with --only-gate"),
     ],
 )

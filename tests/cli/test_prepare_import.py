@@ -12,8 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from staindiffuser.errors import StainDiffuserError
-from staindiffuser.training.data.pairs import PairedTiles
-from staindiffuser.training.data.prepare.cli_import import EPILOG, LayoutName, import_
+from staindiffuser.training.prepare.cli_import import EPILOG, LayoutName, import_
+from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
 app = typer.Typer(rich_markup_mode="markdown")
 app.command("import", epilog=EPILOG)(import_)
@@ -62,7 +62,7 @@ def test_the_summary_says_what_to_know(source: Path, tmp_path: Path) -> None:
     text = run("--layout", "bci", source, "-o", tmp_path / "tiles", "--tile", 32, "--jobs", 1)
     assert "10 pairs of her2: 40 tiles" in text
     assert "0.46 → 0.5 µm" in text
-    assert "note: 10 of 10 pictures do not say which slide" in " ".join(text.split())
+    assert "note: 10 of 10 images do not say which slide" in " ".join(text.split())
 
 
 def test_dry_run_checks_and_writes_nothing(source: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_errors_have_their_exit_code(source: Path, tmp_path: Path, options: list
 
 def test_nothing_heavy_is_loaded_for_help() -> None:
     program = (
-        "import sys; import staindiffuser.training.data.prepare.cli_import; "
+        "import sys; import staindiffuser.training.prepare.cli_import; "
         "assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

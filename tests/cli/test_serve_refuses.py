@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from staindiffuser.export.description import Stain
+from staindiffuser.export.description import ExportedStain
 from staindiffuser.export.manifest import MANIFEST_JSON, Manifest
 from staindiffuser.export.repository import build, build_repository
 from tests.synthetic_graphs import write_graphs
@@ -112,7 +112,7 @@ def test_tensorrt_without_tensorrt(built: Path, tmp_path: Path) -> None:
 
 
 def test_a_fifth_stain_builds_its_own_two_engines(tmp_path: Path) -> None:
-    stains = [Stain(name=f"s{i}", label=f"S{i}") for i in range(5)]
+    stains = [ExportedStain(name=f"s{i}", label=f"S{i}") for i in range(5)]
     write_graphs(tmp_path / "four", tile=32, stains=stains[:4])
     write_graphs(tmp_path / "five", tile=32, stains=stains)
     output = build_repository(tmp_path / "four", tmp_path / "repository", max_batch=1)

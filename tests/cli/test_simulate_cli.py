@@ -10,11 +10,11 @@ import tifffile
 from typer.testing import CliRunner
 
 from staindiffuser.errors import UsageError
-from staindiffuser.training.data.pairs import PairedTiles, read_picture
-from staindiffuser.training.data.simulate.cli import app
-from staindiffuser.training.data.simulate.slide import SimulatedSlide
-from staindiffuser.training.data.simulate.tiles import simulate_tile
 from staindiffuser.training.errors import ConfigError
+from staindiffuser.training.simulate.cli import app
+from staindiffuser.training.simulate.slide import SimulatedSlide
+from staindiffuser.training.simulate.tiles import simulate_tile
+from staindiffuser.training.tiles.paired_tiles import PairedTiles, read_image
 
 runner = CliRunner()
 
@@ -39,10 +39,10 @@ def test_tiles(tmp_path: Path) -> None:
     assert tiles.stains == ("cd3", "ck818")
     assert {tile.split for tile in tiles.tiles} == {"train", "val", "test"}
     expected = simulate_tile(5, 11, size=64)
-    np.testing.assert_array_equal(read_picture(tiles.tiles[11].he), expected.he)
+    np.testing.assert_array_equal(read_image(tiles.tiles[11].he), expected.he)
     mask = tiles.tiles[11].masks["ck818"]
     assert mask is not None
-    np.testing.assert_array_equal(read_picture(mask, mode="L"), expected.masks["ck818"])
+    np.testing.assert_array_equal(read_image(mask, mode="L"), expected.masks["ck818"])
 
 
 def test_tiles_resume_and_grow(tmp_path: Path) -> None:
@@ -112,10 +112,10 @@ def test_slide(tmp_path: Path) -> None:
         with openslide.OpenSlide(name) as opened:
             assert opened.level_dimensions == ((1100, 700), (550, 350), (275, 175))
             assert float(opened.properties["openslide.mpp-x"]) == pytest.approx(0.5)
-            picture = np.asarray(opened.read_region((0, 0), 0, (1100, 700)).convert("RGB"))
+            image = np.asarray(opened.read_region((0, 0), 0, (1100, 700)).convert("RGB"))
         layer = name.split(".")[-3]
         truth = slide.read_ihc(layer, 0, 0, 1100, 700) if layer in ("cd3", "ck818") else slide.read(0, 0, 1100, 700)
-        assert np.abs(picture.astype(int) - truth).mean() < 3, "but for JPEG, the file holds what the slide reads"
+        assert np.abs(image.astype(int) - truth).mean() < 3, "but for JPEG, the file holds what the slide reads"
         with tifffile.TiffFile(name) as tiff:
             assert tiff.is_ome
             assert [level.shape for level in tiff.series[0].levels] == [(700, 1100, 3), (350, 550, 3), (175, 275, 3)]

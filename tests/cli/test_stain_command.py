@@ -116,7 +116,7 @@ def test_a_slide_without_mpp_is_refused_and_accepted_with_it(real_data: Path, tm
     path = real_data / "slides/tcga-cr-7395-01a-01-ts1.svs"
     refused(stain(tmp_path, path, "--server", server, "--output", "out"), 4, "--mpp")
     assert list(tmp_path.iterdir()) == []
-    # Not its real one: a coarse one makes the picture small and the test short.
+    # Not its real one: a coarse one makes the image small and the test short.
     result = stain(tmp_path, path, "--server", server, "--output", "out", "--mpp", 0.1, "--no-cells", "--stains", "cd3")
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "out/run.json").read_text())["input"]["mpp_from"] == "--mpp"

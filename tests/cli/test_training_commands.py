@@ -93,13 +93,13 @@ def edit(tiles: Path, change: Callable[[str], str]) -> None:
     path.write_text(change(text))
 
 
-def cut(picture: Path) -> None:
-    picture.write_bytes(picture.read_bytes()[:200])
+def cut(image: Path) -> None:
+    image.write_bytes(image.read_bytes()[:200])
 
 
-def shrink(picture: Path) -> None:
-    with Image.open(picture) as image:
-        image.resize((48, 48)).save(picture)
+def shrink(file: Path) -> None:
+    with Image.open(file) as image:
+        image.resize((48, 48)).save(file)
 
 
 BAD_DATA: dict[str, tuple[Callable[[Path], None], str]] = {

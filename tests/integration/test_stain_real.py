@@ -50,19 +50,19 @@ def cell_map(folder: Path, name: str = "cd3") -> np.ndarray:
 
 def test_same_seed_same_pixels_whatever_the_batches(server: TritonServer, tile: Path, tmp_path: Path) -> None:
     maps = {}
-    pictures = {}
+    images = {}
     for name, seed, batch, in_flight in (("a", 5, 8, 3), ("b", 5, 8, 3), ("c", 5, 3, 1), ("d", 6, 8, 3)):
         with StainClient(server.url, in_flight=in_flight) as client:
             options = StainingOptions(seed=seed, batch=batch, in_flight=in_flight)
             run = stain_slide(tile, tmp_path / name, client, options)
         maps[name] = np.stack([cell_map(tmp_path / name), cell_map(tmp_path / name, "ck818")])
-        pictures[name] = tifffile.imread(tmp_path / name / "cd3.ome.tiff").astype(int)
+        images[name] = tifffile.imread(tmp_path / name / "cd3.ome.tiff").astype(int)
     assert run["tiles"]["stained"] > 8
     np.testing.assert_array_equal(maps["a"], maps["b"])
-    np.testing.assert_array_equal(pictures["a"], pictures["b"])
+    np.testing.assert_array_equal(images["a"], images["b"])
     assert np.abs(maps["a"] - maps["c"]).max() <= 1
-    assert np.abs(pictures["a"] - pictures["c"]).mean() < 1, "JPEG may add to the one grey level"
-    assert (pictures["a"] != pictures["d"]).mean() > 0.1, "the seed matters"
+    assert np.abs(images["a"] - images["c"]).mean() < 1, "JPEG may add to the one grey level"
+    assert (images["a"] != images["d"]).mean() > 0.1, "the seed matters"
 
 
 def test_the_pixels_are_the_tensors(server: TritonServer, tile: Path, tmp_path: Path) -> None:

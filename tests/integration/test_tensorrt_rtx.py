@@ -22,7 +22,7 @@ from staindiffuser.export.errors import BuilderMissingError, BuildError, ExportU
 STEPS = (1, 2, 4)
 PRECISIONS = ("fp32", "fp16")
 MOST_GROWTH = 1.15
-"""Size of the picture's engine of four steps over that of one."""
+"""Size of the image's engine of four steps over that of one."""
 OPTIONS = BuildOptions(batches=(1, 8, 32))
 
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from staindiffuser.errors import UsageError
 from staindiffuser.training.add_stain import add_stain
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint
-from staindiffuser.training.data.pairs import PairedTilesWriter, Split, read_picture
 from staindiffuser.training.errors import ConfigError, DataError
 from staindiffuser.training.infer import stain_tiles
 from staindiffuser.training.loop import RunOptions
 from staindiffuser.training.module import TASKS
+from staindiffuser.training.tiles.paired_tiles import PairedTilesWriter, Split, read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -40,13 +40,13 @@ def options(folder: Path) -> RunOptions:
 
 @pytest.fixture(scope="module")
 def new_tiles(tiles_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Paired tiles that have the new stain alone: the old one's pictures under another name."""
+    """Paired tiles that have the new stain alone: the old one's images under another name."""
     folder = tmp_path_factory.mktemp("new")
     splits: list[Split] = ["train", "train", "val", "test"]
     with PairedTilesWriter(folder, ["ki67"], masks=False) as writer:
         for i in range(16):
             name = f"t{i:02d}"
-            he, ihc = (read_picture(tiles_folder / column / f"{name}.png") for column in ("he", "cd3"))
+            he, ihc = (read_image(tiles_folder / column / f"{name}.png") for column in ("he", "cd3"))
             writer.add(name, he=he, stains={"ki67": ihc}, slide=f"s{i % 4}", split=splits[i % 4], mpp=0.5)
     return folder
 
@@ -70,8 +70,8 @@ def test_old_stains_do_not_change_by_a_bit(tiny_checkpoint: Path, added: Path) -
         seeds, origins = np.array([[1], [2]]), np.zeros((2, 2), np.int64)
         results.append(stain_tiles(network, he, sigmas=(80.0, 1.5), seeds=seeds, origins=origins))
     assert set(results[1]) - set(results[0]) == {"STAIN_KI67", "CELLS_KI67"}
-    for name, picture in results[0].items():
-        np.testing.assert_array_equal(picture, results[1][name])
+    for name, image in results[0].items():
+        np.testing.assert_array_equal(image, results[1][name])
 
 
 def test_a_run_goes_on_only_with_the_encoder_that_it_began_with(
@@ -92,7 +92,7 @@ def test_new_stain_has_been_trained(added: Path) -> None:
         assert gain is not None
         assert gain.abs().max() > 0  # it starts at 0
     run = torch.load(added.parent / "snapshots" / "last.ckpt", weights_only=False)["state_dict"]
-    assert {name.split(".")[2] for name in run if name.startswith(("net.pictures", "net.cells"))} == {"ki67"}
+    assert {name.split(".")[2] for name in run if name.startswith(("net.images", "net.cells"))} == {"ki67"}
 
 
 def test_checkpoint_says_what_was_added(tiny_checkpoint: Path, added: Path) -> None:

@@ -15,11 +15,11 @@ from staindiffuser.training.baselines.pix2pix import L1_WEIGHT, PatchDiscriminat
 from staindiffuser.training.baselines.unet import RegressionModule, UNet, matching_unet, parameter_count
 from staindiffuser.training.config import PRESETS, ModelConfig, TrainConfig
 from staindiffuser.training.data.dataset import CropDataset, load_tile, measure_stains
-from staindiffuser.training.data.pairs import PairedTiles
+from staindiffuser.training.evaluation.metrics import StainScore
 from staindiffuser.training.loop import RunOptions, fit
-from staindiffuser.training.metrics import StainScore
 from staindiffuser.training.model.network import DualDiffusion, he_to_network
 from staindiffuser.training.module import DivergedError
+from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -36,11 +36,11 @@ def crops(tiles: PairedTiles, samples: range) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("preset", ["debug", "demo"])
-def test_unet_is_as_large_as_encoder_and_picture_branches(preset: str, tiny_model: ModelConfig) -> None:
+def test_unet_is_as_large_as_encoder_and_image_branches(preset: str, tiny_model: ModelConfig) -> None:
     model = dataclasses.replace(PRESETS[preset].model, stains=tiny_model.stains)
     with torch.device("meta"):
         network = DualDiffusion(model)
-    size = parameter_count(network.encoder) + parameter_count(network.pictures)
+    size = parameter_count(network.encoder) + parameter_count(network.images)
     assert parameter_count(matching_unet(model)) == pytest.approx(size, rel=0.03)
 
 
@@ -67,9 +67,9 @@ def test_regression_learns_to_stain(tiles_folder: Path, tmp_path: Path) -> None:
     scores = {stain: StainScore() for stain in tiles.stains}
     for row in tiles.split("test"):
         data = load_tile(row, tiles.stains)
-        pictures = module.stain_tiles(data["he"][None])
+        images = module.stain_tiles(data["he"][None])
         for stain, score in scores.items():
-            score.add(virtual=pictures[stain][0], real=data[stain], mask=data[f"{stain}_mask"])
+            score.add(virtual=images[stain][0], real=data[stain], mask=data[f"{stain}_mask"])
     for score in scores.values():
         assert score.metrics()["od_correlation"] > 0.5
 
@@ -123,12 +123,12 @@ def test_discriminator_judges_patches_of_70_pixels() -> None:
     for index, layer in enumerate(discriminator.layers):
         if isinstance(layer, nn.InstanceNorm2d):
             discriminator.layers[index] = nn.Identity()  # its statistics reach everything
-    pictures = torch.randn(1, 9, 128, 128, requires_grad=True)
-    logits = discriminator(pictures)
+    images = torch.randn(1, 9, 128, 128, requires_grad=True)
+    logits = discriminator(images)
     assert logits.shape == (1, 1, 14, 14)
     logits[0, 0, 7, 7].backward()
-    assert pictures.grad is not None
-    rows = pictures.grad[0].abs().sum(dim=(0, 2)).nonzero()
+    assert images.grad is not None
+    rows = images.grad[0].abs().sum(dim=(0, 2)).nonzero()
     assert rows.max() - rows.min() + 1 == 70
 
 

@@ -1,4 +1,4 @@
-"""Tiles into pictures: exact where they agree, smooth where they do not, in any order."""
+"""Tiles into images: exact where they agree, smooth where they do not, in any order."""
 
 import dataclasses
 import random
@@ -6,13 +6,13 @@ import random
 import numpy as np
 import pytest
 
-from staindiffuser.client.blending import Mosaic, Plane
+from staindiffuser.client.blending import Mosaic, OutputImage
 from staindiffuser.client.testing import FAKE_CONTRACT
-from staindiffuser.client.tiling import Tile, TileGrid
-from staindiffuser.client.tissue import TissueMask
+from staindiffuser.client.tiling import GridTile, TileGrid
+from staindiffuser.imaging.tissue import TissueMask
 
-PICTURE = Plane(tensor="STAIN_CD3", channels=3, background=255)
-CELLS = Plane(tensor="CELLS_CD3", channels=1, background=0)
+IMAGE = OutputImage(tensor="STAIN_CD3", channels=3, background=255)
+CELLS = OutputImage(tensor="CELLS_CD3", channels=1, background=0)
 WIDTH, HEIGHT = 700, 533
 
 
@@ -20,12 +20,12 @@ def grid_of(margin: int = 32) -> TileGrid:
     return TileGrid.for_model(dataclasses.replace(FAKE_CONTRACT, margin=margin), WIDTH, HEIGHT)
 
 
-def random_tiles(grid: TileGrid) -> dict[Tile, dict[str, np.ndarray]]:
+def random_tiles(grid: TileGrid) -> dict[GridTile, dict[str, np.ndarray]]:
     rng = np.random.default_rng(1)
     tiles = [grid.at(row, column) for row in range(grid.rows) for column in range(grid.columns)]
     return {
         tile: {
-            PICTURE.tensor: rng.integers(0, 256, (256, 256, 3), dtype=np.uint8),
+            IMAGE.tensor: rng.integers(0, 256, (256, 256, 3), dtype=np.uint8),
             CELLS.tensor: rng.integers(0, 256, (256, 256, 1), dtype=np.uint8),
         }
         for tile in tiles
@@ -33,17 +33,17 @@ def random_tiles(grid: TileGrid) -> dict[Tile, dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("margin", [0, 8, 24, 32])
-def test_tiles_cut_from_a_picture_give_the_picture(margin: int) -> None:
+def test_tiles_cut_from_a_image_give_the_image(margin: int) -> None:
     grid = grid_of(margin)
     side = 2 * 256
     world = np.random.default_rng(0).integers(0, 256, (HEIGHT + 2 * side, WIDTH + 2 * side, 3), dtype=np.uint8)
-    mosaic = Mosaic(grid, (PICTURE,))
+    mosaic = Mosaic(grid, (IMAGE,))
     for row in range(grid.rows):
         for column in range(grid.columns):
             tile = grid.at(row, column)
             y, x = tile.y + side, tile.x + side
-            mosaic.add(tile, {PICTURE.tensor: world[y : y + 256, x : x + 256]})
-    whole = mosaic.compose(PICTURE, 0, 0, WIDTH, HEIGHT)
+            mosaic.add(tile, {IMAGE.tensor: world[y : y + 256, x : x + 256]})
+    whole = mosaic.compose(IMAGE, 0, 0, WIDTH, HEIGHT)
     assert whole is not None
     np.testing.assert_array_equal(whole, world[side : side + HEIGHT, side : side + WIDTH])
 
@@ -55,14 +55,14 @@ def test_order_and_region_do_not_matter() -> None:
     for seed in (1, 2):
         order = list(tiles)
         random.Random(seed).shuffle(order)
-        mosaic = Mosaic(grid, (PICTURE, CELLS))
+        mosaic = Mosaic(grid, (IMAGE, CELLS))
         for tile in order:
             mosaic.add(tile, tiles[tile])
-        wholes.append(mosaic.compose(PICTURE, 0, 0, WIDTH, HEIGHT))
+        wholes.append(mosaic.compose(IMAGE, 0, 0, WIDTH, HEIGHT))
     assert wholes[0] is not None
     assert wholes[1] is not None
     np.testing.assert_array_equal(wholes[0], wholes[1])
-    part = mosaic.compose(PICTURE, 150, 170, 201, 99)
+    part = mosaic.compose(IMAGE, 150, 170, 201, 99)
     assert part is not None
     np.testing.assert_array_equal(part, wholes[0][170:269, 150:351])
 
@@ -83,16 +83,16 @@ def test_the_step_between_two_tiles_is_spread_over_the_ramp() -> None:
 
 def test_missing_tiles_are_background_and_leave_no_seam() -> None:
     grid = grid_of()
-    mosaic = Mosaic(grid, (PICTURE, CELLS))
-    assert mosaic.compose(PICTURE, 0, 0, 64, 64) is None
+    mosaic = Mosaic(grid, (IMAGE, CELLS))
+    assert mosaic.compose(IMAGE, 0, 0, 64, 64) is None
     tile = grid.at(1, 1)
     mosaic.add(
-        tile, {PICTURE.tensor: np.full((256, 256, 3), 9, np.uint8), CELLS.tensor: np.full((256, 256, 1), 7, np.uint8)}
+        tile, {IMAGE.tensor: np.full((256, 256, 3), 9, np.uint8), CELLS.tensor: np.full((256, 256, 1), 7, np.uint8)}
     )
     (x0, x1), (y0, y1) = grid.shown(tile.x, WIDTH), grid.shown(tile.y, HEIGHT)
     expected = np.full((HEIGHT, WIDTH, 3), 255, dtype=np.uint8)
     expected[y0:y1, x0:x1] = 9
-    whole = mosaic.compose(PICTURE, 0, 0, WIDTH, HEIGHT)
+    whole = mosaic.compose(IMAGE, 0, 0, WIDTH, HEIGHT)
     assert whole is not None
     np.testing.assert_array_equal(whole, expected)
     cells = mosaic.compose(CELLS, 0, 0, WIDTH, HEIGHT)
@@ -105,26 +105,26 @@ def test_glass_fades_to_the_background() -> None:
     shown = np.zeros((HEIGHT // 16 + 1, WIDTH // 16 + 1), dtype=np.float32)
     shown[:, :20] = 1
     mask = TissueMask(tissue=shown > 0, shown=shown, cell=(16.0, 16.0))
-    mosaic = Mosaic(grid, (PICTURE, CELLS), mask)
+    mosaic = Mosaic(grid, (IMAGE, CELLS), mask)
     for tile, outputs in random_tiles(grid).items():
         mosaic.add(tile, {name: np.full_like(value, 100) for name, value in outputs.items()})
-    picture = mosaic.compose(PICTURE, 0, 0, WIDTH, HEIGHT)
+    image = mosaic.compose(IMAGE, 0, 0, WIDTH, HEIGHT)
     cells = mosaic.compose(CELLS, 0, 0, WIDTH, HEIGHT)
-    assert picture is not None
+    assert image is not None
     assert cells is not None
-    assert (picture[:, :300] == 100).all()
-    assert (picture[:, 340:] == 255).all()
+    assert (image[:, :300] == 100).all()
+    assert (image[:, 340:] == 255).all()
     assert (cells[:, 340:] == 0).all()
-    assert np.abs(np.diff(picture[0, :, 0].astype(int))).max() <= 12
-    part = mosaic.compose(PICTURE, 290, 100, 60, 40)
+    assert np.abs(np.diff(image[0, :, 0].astype(int))).max() <= 12
+    part = mosaic.compose(IMAGE, 290, 100, 60, 40)
     assert part is not None
-    np.testing.assert_array_equal(part, picture[100:140, 290:350])
+    np.testing.assert_array_equal(part, image[100:140, 290:350])
 
 
 def test_rows_are_forgotten() -> None:
     grid = grid_of()
-    mosaic = Mosaic(grid, (PICTURE, CELLS))
+    mosaic = Mosaic(grid, (IMAGE, CELLS))
     for tile, outputs in random_tiles(grid).items():
         mosaic.add(tile, outputs)
     mosaic.forget_above(grid.rows)
-    assert mosaic.compose(PICTURE, 0, 0, WIDTH, HEIGHT) is None
+    assert mosaic.compose(IMAGE, 0, 0, WIDTH, HEIGHT) is None

@@ -12,21 +12,21 @@ from scipy import ndimage
 from skimage.measure import find_contours
 
 from staindiffuser.client.cells import BlockCells, CellsFile, _Outlines, find_cells
-from staindiffuser.client.contract import Stain
-from staindiffuser.client.ome import SIDE
+from staindiffuser.client.contract import ServedStain
+from staindiffuser.imaging.ome_tiff import SIDE
 
 MPP = 0.5
-CD3 = Stain(name="cd3", label="CD3")
+CD3 = ServedStain(name="cd3", label="CD3")
 
 
 def disks(height: int, width: int, centres: list[tuple[float, float]], radius: float = 7) -> np.ndarray:
-    picture = np.zeros((height, width), dtype=np.uint8)
+    image = np.zeros((height, width), dtype=np.uint8)
     for cx, cy in centres:
         left, top = max(0, int(cx - radius) - 1), max(0, int(cy - radius) - 1)
-        part = picture[top : int(cy + radius) + 2, left : int(cx + radius) + 2]
+        part = image[top : int(cy + radius) + 2, left : int(cx + radius) + 2]
         y, x = np.mgrid[: part.shape[0], : part.shape[1]]
         part[np.hypot(x + left + 0.5 - cx, y + top + 0.5 - cy) <= radius] = 230
-    return picture
+    return image
 
 
 def area(outline: np.ndarray) -> float:
@@ -34,19 +34,19 @@ def area(outline: np.ndarray) -> float:
     return float(abs(np.dot(x[:-1], y[1:]) - np.dot(x[1:], y[:-1])) / 2)
 
 
-def blocks_of(picture: np.ndarray) -> list[list[np.ndarray | None]]:
+def blocks_of(image: np.ndarray) -> list[list[np.ndarray | None]]:
     rows = []
-    for y in range(0, picture.shape[0], SIDE):
+    for y in range(0, image.shape[0], SIDE):
         row: list[np.ndarray | None] = []
-        for x in range(0, picture.shape[1], SIDE):
-            block = picture[y : y + SIDE, x : x + SIDE, None]
+        for x in range(0, image.shape[1], SIDE):
+            block = image[y : y + SIDE, x : x + SIDE, None]
             row.append(block if block.any() else None)
         rows.append(row)
     return rows
 
 
-def features_of(picture: np.ndarray, scale: tuple[float, float] = (1.0, 1.0)) -> list[dict[str, Any]]:
-    rows = blocks_of(picture)
+def features_of(image: np.ndarray, scale: tuple[float, float] = (1.0, 1.0)) -> list[dict[str, Any]]:
+    rows = blocks_of(image)
     finder = BlockCells(CD3, 0, MPP, scale, len(rows))
     with ThreadPoolExecutor(2) as workers:
         return [feature for row in rows for feature in finder.add_row(row, workers)]
@@ -63,9 +63,9 @@ def test_a_disk_is_one_cell_of_its_area_and_place() -> None:
 
 
 def test_touching_cells_are_parted_and_specks_left_out() -> None:
-    picture = disks(100, 100, [(40, 50), (52, 50)])
-    picture[10:14, 10:14] = 255
-    cells = find_cells(picture, MPP)
+    image = disks(100, 100, [(40, 50), (52, 50)])
+    image[10:14, 10:14] = 255
+    cells = find_cells(image, MPP)
     assert len(cells) == 2
     assert sorted(round(cell.centroid[0]) for cell in cells) == pytest.approx([40, 52], abs=1)
 
@@ -109,9 +109,9 @@ def test_blocks_find_each_cell_once() -> None:
         (float(x) + float(rng.uniform(-3, 3)), float(y)) for y in range(12, 1400, 25) for x in range(12, 1300, 25)
     ]
     # Right on the borders of blocks, and touching across them.
-    picture = disks(1400, 1300, centres)
-    whole = find_cells(picture, MPP)
-    features = features_of(picture)
+    image = disks(1400, 1300, centres)
+    whole = find_cells(image, MPP)
+    features = features_of(image)
     assert len(features) == len(whole)
     middles = sorted((round(c.centroid[1]), round(c.centroid[0])) for c in whole)
     found = sorted(

@@ -35,11 +35,11 @@ def test_tiles_are_stained_and_only_what_is_named_is_asked_for() -> None:
         np.testing.assert_array_equal(both["STAIN_CD3"], TILES)
         assert both["CELLS_CD3"].shape == (2, 256, 256, 1)
         assert list(client.stain_tiles(TILES, ORIGINS, 7, stains=["cd3"], cells=False)) == ["STAIN_CD3"]
-        assert list(client.stain_tiles(TILES, ORIGINS, 7, stains=["ck818"], pictures=False)) == ["CELLS_CK818"]
+        assert list(client.stain_tiles(TILES, ORIGINS, 7, stains=["ck818"], images=False)) == ["CELLS_CK818"]
         with pytest.raises(UnknownStainError):
             client.stain_tiles(TILES, ORIGINS, 7, stains=["her2"])
-        with pytest.raises(ValueError, match="pictures, cells"):
-            client.stain_tiles(TILES, ORIGINS, 7, pictures=False, cells=False)
+        with pytest.raises(ValueError, match="images, cells"):
+            client.stain_tiles(TILES, ORIGINS, 7, images=False, cells=False)
 
 
 def test_large_messages_pass() -> None:

@@ -49,7 +49,7 @@ def test_an_unknown_stain_is_refused_with_those_that_exist(names: tuple[str, ...
 
 
 def test_names_of_tensors() -> None:
-    assert FAKE_CONTRACT.stains[1].picture_tensor == "STAIN_CK818"
+    assert FAKE_CONTRACT.stains[1].image_tensor == "STAIN_CK818"
     assert FAKE_CONTRACT.stains[1].cells_tensor == "CELLS_CK818"
     with pytest.raises(ValueError, match="max_batch"):
         dataclasses.replace(FAKE_CONTRACT, max_batch=0)

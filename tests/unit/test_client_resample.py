@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from staindiffuser.client.pixel_size import PixelSize
 from staindiffuser.client.resample import ModelView, reflected
-from staindiffuser.client.slides import Slide
+from staindiffuser.imaging.pixel_size import PixelSize
+from staindiffuser.imaging.slides import Slide
 
 
 class ArraySlide(Slide):

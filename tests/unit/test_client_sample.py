@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from staindiffuser.client import sample
-from staindiffuser.client.errors import SlideError
-from staindiffuser.client.slides import open_slide
+from staindiffuser.imaging.errors import SlideError
+from staindiffuser.imaging.slides import open_slide
 
 
 @pytest.fixture(autouse=True)

@@ -14,14 +14,15 @@ import tifffile
 from numpy.typing import NDArray
 
 from staindiffuser.client.contract import UInt8Array
-from staindiffuser.client.errors import MissingPixelSizeError, OutputError, ServerLostError, SlideError
+from staindiffuser.client.errors import OutputError, ServerLostError
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.output import ResultFolder
 from staindiffuser.client.resample import ModelView
-from staindiffuser.client.slides import open_slide
 from staindiffuser.client.staining import stain_slide
 from staindiffuser.client.testing import FAKE_CONTRACT, FakeStainer, identity
-from staindiffuser.client.tissue import find_tissue, read_overview
+from staindiffuser.imaging.errors import MissingPixelSizeError, SlideError
+from staindiffuser.imaging.slides import open_slide
+from staindiffuser.imaging.tissue import find_tissue, read_overview
 
 CMU = "slides/CMU-1-Small-Region.svs"
 FILES = ["cd3.cells.ome.tiff", "cd3.ome.tiff", "cells.geojson.gz", "ck818.cells.ome.tiff", "ck818.ome.tiff", "run.json"]
@@ -56,11 +57,11 @@ def test_a_real_slide_comes_back(real_data: Path, tmp_path: Path) -> None:
             assert slide.dimensions == (2220, 2967)
             assert slide.level_count >= 3
             assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(0.499, rel=1e-4)
-    picture = tifffile.imread(tmp_path / "out/cd3.ome.tiff")
-    difference = np.abs(picture.astype(int) - source)
+    image = tifffile.imread(tmp_path / "out/cd3.ome.tiff")
+    difference = np.abs(image.astype(int) - source)
     assert difference[opacity == 256].mean() < 2.5, "JPEG only"
-    assert picture[opacity == 0].min() >= 250, "glass is white, but for the rim of JPEG blocks"
-    assert (picture[opacity == 0] == 255).mean() > 0.99
+    assert image[opacity == 0].min() >= 250, "glass is white, but for the rim of JPEG blocks"
+    assert (image[opacity == 0] == 255).mean() > 0.99
     cells = tifffile.imread(tmp_path / "out/cd3.cells.ome.tiff")
     expected = np.where(source.min(axis=-1) < 100, 255, 0)
     np.testing.assert_array_equal(cells[opacity == 256], expected[opacity == 256])
@@ -142,10 +143,10 @@ def test_input_is_resampled_to_the_model(real_data: Path, tmp_path: Path) -> Non
         view = ModelView(slide, slide.pixel_size(), 0.5)
         expected = view.read(0, 0, *view.size)
         opacity = find_tissue(read_overview(slide, slide.pixel_size()), view.mpp).opacity(0, 0, *view.size)
-    picture = tifffile.imread(tmp_path / "out/cd3.ome.tiff")
-    assert picture.shape == expected.shape == (1000, 1000, 3)
-    shows = np.ones(picture.shape[:2], bool) if opacity is None else opacity == 256
-    assert np.abs(picture.astype(int) - expected)[shows].mean() < 3
+    image = tifffile.imread(tmp_path / "out/cd3.ome.tiff")
+    assert image.shape == expected.shape == (1000, 1000, 3)
+    shows = np.ones(image.shape[:2], bool) if opacity is None else opacity == 256
+    assert np.abs(image.astype(int) - expected)[shows].mean() < 3
     features = json.loads(gzip.decompress((tmp_path / "out/cells.geojson.gz").read_bytes()))["features"]
     corner = np.max([np.max(feature["geometry"]["coordinates"][0]) for feature in features])
     assert 1500 < corner <= 2202, "cells are in the pixels of the input"

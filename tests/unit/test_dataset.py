@@ -21,8 +21,8 @@ from staindiffuser.training.data.dataset import (
     normal_noise,
     turned,
 )
-from staindiffuser.training.data.pairs import PairedTiles
 from staindiffuser.training.errors import DataError
+from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_every_tile_is_seen_once_an_epoch(tiles: PairedTiles) -> None:
     assert len(seen) == count == len(tiles.split("train"))
 
 
-def test_pictures_and_masks_are_cropped_and_turned_together(tiles: PairedTiles) -> None:
+def test_images_and_masks_are_cropped_and_turned_together(tiles: PairedTiles) -> None:
     data = CropDataset(tiles, crop=32, seed=0, jitter=0.0)
     for n in range(12):
         item = data[n]
@@ -154,8 +154,8 @@ def test_measured_constants_are_those_of_the_pixels(tiles: PairedTiles) -> None:
     stain = measure_stains(tiles)[1]
     pixels = np.concatenate([load_tile(t, tiles.stains)["ck818"].reshape(-1, 3) for t in tiles.split("train")]) / 255
     assert (stain.name, stain.label) == ("ck818", "CK8/18")
-    np.testing.assert_allclose(stain.picture_mean, pixels.mean(0), atol=1e-3)
-    np.testing.assert_allclose(stain.picture_std, pixels.std(0), atol=1e-3)
+    np.testing.assert_allclose(stain.image_mean, pixels.mean(0), atol=1e-3)
+    np.testing.assert_allclose(stain.image_std, pixels.std(0), atol=1e-3)
 
 
 class Torn(Dataset[int]):
@@ -163,7 +163,7 @@ class Torn(Dataset[int]):
 
     def __getitem__(self, sample: int) -> int:
         if sample:
-            raise DataError("he/b.png cannot be read as a picture: truncated")
+            raise DataError("he/b.png cannot be read as an image: truncated")
         return sample
 
     def __len__(self) -> int:
@@ -174,5 +174,5 @@ def test_a_worker_says_what_it_cannot_read_and_no_more() -> None:
     loader = TimedLoader(Torn(), batch_size=None, num_workers=1, batches=2)
     with pytest.raises(DataError) as caught:
         list(loader)
-    assert str(caught.value) == "he/b.png cannot be read as a picture: truncated"
+    assert str(caught.value) == "he/b.png cannot be read as an image: truncated"
     assert not multiprocessing.active_children(), "they hear no signal: the command would never end"

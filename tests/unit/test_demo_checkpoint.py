@@ -11,8 +11,8 @@ from staindiffuser.export.description import GraphSet, file_sha256
 from staindiffuser.serving.demo import demo_graphs
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
 from staindiffuser.training.config import PRESETS
-from staindiffuser.training.data.simulate.tiles import simulate_tile
 from staindiffuser.training.infer import stain_tiles
+from staindiffuser.training.simulate.tiles import simulate_tile
 
 FOLDER = demo_graphs().parent
 
@@ -32,7 +32,7 @@ def test_graphs_come_from_these_weights(checkpoint: Checkpoint, graphs: GraphSet
     network = checkpoint.network
     modules = {"he_encoder": network.encoder}
     for stain in checkpoint.config.model.stains:
-        modules[f"stain_{stain.name}"] = network.branch("pictures", stain.name)  # type: ignore[assignment]
+        modules[f"stain_{stain.name}"] = network.branch("images", stain.name)  # type: ignore[assignment]
         modules[f"cells_{stain.name}"] = network.branch("cells", stain.name)  # type: ignore[assignment]
     assert set(modules) == set(graphs.engines)
     for name, module in modules.items():
@@ -62,7 +62,7 @@ def test_it_says_that_it_means_nothing_medically(checkpoint: Checkpoint, graphs:
 
 def test_architecture_is_the_demo_preset(checkpoint: Checkpoint) -> None:
     model, preset = checkpoint.config.model, PRESETS["demo"].model
-    assert (model.encoder, model.picture, model.cells) == (preset.encoder, preset.picture, preset.cells)
+    assert (model.encoder, model.image, model.cells) == (preset.encoder, preset.image, preset.cells)
     assert [stain.name for stain in model.stains] == ["cd3", "ck818"]
 
 
@@ -72,7 +72,7 @@ def test_it_is_a_student_of_the_teacher_that_ships(checkpoint: Checkpoint) -> No
     assert teacher.config.model == checkpoint.config.model
     ours, theirs = checkpoint.network.state_dict(), teacher.network.state_dict()
     for name in ours:
-        if not name.startswith("pictures."):
+        if not name.startswith("images."):
             assert ours[name].equal(theirs[name]), name
 
 

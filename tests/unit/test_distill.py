@@ -18,11 +18,11 @@ from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint
 from staindiffuser.training.config import ModelConfig
 from staindiffuser.training.data.dataset import CropDataset
-from staindiffuser.training.data.pairs import PairedTiles
 from staindiffuser.training.distill.module import DistillConfig, StudentModule
 from staindiffuser.training.distill.run import GALLERY, JudgeOptions, default_recipe, distill, judge_student
 from staindiffuser.training.errors import ConfigError, DataError
 from staindiffuser.training.loop import RunOptions
+from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -50,7 +50,7 @@ def test_a_student_keeps_encoder_and_cells_to_the_bit(
         assert tensor.dtype == after[name].dtype
         if not torch.equal(tensor, after[name]):
             changed.add(name.split(".")[0])
-    assert changed == {"pictures"}
+    assert changed == {"images"}
     student = Checkpoint.load(folder)
     assert student.config.name == "tiny"
     assert student.config.provenance["distillation"]["method"] == method
@@ -66,8 +66,8 @@ def test_a_student_keeps_encoder_and_cells_to_the_bit(
 def test_a_checkpoint_stored_in_float32_stays_so(tiny_checkpoint: Path, tiles_folder: Path, tmp_path: Path) -> None:
     Checkpoint.load(tiny_checkpoint).save(tmp_path / "teacher", dtype=torch.float32)
     folder = judge_student(tmp_path / "teacher", None, tiles_folder, tmp_path / "run", QUICK).folder
-    with Image.open(tmp_path / "run" / GALLERY) as picture:  # one tile, for each stain
-        assert (picture.width, picture.height) == (6 * 196, 24 + 2 * 196)
+    with Image.open(tmp_path / "run" / GALLERY) as image:  # one tile, for each stain
+        assert (image.width, image.height) == (6 * 196, 24 + 2 * 196)
     before, after = load_file(tmp_path / "teacher" / WEIGHTS), load_file(folder / WEIGHTS)
     assert all(
         torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype for name, tensor in before.items()
@@ -90,7 +90,7 @@ def test_consistency_tuning_learns(tiny_model: ModelConfig, tiny_checkpoint: Pat
     assert losses[-1] < 0.9 * losses[0]
     assert {name: tuple(d.shape) for name, d in distances.items()} == {"cd3": (4,), "ck818": (4,)}
     trained = {name.split(".")[0] for name, p in module.net.named_parameters() if p.grad is not None}
-    assert trained == {"pictures"}
+    assert trained == {"images"}
 
 
 def test_an_interrupted_distillation_goes_on_as_if_nothing_had_happened(

@@ -32,13 +32,13 @@ STEPS = 20
 RUNS: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp": {"strategy": "fsdp"},
-    "single task, in parts": {"accumulate": 2, "tasks": ("pictures",)},
+    "single task, in parts": {"accumulate": 2, "tasks": ("images",)},
 }
 """What two processes do; each must give the curve of one process."""
 FAILURES: dict[str, dict[str, Any]] = {"diverged": {"diverge": True}, "uneven": {"batch": 7}}
 
 
-def run(data: Path, output: Path, *, strategy: Any = "ddp", tasks: Any = ("pictures", "cells"), **changes: Any) -> None:
+def run(data: Path, output: Path, *, strategy: Any = "ddp", tasks: Any = ("images", "cells"), **changes: Any) -> None:
     recipe = dataclasses.replace(
         PRESETS["debug"].train, steps=STEPS, batch=8, crop=32, warmup=2, cooldown=0.0, bf16=False, validation_tiles=2
     )
@@ -68,7 +68,7 @@ def two(tiles_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "tasks"), [(n, RUNS[n].get("tasks", ("pictures", "cells"))) for n in RUNS])
+@pytest.mark.parametrize(("name", "tasks"), [(n, RUNS[n].get("tasks", ("images", "cells"))) for n in RUNS])
 def test_two_processes_give_the_curve_of_one(
     two: Path, tiles_folder: Path, tmp_path: Path, name: str, tasks: tuple[str, ...]
 ) -> None:

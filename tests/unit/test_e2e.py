@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from staindiffuser.imaging import optical_density
 from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.config import StainConfig
-from staindiffuser.training.data import optical_density
 from staindiffuser.training.distill.e2e import OneStepLoss, dab_density, detail_distance, forget_noise_, local_spectra
 from staindiffuser.training.model.layers import normalize_weight_
 
@@ -90,7 +90,7 @@ def test_one_step_loss_asks_for_pixels_density_and_detail() -> None:
 
 def test_a_branch_that_forgot_noise_paints_the_same_from_any(tiny_checkpoint: Path) -> None:
     network = Checkpoint.load(tiny_checkpoint).network
-    branch = network.branch("pictures", "cd3")
+    branch = network.branch("images", "cd3")
     injections = branch.attend(network.encoder(torch.rand(1, 3, 32, 32)))
 
     def painted(x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def test_a_branch_that_forgot_noise_paints_the_same_from_any(tiny_checkpoint: Pa
     x, nothing = torch.randn(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)
     expected = painted(nothing)
     assert not torch.allclose(painted(x), expected, atol=0.01)
-    forget_noise_(network.pictures)
-    normalize_weight_(network.pictures)  # as after an optimiser step
+    forget_noise_(network.images)
+    normalize_weight_(network.images)  # as after an optimiser step
     assert torch.allclose(painted(nothing), expected, atol=1e-3)
     assert torch.equal(painted(x), painted(nothing))

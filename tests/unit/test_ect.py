@@ -73,12 +73,12 @@ def test_consistency_loss_by_hand(weighting: Any) -> None:
     assert distance.item() == pytest.approx(0.25, abs=1e-5)
     expected = {"step": 0.25 / 2, "flat": 0.25 / c_out}[weighting]
     assert loss.item() == pytest.approx(expected, abs=1e-5)
-    # against the real picture: 1.75 − 0.5, and flat is the teacher's squared loss there
+    # against the real image: 1.75 − 0.5, and flat is the teacher's squared loss there
     loss, _ = consistency_loss(Line(), y, noise, t, torch.zeros(1), weighting=weighting, sigma_data=0.5)
     assert loss.item() == pytest.approx({"step": 1.25 / 3, "flat": (1.25 / c_out) ** 2}[weighting], rel=1e-5)
 
 
-def test_target_is_the_picture_where_r_is_zero() -> None:
+def test_target_is_the_image_where_r_is_zero() -> None:
     y, noise = torch.full((2, 1, 2, 2), 0.5), torch.ones(2, 1, 2, 2)
     t, r = torch.tensor([3.0, 3.0]), torch.tensor([0.0, 1.0])
     _, distance = consistency_loss(Line(), y, noise, t, r, weighting="step", sigma_data=0.5)
@@ -143,6 +143,6 @@ def test_noise_levels_follow_the_draws_and_the_stage() -> None:
     assert levels[3].tolist() == pytest.approx(lower_level(levels[0], 3).tolist())
     above = dataclasses.replace(loss, consistent_below=2.0, r_min=0.01)
     above(denoise, y, y + 1, draws, STAIN, 7)
-    # where r = 0 the target is the picture: any level will do
+    # where r = 0 the target is the image: any level will do
     lower = torch.where((levels[4] < 2.0) & (levels[4] > 0.1), lower_level(levels[0], 3), levels[4])
     assert levels[5].tolist() == pytest.approx(lower.tolist())

@@ -15,14 +15,21 @@ from PIL import Image
 from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.data.dataset import load_tile
-from staindiffuser.training.data.pairs import PairedTiles, PairedTilesWriter
 from staindiffuser.training.errors import DataError
-from staindiffuser.training.evaluate import Evaluation, evaluate, evaluate_steps, evaluate_tiles, restain, summarize
+from staindiffuser.training.evaluation.evaluate import (
+    Evaluation,
+    evaluate,
+    evaluate_steps,
+    evaluate_tiles,
+    restain,
+    summarize,
+)
+from staindiffuser.training.evaluation.feature_distances import FeatureNetwork, Networks
+from staindiffuser.training.evaluation.report import figure, write_report
+from staindiffuser.training.evaluation.scoring import ScoredTile, score_tiles
+from staindiffuser.training.evaluation.tile_metrics import Reference, measure_cells, measure_image
 from staindiffuser.training.infer import stain_tiles, stain_tiles_with
-from staindiffuser.training.measures import Reference, measure_cells, measure_picture
-from staindiffuser.training.perceptual import FeatureNetwork, Networks
-from staindiffuser.training.report import figure, write_report
-from staindiffuser.training.scoring import ScoredTile, score_tiles
+from staindiffuser.training.tiles.paired_tiles import PairedTiles, PairedTilesWriter
 
 STAINS = ("cd3", "ck818")
 
@@ -37,8 +44,8 @@ def tiles(tiles_folder: Path) -> PairedTiles:
     return PairedTiles.load(tiles_folder)
 
 
-def means(pictures: np.ndarray) -> torch.Tensor:
-    return torch.tensor(pictures.mean(axis=(1, 2)))
+def means(images: np.ndarray) -> torch.Tensor:
+    return torch.tensor(images.mean(axis=(1, 2)))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +110,7 @@ def test_any_method_can_be_scored_with_or_without_cell_maps(tiles: PairedTiles) 
     for stain in STAINS:
         assert "positive_cell_f1" in scores[stain].metrics()
         assert "cell_dice" not in scores[stain].metrics()
-        assert scores[stain].rows[2] == measure_picture(
+        assert scores[stain].rows[2] == measure_image(
             scored[2].data["he"], Reference(scored[2].data[stain], scored[2].data[f"{stain}_mask"], 0.5), detail=True
         )
 
@@ -114,7 +121,7 @@ def test_each_tile_is_measured_as_alone(evaluations: Sequence[Evaluation]) -> No
         for stain in STAINS:
             reference = Reference(tile.data[stain], tile.data[f"{stain}_mask"], 0.5)
             row = measure_cells(result[f"CELLS_{stain.upper()}"][..., 0], reference, detail=True)
-            row |= measure_picture(result[f"STAIN_{stain.upper()}"], reference, detail=True)
+            row |= measure_image(result[f"STAIN_{stain.upper()}"], reference, detail=True)
             measured = evaluation.scores[stain].rows[1]
             assert measured["real"] == row["real"]
             assert measured["od_x"] == pytest.approx(row["od_x"], rel=1e-3)
@@ -137,9 +144,9 @@ def folder_of(path: Path, sizes: Sequence[int]) -> PairedTiles:
     rng = np.random.default_rng(0)
     with PairedTilesWriter(path, STAINS, masks=False) as writer:
         for i, size in enumerate(sizes):
-            pictures = rng.integers(0, 255, (3, size, size, 3), dtype=np.uint8)
-            pair = dict(zip(STAINS, pictures[1:], strict=True))
-            writer.add(f"t{i}", he=pictures[0], stains=pair, slide=f"s{i}", split="test", mpp=0.5)
+            images = rng.integers(0, 255, (3, size, size, 3), dtype=np.uint8)
+            pair = dict(zip(STAINS, images[1:], strict=True))
+            writer.add(f"t{i}", he=images[0], stains=pair, slide=f"s{i}", split="test", mpp=0.5)
     return PairedTiles.load(path)
 
 
@@ -170,9 +177,7 @@ def test_summary_is_json_without_nan(evaluations: Sequence[Evaluation]) -> None:
     assert data["results"][0]["counts"]["cd3"]["real_cells"] > 0
 
 
-def test_report_has_a_column_per_number_of_steps_and_pictures(
-    evaluations: Sequence[Evaluation], tmp_path: Path
-) -> None:
+def test_report_has_a_column_per_number_of_steps_and_images(evaluations: Sequence[Evaluation], tmp_path: Path) -> None:
     text = write_report(evaluations, tmp_path).read_text()
     assert text.count("| metric | better | 1 step | 4 steps | 18 steps |") == len(STAINS)
     assert "- **hausdorff95_um**: 95th percentile" in text
@@ -181,9 +186,9 @@ def test_report_has_a_column_per_number_of_steps_and_pictures(
     line = next(x for x in text[text.index("## ck818") :].splitlines() if x.startswith("| psnr |"))
     assert line.split("|")[5].strip().startswith(f"{value:.3f} (")
     for name in ("cd3-best", "ck818-worst"):
-        with Image.open(tmp_path / f"{name}.png") as picture:
+        with Image.open(tmp_path / f"{name}.png") as image:
             # H&E, real, three virtual stains, cell map
-            assert picture.size == (6 * 64 + 5 * 8, 64)
+            assert image.size == (6 * 64 + 5 * 8, 64)
         assert f"({name}.png)" in text
     assert "(metrics.png)" in text
     assert (tmp_path / "metrics.png").stat().st_size > 1000

@@ -11,7 +11,7 @@ from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.model.network import Task
 
 
-@pytest.mark.parametrize("task", ["pictures", "cells"])
+@pytest.mark.parametrize("task", ["images", "cells"])
 def test_folded_network_computes_the_same(tiny_checkpoint: Path, task: Task) -> None:
     torch.manual_seed(0)
     network = Checkpoint.load(tiny_checkpoint).network.double()

@@ -151,17 +151,17 @@ def test_trunk_runs_in_the_asked_precision_and_the_preconditioning_in_float32(
 
 
 def test_real_samples_are_golden_samples_too(tiny_checkpoint: Path, real_data: Path, tmp_path: Path) -> None:
-    picture = real_data / "crops" / "medium-nuclei-score-level1.png"
-    graphs = export_graphs(tiny_checkpoint, tmp_path / "graphs", steps=1, tile=64, samples=[picture])
+    image = real_data / "crops" / "medium-nuclei-score-level1.png"
+    graphs = export_graphs(tiny_checkpoint, tmp_path / "graphs", steps=1, tile=64, samples=[image])
     he = np.load(tmp_path / "graphs" / graphs.golden)["HE"]
-    whole = np.asarray(Image.open(picture).convert("RGB"))
+    whole = np.asarray(Image.open(image).convert("RGB"))
     top, left = (whole.shape[0] - 64) // 2, (whole.shape[1] - 64) // 2
     np.testing.assert_array_equal(he[-1], whole[top : top + 64, left : left + 64])
 
 
 def test_sample_smaller_than_the_tile_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "small.png"
-    Image.new("RGB", (100, 40)).save(picture)
+    image = tmp_path / "small.png"
+    Image.new("RGB", (100, 40)).save(image)
     with pytest.raises(ExportUsageError, match=r"small\.png: 100 × 40 is smaller than the tile of 64"):
-        export_graphs(tiny_checkpoint, tmp_path / "graphs", steps=1, tile=64, samples=[picture])
+        export_graphs(tiny_checkpoint, tmp_path / "graphs", steps=1, tile=64, samples=[image])
     assert not (tmp_path / "graphs").exists()

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from staindiffuser.export.modules import BranchEngine, EncoderEngine
+from staindiffuser.imaging.optical_density import dab_mask
 from staindiffuser.serving.demo import demo_graphs
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint
-from staindiffuser.training.data.optical_density import dab_mask
-from staindiffuser.training.data.simulate.tiles import simulate_tile
+from staindiffuser.training.simulate.tiles import simulate_tile
 from staindiffuser.triton_models.noise.philox import tile_noise
 
 TILE = 128
@@ -47,8 +47,8 @@ class _Multiplex:
         network, config = checkpoint.network, checkpoint.config
         self.steps = steps
         self.encoder = EncoderEngine(network, trunk).eval()
-        self.pictures = {
-            s.name: BranchEngine(network, "pictures", s, config.sigmas[str(steps)], trunk).eval()
+        self.images = {
+            s.name: BranchEngine(network, "images", s, config.sigmas[str(steps)], trunk).eval()
             for s in config.model.stains
         }
         self.cells = {
@@ -56,7 +56,7 @@ class _Multiplex:
             for s in config.model.stains
         }
         self.largest = 0.0
-        for module in (self.encoder, *self.pictures.values(), *self.cells.values()):
+        for module in (self.encoder, *self.images.values(), *self.cells.values()):
             for part in module.modules():
                 part.register_forward_hook(self._watch)
 
@@ -73,7 +73,7 @@ class _Multiplex:
         z, cell_z = torch.from_numpy(noise), torch.from_numpy(cell_noise)
         with _SumInFloat32():
             features = self.encoder(torch.from_numpy(he))
-            results = {f"STAIN_{name}": branch(*features, z).numpy() for name, branch in self.pictures.items()}
+            results = {f"STAIN_{name}": branch(*features, z).numpy() for name, branch in self.images.items()}
             results |= {f"CELLS_{name}": branch(*features, cell_z).numpy() for name, branch in self.cells.items()}
         return results
 
@@ -94,7 +94,7 @@ def compare(folder: Path, *, tiles: int, batch: int) -> None:
         for stain in stains:
             real = np.stack([dab_mask(tile.stains[stain]) for tile in simulated])
             for side in sides:
-                virtual = np.stack([dab_mask(picture) for picture in results[side][f"STAIN_{stain}"]])
+                virtual = np.stack([dab_mask(image) for image in results[side][f"STAIN_{stain}"]])
                 counts[side, stain] += (2 * (virtual & real).sum(), virtual.sum() + real.sum())
         for name, half in results["fp16"].items():
             worst = max(worst, int(np.abs(half.astype(int) - results["fp32"][name]).max()))

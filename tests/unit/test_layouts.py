@@ -11,32 +11,32 @@ import pytest
 from PIL import Image
 
 from staindiffuser.errors import UsageError
-from staindiffuser.training.data.optical_density import DAB_THRESHOLD, dab_density
-from staindiffuser.training.data.pairs import PairedTile, PairedTiles, read_picture
-from staindiffuser.training.data.prepare.importing import ImportRequest, ImportResult, brightfield, grid, import_tiles
-from staindiffuser.training.data.prepare.layouts import LAYOUTS, Asked
+from staindiffuser.imaging.optical_density import DAB_THRESHOLD, dab_density
 from staindiffuser.training.errors import ConfigError, DataError
+from staindiffuser.training.prepare.importing import ImportRequest, ImportResult, brightfield, grid, import_tiles
+from staindiffuser.training.prepare.layouts import LAYOUTS, Asked
+from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, read_image
 
 SIDE = 64
 PINK, BLUE, BROWN = (225, 170, 205), (150, 150, 210), (130, 80, 45)
 
 
 def he(seed: int = 0) -> np.ndarray:
-    """An H&E-like picture in which each seed has its own pixels."""
+    """An H&E-like image in which each seed has its own pixels."""
     noise = np.random.default_rng(seed).integers(-20, 20, (SIDE, SIDE, 3))
     return np.clip(np.array(PINK) + noise, 0, 255).astype(np.uint8)
 
 
 def ihc() -> np.ndarray:
     """Blue, with a brown square in rows and columns 8 to 24."""
-    picture = np.full((SIDE, SIDE, 3), BLUE, np.uint8)
-    picture[8:24, 8:24] = BROWN
-    return picture
+    image = np.full((SIDE, SIDE, 3), BLUE, np.uint8)
+    image[8:24, 8:24] = BROWN
+    return image
 
 
-def save(path: Path, picture: np.ndarray) -> Path:
+def save(path: Path, image: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    Image.fromarray(image).save(path)
     return path
 
 
@@ -113,7 +113,7 @@ def run(
 def mask_of(tile: PairedTile, stain: str) -> np.ndarray:
     mask = tile.masks[stain]
     assert mask is not None
-    return read_picture(mask, mode="L")
+    return read_image(mask, mode="L")
 
 
 def test_every_layout_is_tested() -> None:
@@ -136,12 +136,12 @@ def test_layout(tmp_path: Path, layout: str, stains: tuple[str, ...], pairs: int
     assert (tiles.stains, result.pairs, result.slides) == (stains, pairs, slides)
     assert result.tiles == result.written == len(tiles.tiles) == 4 * pairs
     first = tiles.tiles[0]
-    expected = he() if layout != "mist" else read_picture(tmp_path / "source/HER2/TrainValAB/trainA/1M21_7_0.jpg")
-    np.testing.assert_array_equal(read_picture(first.he), expected[:32, :32])
+    expected = he() if layout != "mist" else read_image(tmp_path / "source/HER2/TrainValAB/trainA/1M21_7_0.jpg")
+    np.testing.assert_array_equal(read_image(first.he), expected[:32, :32])
     # The brown square lies in each pair's first tile, and nowhere else.
     if layout not in ("hemit", "deepliif"):
         stain = stains[-1]
-        np.testing.assert_allclose(read_picture(first.stains[stain])[16, 16], BROWN, atol=20)  # JPEG
+        np.testing.assert_allclose(read_image(first.stains[stain])[16, 16], BROWN, atol=20)  # JPEG
         assert mask_of(first, stain)[16, 16] == 255
         assert mask_of(tiles.tiles[1], stain).max() == 0
 
@@ -160,7 +160,7 @@ def test_names_that_tell_the_slide_do(tmp_path: Path) -> None:
 def test_names_that_do_not_are_said_not_to(tmp_path: Path) -> None:
     source = bci(tmp_path / "s")
     result, _ = run("bci", source, tmp_path / "t")
-    assert any("14 of 14 pictures do not say" in note for note in result.notes)
+    assert any("14 of 14 images do not say" in note for note in result.notes)
     assert any("'val' was taken" in note for note in result.notes)
     pattern = re.compile(r"^\d+_(train|test)")
     told, tiles = run("bci", source, tmp_path / "u", asked=Asked(slide_pattern=pattern), val_share=0.0)
@@ -196,17 +196,17 @@ def test_deepliif_masks_are_its_positive_cells(tmp_path: Path) -> None:
 
 def test_masks_of_the_source_are_kept(tmp_path: Path) -> None:
     _, tiles = run("folder", folder(tmp_path / "s"), tmp_path / "t")
-    assert mask_of(tiles.tiles[3], "cd3")[18, 18] == 255, "given, though the picture is not brown there"
+    assert mask_of(tiles.tiles[3], "cd3")[18, 18] == 255, "given, though the image is not brown there"
     assert mask_of(tiles.tiles[0], "cd3").max() == 0
     assert mask_of(tiles.tiles[0], "ck818")[16, 16] == 255, "derived"
 
 
-def test_pictures_are_resampled_to_the_models_pixel(tmp_path: Path) -> None:
+def test_images_are_resampled_to_the_models_pixel(tmp_path: Path) -> None:
     result, tiles = run("mist", mist(tmp_path / "s"), tmp_path / "t", mpp=0.25)
     assert (result.source_mpp, result.mpp, result.tiles) == (0.25, 0.5, 6)
     first = tiles.tiles[0]
     assert first.size == (32, 32)
-    np.testing.assert_allclose(read_picture(first.stains["her2"])[8, 8], BROWN, atol=12)
+    np.testing.assert_allclose(read_image(first.stains["her2"])[8, 8], BROWN, atol=12)
     assert mask_of(first, "her2")[8, 8] > 200
 
 
@@ -223,7 +223,7 @@ def test_a_source_without_a_pixel_size_needs_one(tmp_path: Path) -> None:
 def test_pix2pix_can_be_the_other_way_round(tmp_path: Path) -> None:
     source = pix2pix(tmp_path / "s")
     _, tiles = run("pix2pix", source, tmp_path / "t", asked=Asked(stains=("er",), swap=True))
-    np.testing.assert_array_equal(read_picture(tiles.tiles[0].he), ihc()[:32, :32])
+    np.testing.assert_array_equal(read_image(tiles.tiles[0].he), ihc()[:32, :32])
 
 
 def test_mist_of_several_stains_asks_for_one(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_slides_in_two_splits_are_refused_and_can_be_dealt_anew(tmp_path: Path) 
         ("bci", lambda s: (s / "IHC/test").rename(s / "IHC/other"), ["IHC/test", "not there"]),
         ("hemit", lambda s: (s / "val/label").rename(s / "val/labels"), ["val/label", "not there"]),
         ("pix2pix", lambda s: save(s / "val/odd.png", he()), ["odd.png", "64 x 64", "side by side"]),
-        ("deepliif", lambda s: save(s / "train/x.png", ihc().repeat(2, 1)), ["x.png", "128 x 64", "6 pictures"]),
+        ("deepliif", lambda s: save(s / "train/x.png", ihc().repeat(2, 1)), ["x.png", "128 x 64", "6 images"]),
         ("folder", lambda s: save(s / "he/case0/a.jpg", he()), ["a.jpg", "a.png", "same name"]),
         ("folder", lambda s: save(s / "he/case0/a.png", he()[..., 0].astype(np.uint16)), ["a.png", "8 bits"]),
         ("folder", lambda s: save(s / "cd3_mask/case1/a.png", he()[:9, :, 0]), ["cd3_mask", "64 x 9", "64 x 64"]),
@@ -278,7 +278,7 @@ def test_what_is_refused(tmp_path: Path, layout: str, change: Callable[[Path], o
     assert not (tmp_path / "t/tiles.csv").exists()
 
 
-def test_a_truncated_picture_is_found_while_reading(tmp_path: Path) -> None:
+def test_a_truncated_image_is_found_while_reading(tmp_path: Path) -> None:
     source = bci(tmp_path / "s")
     path = source / "HE/train/00005_train_1+.png"
     path.write_bytes(path.read_bytes()[:-400])
@@ -298,11 +298,11 @@ def test_empty_and_absent_sources(tmp_path: Path) -> None:
         run("bci", tmp_path / "empty", tmp_path / "t")
     for name in ("train/input", "train/label"):
         (tmp_path / "bare" / name).mkdir(parents=True)
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         run("hemit", tmp_path / "bare", tmp_path / "t")
 
 
-def test_pictures_smaller_than_a_tile(tmp_path: Path) -> None:
+def test_images_smaller_than_a_tile(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"smaller than a tile.*--tile"):
         run("mist", mist(tmp_path / "s"), tmp_path / "t", mpp=0.125)
 
@@ -327,7 +327,7 @@ def test_another_import_is_not_mixed_in(tmp_path: Path) -> None:
     assert (tmp_path / "t/tiles.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize("change", ["another source of this name", "grown", "a picture less"])
+@pytest.mark.parametrize("change", ["another source of this name", "grown", "an image less"])
 def test_another_source_is_not_mixed_in(tmp_path: Path, change: str) -> None:
     source = tmp_path / "here" / "s"
     for name in "abcdef":
@@ -337,7 +337,7 @@ def test_another_source_is_not_mixed_in(tmp_path: Path, change: str) -> None:
     if change == "grown":
         for column in ("he", "cd3"):
             save(source / column / "g.png", he())
-    elif change == "a picture less":
+    elif change == "an image less":
         for column in ("he", "cd3"):
             (source / column / "f.png").unlink()
     else:
@@ -346,7 +346,7 @@ def test_another_source_is_not_mixed_in(tmp_path: Path, change: str) -> None:
             save(other / "he" / f"{name}.png", he(7))
             save(other / "cd3" / f"{name}.png", he(8))
         source = other
-    with pytest.raises(UsageError, match=r"(pictures|source) differs"):
+    with pytest.raises(UsageError, match=r"(images|source) differs"):
         run("folder", source, tmp_path / "t")
 
 

@@ -20,12 +20,12 @@ from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.config import PRESETS, ModelConfig, Preset, TrainConfig
 from staindiffuser.training.curves import read_curves
 from staindiffuser.training.data.dataset import CropDataset
-from staindiffuser.training.data.pairs import PairedTiles, read_picture
 from staindiffuser.training.errors import DataError
-from staindiffuser.training.evaluate import evaluate
+from staindiffuser.training.evaluation.evaluate import evaluate
 from staindiffuser.training.loop import RunOptions, fit, train
 from staindiffuser.training.model.layers import normalize_weight_
 from staindiffuser.training.module import DivergedError, TeacherModule, learning_rate
+from staindiffuser.training.tiles.paired_tiles import PairedTiles, read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -50,7 +50,7 @@ def test_training_learns_and_its_checkpoint_can_be_scored(tiles_folder: Path, tm
     checkpoint = Checkpoint.load(folder)
     assert 0 < checkpoint.config.receptive_radius < 200
     assert checkpoint.config.provenance["speed"]["crops_per_second"] > 0
-    assert set(read_curves(tmp_path)) >= {"loss", "error/pictures-cd3", "val/dab_dice/cd3"}
+    assert set(read_curves(tmp_path)) >= {"loss", "error/images-cd3", "val/dab_dice/cd3"}
     assert "(curves.png)" in (folder / "MODEL_CARD.md").read_text()
     assert (folder / "curves.png").stat().st_size > 1000
     scores = evaluate(checkpoint, PairedTiles.load(tiles_folder), steps=2).summary()
@@ -171,23 +171,23 @@ def test_parts_of_a_step_give_the_curve_of_the_whole(tiles_folder: Path, tmp_pat
         train(preset(8, batch=8, accumulate=parts, bf16=False), tiles_folder, asked)
         curves.append(read_curves(asked.output))
     assert set(curves[0]) == set(curves[1])
-    for name in ("loss", "error/pictures-cd3", "error_high_sigma/cells-ck818"):
+    for name in ("loss", "error/images-cd3", "error_high_sigma/cells-ck818"):
         np.testing.assert_array_equal(curves[0][name][0], curves[1][name][0])
         np.testing.assert_allclose(curves[0][name][1], curves[1][name][1], atol=1e-4)
 
 
 def test_single_task_leaves_the_other_branch_alone(tiny_model: ModelConfig, tiles_folder: Path, tmp_path: Path) -> None:
     recipe = preset(2, bf16=False)
-    module = TeacherModule(tiny_model, recipe.train, tasks=("pictures",))
+    module = TeacherModule(tiny_model, recipe.train, tasks=("images",))
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     dataset = CropDataset(PairedTiles.load(tiles_folder), crop=32, seed=0)
     assert fit(module, dataset, recipe.train, options(tmp_path)) > 0
     for name, tensor in module.state_dict().items():
         if name.startswith(("net.cells", "ema.cells")):
             assert torch.equal(tensor, before[name]), name
-    for name in ("net.encoder.stem.weight", "net.pictures.cd3.stem.weight", "ema.pictures.cd3.head.gain"):
+    for name in ("net.encoder.stem.weight", "net.images.cd3.stem.weight", "ema.images.cd3.head.gain"):
         assert not torch.equal(module.state_dict()[name], before[name]), name
-    assert set(module.uncertainty) == {"pictures-cd3", "pictures-ck818"}
+    assert set(module.uncertainty) == {"images-cd3", "images-ck818"}
 
 
 def test_folders_are_mixed(tiles_folder: Path, tmp_path: Path) -> None:
@@ -245,8 +245,8 @@ def test_validation_tiles_of_odd_size_are_refused(tiles_folder: Path, tmp_path: 
     folder = tmp_path / "tiles"
     shutil.copytree(tiles_folder, folder)
     for column in ("he", "cd3", "ck818"):
-        picture = folder / column / "t10.png"
-        Image.fromarray(read_picture(picture)[:60]).save(picture)
+        image = folder / column / "t10.png"
+        Image.fromarray(read_image(image)[:60]).save(image)
     with pytest.raises(DataError, match=r"row 12: the tile is 64 × 60; tiles to validate by must be of one size"):
         train(preset(5), folder, options(tmp_path / "run"))
 
@@ -262,10 +262,10 @@ def test_output_that_cannot_be_written_is_refused_by_a_dry_run_too(tiles_folder:
 def test_dry_run_checks_every_pixel_and_trains_nothing(tiles_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tiles"
     shutil.copytree(tiles_folder, folder)
-    picture = folder / "he" / "t00.png"
+    image = folder / "he" / "t00.png"
     asked = dataclasses.replace(options(tmp_path / "run"), dry_run=True)
     train(preset(5), folder, asked)
-    picture.write_bytes(picture.read_bytes()[:200])
+    image.write_bytes(image.read_bytes()[:200])
     with pytest.raises(DataError, match=r"row 2: he: .*t00\.png cannot be read"):
         train(preset(5), folder, asked)
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Metrics on pictures whose scores are known."""
+"""Metrics on images whose scores are known."""
 
 import itertools
 import math
@@ -10,17 +10,17 @@ from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from staindiffuser.client.cells import find_cells
-from staindiffuser.training.data.optical_density import dab_density
-from staindiffuser.training.instances import cell_middles, count_matches
-from staindiffuser.training.measures import Edges, hausdorff95
-from staindiffuser.training.metrics import METRIC_NAMES, METRICS, StainScore, radial_power
+from staindiffuser.imaging.instances import cell_centroids, count_matches
+from staindiffuser.imaging.optical_density import dab_density
+from staindiffuser.training.evaluation.metrics import METRIC_NAMES, METRICS, StainScore, radial_power
+from staindiffuser.training.evaluation.tile_metrics import Edges, hausdorff95
 
 BROWN, PALE = (120, 75, 45), (225, 225, 235)
 MPP = 0.5
 NOTHING = np.zeros((64, 64), np.uint8)
 
 
-def picture(columns: slice) -> np.ndarray:
+def image(columns: slice) -> np.ndarray:
     image = np.full((64, 64, 3), PALE, np.uint8)
     image[:, columns] = BROWN
     return image
@@ -65,14 +65,14 @@ def test_perfect_stain() -> None:
 
 
 def test_metrics_stand_in_the_order_of_the_table() -> None:
-    metrics = list(score(picture(slice(0, 9)), picture(slice(0, 9)), NOTHING, NOTHING))
+    metrics = list(score(image(slice(0, 9)), image(slice(0, 9)), NOTHING, NOTHING))
     assert metrics == [name for name in METRIC_NAMES if name in metrics]
 
 
 def test_half_of_the_positive_area() -> None:
     mask = np.zeros((64, 64), np.uint8)
     mask[:, :32] = 255
-    metrics = score(picture(slice(0, 16)), picture(slice(0, 32)), np.where(mask > 0, 0, 255).astype(np.uint8), mask)
+    metrics = score(image(slice(0, 16)), image(slice(0, 32)), np.where(mask > 0, 0, 255).astype(np.uint8), mask)
     assert metrics["dab_dice"] == pytest.approx(2 / 3, abs=0.03)
     assert metrics["iou"] == pytest.approx(metrics["dab_dice"] / (2 - metrics["dab_dice"]))
     assert metrics["positive_area_error"] == pytest.approx(-0.5, abs=0.05)
@@ -81,14 +81,14 @@ def test_half_of_the_positive_area() -> None:
 
 def test_dice_is_pooled_over_pixels_not_averaged_over_tiles() -> None:
     total = StainScore()
-    total.add(virtual=picture(slice(0, 32)), real=picture(slice(0, 32)), cells=NOTHING, mask=NOTHING)
-    total.add(virtual=picture(slice(0, 4)), real=picture(slice(0, 0)), cells=NOTHING, mask=NOTHING)
+    total.add(virtual=image(slice(0, 32)), real=image(slice(0, 32)), cells=NOTHING, mask=NOTHING)
+    total.add(virtual=image(slice(0, 4)), real=image(slice(0, 0)), cells=NOTHING, mask=NOTHING)
     assert total.tile_dice == [1.0, 0.0]
     assert total.metrics()["dab_dice"] == pytest.approx(64 / (64 + 5), abs=0.02)
 
 
 def test_what_is_undefined_is_not_a_number() -> None:
-    empty = picture(slice(0, 0))
+    empty = image(slice(0, 0))
     metrics = score(empty, empty, NOTHING, NOTHING)
     for name in ("dab_dice", "iou", "hausdorff95_um", "positive_cell_f1", "cell_dice", "cell_f1"):
         assert math.isnan(metrics[name]), name
@@ -96,7 +96,7 @@ def test_what_is_undefined_is_not_a_number() -> None:
 
 def test_a_score_without_cell_maps_and_costly_metrics_says_nothing_of_them() -> None:
     total = StainScore()
-    total.add(virtual=picture(slice(0, 8)), real=picture(slice(0, 9)), mask=NOTHING)
+    total.add(virtual=image(slice(0, 8)), real=image(slice(0, 9)), mask=NOTHING)
     assert not {"cell_dice", "cell_f1", "hausdorff95_um", "positive_cell_f1"} & set(total.metrics())
     assert total.counts() == {}
 
@@ -107,7 +107,7 @@ def test_the_ignore_band_of_a_mask_does_not_count() -> None:
     mask[:, 28:36] = 128
     cells = np.zeros((64, 64), np.uint8)
     cells[:, :36] = 255
-    assert score(picture(slice(0, 32)), picture(slice(0, 32)), cells, mask)["cell_dice"] == 1
+    assert score(image(slice(0, 32)), image(slice(0, 32)), cells, mask)["cell_dice"] == 1
 
 
 def test_optical_density_correlation_is_pooled() -> None:
@@ -179,10 +179,10 @@ def test_hausdorff_of_shifted_squares_agrees_with_all_pairs_of_edge_pixels() -> 
 
 def test_hausdorff_forgives_a_speck_and_is_the_mean_over_tiles_with_positives_in_both() -> None:
     total = StainScore(mpp=MPP, detail=True)
-    real = picture(slice(0, 32))
+    real = image(slice(0, 32))
     specked = real.copy()
     specked[60:62, 60:62] = BROWN
-    for virtual in (specked, picture(slice(0, 20)), picture(slice(0, 0))):
+    for virtual in (specked, image(slice(0, 20)), image(slice(0, 0))):
         total.add(virtual=virtual, real=real, mask=NOTHING)
     assert total.counts()["hausdorff_tiles"] == 2
     assert total.metrics()["hausdorff95_um"] == pytest.approx((0 + 12 * MPP) / 2, abs=0.01)
@@ -205,7 +205,7 @@ def test_f1_counts_are_pooled_and_cells_on_an_empty_tile_are_false() -> None:
     total.add(virtual=painted(none), real=painted(one), cells=none, mask=one)
     # 3 true, 1 false, 1 missed
     assert total.metrics()["cell_f1"] == total.metrics()["positive_cell_f1"] == pytest.approx(2 * 3 / (4 + 4))
-    assert total.counts() == {"hausdorff_tiles": 1, "real_cells": 4, "picture_cells": 4, "map_cells": 4}
+    assert total.counts() == {"hausdorff_tiles": 1, "real_cells": 4, "image_cells": 4, "map_cells": 4}
 
 
 def test_a_cell_is_matched_once_and_as_many_as_possible_are() -> None:
@@ -223,11 +223,11 @@ def test_cells_are_those_that_the_client_writes() -> None:
     cells = np.clip(128 + 2000 * (noise - 0.03), 0, 255).astype(np.uint8)
     expected = sorted((y - 0.5, x - 0.5) for x, y in (cell.centroid for cell in find_cells(cells, MPP)))
     assert len(expected) > 20
-    np.testing.assert_allclose(sorted(map(tuple, cell_middles(cells, MPP) / MPP)), expected, atol=1e-9)
+    np.testing.assert_allclose(sorted(map(tuple, cell_centroids(cells, MPP) / MPP)), expected, atol=1e-9)
 
 
 def test_touching_cells_are_two() -> None:
-    assert len(cell_middles(discs((60, 54), (60, 66), radius=7), MPP)) == 2
+    assert len(cell_centroids(discs((60, 54), (60, 66), radius=7), MPP)) == 2
 
 
 def test_bootstrap_is_deterministic_and_as_wide_as_the_normal_theory() -> None:
@@ -249,8 +249,8 @@ def test_bootstrap_is_deterministic_and_as_wide_as_the_normal_theory() -> None:
 def test_bootstrap_of_few_tiles_draws_them_all_ways() -> None:
     """Two tiles, one right and one wrong: a draw has both of them, or one of them twice."""
     total = StainScore()
-    total.add(virtual=picture(slice(0, 32)), real=picture(slice(0, 32)), mask=NOTHING)
-    total.add(virtual=picture(slice(0, 32)), real=picture(slice(0, 0)), mask=NOTHING)
+    total.add(virtual=image(slice(0, 32)), real=image(slice(0, 32)), mask=NOTHING)
+    total.add(virtual=image(slice(0, 32)), real=image(slice(0, 0)), mask=NOTHING)
     assert total.intervals()["dab_dice"] == (0.0, 1.0)
     # Without positives on either side there is no Dice: such draws are left out.
     total.rows[1] |= {"virtual": 0.0}

@@ -8,9 +8,9 @@ import pytest
 
 from staindiffuser.errors import UsageError
 from staindiffuser.training.data.dataset import CropDataset, measure_stains
-from staindiffuser.training.data.mixing import BLOCK, MixedTiles, Schedule, open_tiles
-from staindiffuser.training.data.pairs import PairedTiles, PairedTilesWriter, Split
 from staindiffuser.training.errors import DataError
+from staindiffuser.training.tiles.mixed_tiles import BLOCK, MixedTiles, Schedule, open_tiles
+from staindiffuser.training.tiles.paired_tiles import PairedTiles, PairedTilesWriter, Split
 
 SPLITS: list[Split] = ["train", "train", "train", "val"]
 
@@ -19,11 +19,11 @@ def make(
     folder: Path, level: int, *, stains: tuple[str, ...] = ("cd3",), slide: str = "", mpp: float = 0.5, count: int = 8
 ) -> Path:
     """Tiles of one grey level, three quarters of them for training."""
-    picture = np.full((32, 32, 3), level, np.uint8)
+    image = np.full((32, 32, 3), level, np.uint8)
     with PairedTilesWriter(folder, stains, masks=False) as writer:
         for i in range(count):
             writer.add(
-                f"t{i}", he=picture, stains=dict.fromkeys(stains, picture), slide=f"{slide or folder.name}{i % 4}",
+                f"t{i}", he=image, stains=dict.fromkeys(stains, image), slide=f"{slide or folder.name}{i % 4}",
                 split=SPLITS[i % 4], mpp=mpp,
             )  # fmt: skip
     return folder
@@ -84,8 +84,8 @@ def test_crops_come_from_both(two: tuple[Path, Path]) -> None:
 
 def test_constants_are_those_of_the_mixture(two: tuple[Path, Path]) -> None:
     stain = measure_stains(mixed(f"{two[0]}=1", f"{two[1]}=3"))[0]
-    np.testing.assert_allclose(stain.picture_mean, (0.25 * 200 + 0.75 * 100) / 255, atol=1e-3)
-    np.testing.assert_allclose(stain.picture_std, 100 / 255 * np.sqrt(0.25 * 0.75), atol=1e-3)
+    np.testing.assert_allclose(stain.image_mean, (0.25 * 200 + 0.75 * 100) / 255, atol=1e-3)
+    np.testing.assert_allclose(stain.image_std, 100 / 255 * np.sqrt(0.25 * 0.75), atol=1e-3)
 
 
 def test_validation_takes_turns(two: tuple[Path, Path]) -> None:

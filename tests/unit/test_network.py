@@ -49,7 +49,7 @@ def test_receptive_radius_bounds_the_influence_of_a_pixel(network: DualDiffusion
         he[0, size // 2, size // 2] = value
         with torch.inference_mode():
             pyramid = network.encoder(he_to_network(torch.from_numpy(he)))
-            denoise = network.denoiser("pictures", "cd3", pyramid)
+            denoise = network.denoiser("images", "cd3", pyramid)
             features.append(denoise(torch.zeros(1, 3, size, size), 1.0))
     rows = (features[0] - features[1]).abs().amax(dim=(0, 1, 3)).nonzero().flatten()
     reach = max(size // 2 - int(rows[0]), int(rows[-1]) - size // 2)
@@ -63,7 +63,7 @@ def test_stains_do_not_see_each_other(network: DualDiffusion) -> None:
     changed = DualDiffusion(network.config)
     changed.load_state_dict(network.state_dict())
     with torch.no_grad():
-        for parameter in changed.branch("pictures", "ck818").parameters():
+        for parameter in changed.branch("images", "ck818").parameters():
             parameter.add_(0.5)
     after = run(changed, he)
     assert np.array_equal(before["STAIN_CD3"], after["STAIN_CD3"])
@@ -77,13 +77,13 @@ def test_untrained_branches_ignore_the_features(tiny_model: ModelConfig) -> None
 
 def test_standardised_targets_have_mean_0_and_deviation_sigma_data() -> None:
     torch.manual_seed(0)
-    stain = StainConfig(name="a", label="A", picture_mean=(0.8, 0.6, 0.4), picture_std=(0.1, 0.2, 0.3))
-    std = torch.tensor(stain.picture_std).view(1, 3, 1, 1)
-    value = torch.tensor(stain.picture_mean).view(1, 3, 1, 1) + std * torch.randn(4, 3, 64, 64)
-    y = standardize(value, stain, "pictures", 0.5)
+    stain = StainConfig(name="a", label="A", image_mean=(0.8, 0.6, 0.4), image_std=(0.1, 0.2, 0.3))
+    std = torch.tensor(stain.image_std).view(1, 3, 1, 1)
+    value = torch.tensor(stain.image_mean).view(1, 3, 1, 1) + std * torch.randn(4, 3, 64, 64)
+    y = standardize(value, stain, "images", 0.5)
     assert y.mean(dim=(0, 2, 3)).abs().max() < 0.02
     torch.testing.assert_close(y.std(dim=(0, 2, 3)), torch.full((3,), 0.5), atol=0.02, rtol=0)
-    torch.testing.assert_close(unstandardize(y, stain, "pictures", 0.5), value)
+    torch.testing.assert_close(unstandardize(y, stain, "images", 0.5), value)
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("debug", 0.27), ("demo", 3.2)])
@@ -93,19 +93,19 @@ def test_presets_have_their_documented_size(preset: str, millions: float) -> Non
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, rel=0.05)
 
 
-def test_base_picture_branch_has_about_40_million_parameters() -> None:
+def test_base_image_branch_has_about_40_million_parameters() -> None:
     config = PRESETS["base"].model
     with torch.device("meta"):
         network = DualDiffusion(dataclasses.replace(config, stains=(StainConfig(name="cd3", label="CD3"),)))
-    assert sum(p.numel() for p in network.pictures.parameters()) / 1e6 == pytest.approx(40, rel=0.15)
+    assert sum(p.numel() for p in network.images.parameters()) / 1e6 == pytest.approx(40, rel=0.15)
 
 
 def test_effective_radius_is_not_hidden_by_a_mean(monkeypatch: pytest.MonkeyPatch, tiny_model: ModelConfig) -> None:
     def stained(network: DualDiffusion, he: np.ndarray, **_: object) -> dict[str, np.ndarray]:
-        picture = np.zeros((*he.shape[:3], 3), np.uint8)
+        image = np.zeros((*he.shape[:3], 3), np.uint8)
         if he.shape[2] == 64:  # the half whose context was cut away: two rows in a hundred differ, down to depth 20
-            picture[:, 10:12, :20] = 10
-        return {"STAIN_CD3": picture}
+            image[:, 10:12, :20] = 10
+        return {"STAIN_CD3": image}
 
     monkeypatch.setattr(receptive, "stain_tiles", stained)
     he = np.zeros((2, 100, 128, 3), np.uint8)

@@ -99,13 +99,13 @@ def test_a_pixel_has_the_same_noise_in_whichever_tile(x: int, y: int) -> None:
 
 def test_tile_noise_is_normal_noise_per_tile() -> None:
     seeds, origins = np.array([[3], [-4]]), np.array([[16, -32], [0, 160]])
-    picture, cells = philox.tile_noise(seeds, origins, steps=3, height=32, width=64)
-    assert picture.shape == (2, 3, 3, 32, 64)
+    image, cells = philox.tile_noise(seeds, origins, steps=3, height=32, width=64)
+    assert image.shape == (2, 3, 3, 32, 64)
     assert cells.shape == (2, 1, 32, 64)
     for index in range(2):
         x, y = origins[index]
         noise = philox.normal_noise(int(seeds[index, 0]), x, y, steps=3, channels=4, height=32, width=64)
-        np.testing.assert_array_equal(picture[index], noise[:, :3])
+        np.testing.assert_array_equal(image[index], noise[:, :3])
         np.testing.assert_array_equal(cells[index, 0], noise[0, 3])
     assert philox.tile_noise(seeds, origins, steps=3, height=32, width=64, cells=False)[1] is None
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from staindiffuser.training.data.optical_density import (
+from staindiffuser.imaging.optical_density import (
     STAIN_MATRIX,
     coarse_mask,
     dab_density,
@@ -14,8 +14,8 @@ from staindiffuser.training.data.optical_density import (
 )
 
 
-def picture_of(amounts: np.ndarray) -> np.ndarray:
-    """Pictures of known amounts of hematoxylin and DAB: [..., 2] to uint8 [..., 3]."""
+def image_of(amounts: np.ndarray) -> np.ndarray:
+    """Images of known amounts of hematoxylin and DAB: [..., 2] to uint8 [..., 3]."""
     density = amounts @ STAIN_MATRIX[:2]
     return np.clip(np.rint(256 * 10**-density - 1), 0, 255).astype(np.uint8)
 
@@ -43,27 +43,27 @@ def test_single_stains_equal_the_matrix_product() -> None:
     np.testing.assert_allclose(hematoxylin_density(rgb), unmix(optical_density(rgb))[..., 0], atol=2e-6)
 
 
-def test_dab_of_a_flat_picture_is_its_amount() -> None:
-    rgb = picture_of(np.full((16, 16, 2), [0.4, 0.3]))
+def test_dab_of_a_flat_image_is_its_amount() -> None:
+    rgb = image_of(np.full((16, 16, 2), [0.4, 0.3]))
     np.testing.assert_allclose(dab_density(rgb), 0.3, atol=0.01)
 
 
 @pytest.mark.parametrize(("amount", "positive"), [(0.13, False), (0.17, True)])
 def test_threshold(amount: float, positive: bool) -> None:
-    assert (dab_mask(picture_of(np.full((8, 8, 2), [0.2, amount]))) == positive).all()
+    assert (dab_mask(image_of(np.full((8, 8, 2), [0.2, amount]))) == positive).all()
 
 
 def test_glass_and_counterstain_are_negative() -> None:
     assert not dab_mask(np.full((8, 8, 3), 245, np.uint8)).any()
-    assert not dab_mask(picture_of(np.full((8, 8, 2), [1.0, 0.0]))).any()
+    assert not dab_mask(image_of(np.full((8, 8, 2), [1.0, 0.0]))).any()
 
 
 def test_the_mask_is_smoothed() -> None:
     amounts = np.zeros((21, 21, 2))
     amounts[10, 10, 1] = 0.8  # a Gaussian of 1 px leaves 0.16 of it in its middle
-    assert dab_mask(picture_of(amounts)).sum() <= 1
+    assert dab_mask(image_of(amounts)).sum() <= 1
     amounts[9:12, 9:12, 1] = 0.8
-    assert dab_mask(picture_of(amounts)).sum() > 9
+    assert dab_mask(image_of(amounts)).sum() > 9
 
 
 def band_width(mask: np.ndarray) -> int:
@@ -115,7 +115,7 @@ def test_what_is_refused() -> None:
         optical_density(np.zeros((4, 4, 3), np.float32))
     with pytest.raises(ValueError, match="3 channels"):
         unmix(np.zeros((4, 4)))
-    with pytest.raises(ValueError, match="one picture"):
+    with pytest.raises(ValueError, match="one image"):
         dab_density(np.zeros((1, 4, 4, 3), np.uint8))
     with pytest.raises(ValueError, match="mask"):
         coarse_mask(np.zeros((4, 4, 3), bool))

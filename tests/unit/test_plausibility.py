@@ -36,8 +36,8 @@ def stained(
             return np.zeros((*tiles.shape[:3], 1), np.uint8)
         nuclei = np.roll(tiles.min(axis=-1) < 110, shift, axis=2)
         bare = tiles.min(axis=-1) > 235
-        picture = np.where(nuclei[..., None], np.array(BLUE, np.uint8), np.array(PALE_BLUE, np.uint8))
-        return np.where(bare[..., None], np.array(glass, np.uint8), picture).astype(np.uint8)
+        image = np.where(nuclei[..., None], np.array(BLUE, np.uint8), np.array(PALE_BLUE, np.uint8))
+        return np.where(bare[..., None], np.array(glass, np.uint8), image).astype(np.uint8)
 
     stain_slide(slide, folder, FakeStainer(paint), StainingOptions(stains=("cd3",), mpp=0.5))
     return judge(folder)[0]

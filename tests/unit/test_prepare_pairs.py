@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from staindiffuser.cli import app
 from staindiffuser.errors import UsageError
-from staindiffuser.training.data.pairs import PairedTiles
-from staindiffuser.training.data.prepare.records import Records, check_settings
-from staindiffuser.training.data.prepare.request import PairRequest
-from staindiffuser.training.data.simulate.slide import SimulatedSlide
 from staindiffuser.training.errors import DataError
+from staindiffuser.training.prepare.records import Records, check_settings
+from staindiffuser.training.prepare.request import PairRequest
+from staindiffuser.training.simulate.slide import SimulatedSlide
+from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
 PAIRS = {
     # folder: H&E, IHC, stain; median and largest error allowed, shares of the diagonal
@@ -73,7 +73,7 @@ def test_a_pair_is_looked_at_then_cut_then_taken_over(tmp_path: Path) -> None:
     ihc = str(tmp_path / "ihc.png")
     looked_at = run("--ihc", f"wrong_name={ihc}", "--dry-run")
     assert abs(looked_at["stains"]["wrong_name"]["rotation"]) == pytest.approx(90, abs=0.5)
-    assert (tmp_path / "t" / looked_at["stains"]["wrong_name"]["picture"]).is_file()
+    assert (tmp_path / "t" / looked_at["stains"]["wrong_name"]["image"]).is_file()
     assert not (tmp_path / "t" / "tiles.csv").exists()
     cut = run("--ihc", f"cd3={ihc}")  # what was only looked at does not decide which stains the folder holds
     assert cut["written"] == cut["kept"] > 5

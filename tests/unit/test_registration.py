@@ -1,4 +1,4 @@
-"""Registration of an IHC section to its H&E: parts on made-up pictures, the whole on simulated and on real sections."""
+"""Registration of an IHC section to its H&E: parts on made-up images, the whole on simulated and on real sections."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from PIL import Image
 from scipy import ndimage
 
 from staindiffuser.benchmarks.registration import SIDES, bench_registration, find_section_pairs, turned_and_erased
-from staindiffuser.training.data.prepare import registration
-from staindiffuser.training.data.prepare.candidates import DISTINCT_ANGLE, find_candidates
-from staindiffuser.training.data.prepare.features import Structure, glass_colour, structure
-from staindiffuser.training.data.prepare.matching import Blocks, Search, fit_affine, match_blocks
-from staindiffuser.training.data.prepare.mutual_information import maximise
-from staindiffuser.training.data.prepare.quality import Fit, fit_of, present, sharpness
-from staindiffuser.training.data.prepare.registration import LEAST_SCORE, bend, realign, register, warped
-from staindiffuser.training.data.prepare.sections import Plane
-from staindiffuser.training.data.simulate.slide import SimulatedSlide
 from staindiffuser.training.errors import DataError
+from staindiffuser.training.prepare import registration
+from staindiffuser.training.prepare.quality import Fit, fit_of, present, sharpness
+from staindiffuser.training.prepare.registration.candidates import DISTINCT_ANGLE, find_candidates
+from staindiffuser.training.prepare.registration.features import Structure, glass_colour, structure
+from staindiffuser.training.prepare.registration.matching import Blocks, BlockSearch, fit_affine, match_blocks
+from staindiffuser.training.prepare.registration.mutual_information import maximise
+from staindiffuser.training.prepare.registration.register import LEAST_SCORE, bend, realign, register, warped
+from staindiffuser.training.prepare.sections import SectionImage
+from staindiffuser.training.simulate.slide import SimulatedSlide
 
 WIDTH, HEIGHT = 1536, 1152
 MPP = 1.0
@@ -32,8 +32,8 @@ TURNED_MEDIAN = {"Rat-Kidney_PanCytokeratin": 0.0035, "Izd2-29-041-w35_proSPC": 
 def simulated(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """H&E and CD3 of one simulated slide at 1 µm, aligned."""
     slide = SimulatedSlide(seed, WIDTH, HEIGHT)
-    pictures = (slide.read(0, 0, WIDTH, HEIGHT), slide.read_ihc("cd3", 0, 0, WIDTH, HEIGHT))
-    he, ihc = (np.asarray(Image.fromarray(picture).reduce(2)) for picture in pictures)
+    images = (slide.read(0, 0, WIDTH, HEIGHT), slide.read_ihc("cd3", 0, 0, WIDTH, HEIGHT))
+    he, ihc = (np.asarray(Image.fromarray(image).reduce(2)) for image in images)
     return he, ihc
 
 
@@ -42,12 +42,12 @@ def pair() -> tuple[np.ndarray, np.ndarray]:
     return simulated(3)
 
 
-def plane(rgb: np.ndarray) -> Plane:
-    return Plane(rgb=rgb, origin=(0.0, 0.0), mpp=MPP)
+def plane(rgb: np.ndarray) -> SectionImage:
+    return SectionImage(rgb=rgb, origin=(0.0, 0.0), mpp=MPP)
 
 
 def cloud(seed: int, shape: tuple[int, int] = (300, 360), *, radius: float = 0.45) -> Structure:
-    """A made-up section: blobs of hematoxylin in a disc of tissue, of a radius in shares of the picture."""
+    """A made-up section: blobs of hematoxylin in a disc of tissue, of a radius in shares of the image."""
     rng = np.random.default_rng(seed)
     texture = ndimage.gaussian_filter(rng.standard_normal(shape), 3)
     texture = (texture / texture.std()).astype(np.float32)
@@ -81,7 +81,7 @@ def test_candidates_find_the_rotation_and_the_shift(degrees: float) -> None:
     matrix = turn(degrees, (180.0, 150.0), (9.0, -6.0))
     best, *others = find_candidates(fixed, warped(fixed, inverse(matrix), (320, 380)))
     corners = np.array([[100.0, 90.0], [260.0, 90.0], [180.0, 220.0]])
-    # Half a step of the angle, at the rim, and the reduced picture's pixel.
+    # Half a step of the angle, at the rim, and the reduced image's pixel.
     assert np.hypot(*(moved_by(best.matrix, corners) - moved_by(matrix, corners)).T).max() < 8
     assert all(other.peak < best.peak for other in others)
 
@@ -110,9 +110,9 @@ def test_a_third_that_is_missing_does_not_move_the_best_candidate() -> None:
 
 def test_blocks_are_found_where_they_are_and_wrong_ones_ignored() -> None:
     fixed = cloud(2)
-    picture = fixed.presence - ndimage.gaussian_filter(fixed.presence, 12)
-    moved = ndimage.shift(picture, (3.0, -5.5), order=3, mode="nearest")
-    blocks = match_blocks(picture, moved, fixed.tissue, fixed.tissue, Search(half=24, reach=12, step=16))
+    image = fixed.presence - ndimage.gaussian_filter(fixed.presence, 12)
+    moved = ndimage.shift(image, (3.0, -5.5), order=3, mode="nearest")
+    blocks = match_blocks(image, moved, fixed.tissue, fixed.tissue, BlockSearch(half=24, reach=12, step=16))
     assert len(blocks) > 30
     assert np.median(blocks.shifts, axis=0) == pytest.approx([-5.5, 3.0], abs=0.3)
     assert blocks.agreement(8) == 1.0
@@ -146,9 +146,9 @@ def test_mutual_information_needs_no_equal_contrast() -> None:
 
 
 def test_mutual_information_needs_an_overlap() -> None:
-    picture = cloud(3, (64, 64))
+    image = cloud(3, (64, 64))
     nowhere = np.zeros((64, 64), bool)
-    assert maximise(picture.presence, picture.presence, picture.tissue, nowhere) is None
+    assert maximise(image.presence, image.presence, image.tissue, nowhere) is None
 
 
 # --- what is bent, in the whole and in a region ---
@@ -225,7 +225,7 @@ def test_a_section_of_other_tissue_is_refused(pair: tuple[np.ndarray, np.ndarray
     assert not found.good
 
 
-def test_pictures_must_have_one_pixel_size(pair: tuple[np.ndarray, np.ndarray]) -> None:
+def test_images_must_have_one_pixel_size(pair: tuple[np.ndarray, np.ndarray]) -> None:
     with pytest.raises(ValueError, match="one pixel size"):
         register(plane(pair[0]), dataclasses.replace(plane(pair[1]), mpp=2.0))
 
@@ -243,12 +243,12 @@ def test_hematoxylin_and_tissue_are_seen_in_both_stains(pair: tuple[np.ndarray, 
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_a_third_is_erased_and_points_turn_with_the_picture(side: str) -> None:
-    picture = np.full((90, 120, 3), 240, np.uint8)
+def test_a_third_is_erased_and_points_turn_with_the_image(side: str) -> None:
+    image = np.full((90, 120, 3), 240, np.uint8)
     points = np.array([[10.0, 45.0], [60.0, 5.0], [110.0, 45.0], [60.0, 85.0]])  # left, top, right, bottom
     for x, y in points.astype(int):
-        picture[y, x] = 0
-    turned, places, there = turned_and_erased(picture, points, 90.0, side)
+        image[y, x] = 0
+    turned, places, there = turned_and_erased(image, points, 90.0, side)
     assert turned.shape[:2] == (120, 90)
     assert list(there) == [name != side for name in SIDES]
     columns, rows = np.rint(places).astype(int).T
@@ -303,6 +303,6 @@ def test_eight_angles_and_wrong_pairs(real_data: Path) -> None:
     assert max(case.cpu_seconds for case in report.cases) < 60
 
 
-def test_pictures_too_small_for_the_flow_are_not_bent() -> None:
+def test_images_too_small_for_the_flow_are_not_bent() -> None:
     small = cloud(1, (20, 240))
     assert not bend(small, small).any()

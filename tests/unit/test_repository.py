@@ -19,7 +19,7 @@ import pytest
 
 from staindiffuser.export import publishing, triton_config
 from staindiffuser.export.builders import BuildOptions
-from staindiffuser.export.description import GraphSet, Stain, TensorSpec, file_sha256
+from staindiffuser.export.description import ExportedStain, GraphSet, TensorSpec, file_sha256
 from staindiffuser.export.errors import ExportUsageError, GraphsError, ManifestError, ParityError
 from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.export.repository import build, build_repository
@@ -120,7 +120,7 @@ def test_a_damaged_repository_is_mended_with_a_fresh_engine(graphs: Path, tmp_pa
 def test_an_added_stain_builds_its_own_two_engines(graphs: Path, tmp_path: Path) -> None:
     output = build_repository(graphs, tmp_path / "repository", max_batch=1)
     before = {name: record.sha256 for name, record in Manifest.load(output).engines.items()}
-    write_graphs(tmp_path / "more", tile=32, stains=(*DEFAULT_STAINS, Stain(name="ki67", label="Ki-67")))
+    write_graphs(tmp_path / "more", tile=32, stains=(*DEFAULT_STAINS, ExportedStain(name="ki67", label="Ki-67")))
     report = build(tmp_path / "more", output, options=BuildOptions(max_batch=1))
     assert report.built == ("stain_ki67", "cells_ki67")
     after = {name: record.sha256 for name, record in report.manifest.engines.items()}

@@ -9,10 +9,10 @@ import pytest
 import tifffile
 from PIL import Image
 
-from staindiffuser.training.data.prepare.landmarks import read_pair, target_error
-from staindiffuser.training.data.prepare.overview import overviews
-from staindiffuser.training.data.prepare.sections import Section
 from staindiffuser.training.errors import DataError
+from staindiffuser.training.prepare.overview import overviews
+from staindiffuser.training.prepare.registration.landmarks import read_pair, target_error
+from staindiffuser.training.prepare.sections import Section
 
 
 def test_a_section_is_read_by_position(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from staindiffuser.training.checkpoint import Checkpoint
-from staindiffuser.training.data.pairs import PairedTiles
 from staindiffuser.training.distill.sigma_search import FewTiles, QuickScore, coordinate_search, merit, search_sigmas
-from staindiffuser.training.evaluate import evaluate_tiles
+from staindiffuser.training.evaluation.evaluate import evaluate_tiles
+from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 

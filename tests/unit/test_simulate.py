@@ -5,13 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from staindiffuser.training.data.optical_density import dab_density, dab_mask, hematoxylin_density
-from staindiffuser.training.data.simulate.cells import Kind
-from staindiffuser.training.data.simulate.config import STAINS, SimulatorConfig
-from staindiffuser.training.data.simulate.randomness import jittered, uniforms
-from staindiffuser.training.data.simulate.slide import SimulatedSlide
-from staindiffuser.training.data.simulate.tiles import simulate_tile, split_of
+from staindiffuser.imaging.optical_density import dab_density, dab_mask, hematoxylin_density
 from staindiffuser.training.errors import ConfigError
+from staindiffuser.training.simulate.cells import Kind
+from staindiffuser.training.simulate.config import STAINS, SimulatorConfig
+from staindiffuser.training.simulate.randomness import jittered, uniforms
+from staindiffuser.training.simulate.slide import SimulatedSlide
+from staindiffuser.training.simulate.tiles import simulate_tile, split_of
 
 CLEAN = SimulatorConfig(misaligned_share=0, pen_share=0, damage=False)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from staindiffuser.training.data.simulation_controls import (
+from staindiffuser.training.simulate.controls import (
     MEASURES,
     PooledDice,
     colour_forest,
@@ -14,7 +14,7 @@ from staindiffuser.training.data.simulation_controls import (
     real_fields,
     simulated_fields,
 )
-from staindiffuser.training.data.simulation_report import CEILING_OF_COLOUR, main
+from staindiffuser.training.simulate.report import CEILING_OF_COLOUR, main
 
 
 def test_dice_is_pooled() -> None:
@@ -39,8 +39,8 @@ def test_context_is_needed_and_enough() -> None:
 
 
 def test_simulated_fields_lie_among_the_real(real_data: Path) -> None:
-    real = [values for field in real_fields(real_data) if (values := measure(field.picture))]
-    ours = [values for picture in simulated_fields(80) if (values := measure(picture))]
+    real = [values for field in real_fields(real_data) if (values := measure(field.image))]
+    ours = [values for image in simulated_fields(80) if (values := measure(image))]
     for name in MEASURES:
         low, high = np.percentile([values[name] for values in real], [5, 95])
         made = np.array([values[name] for values in ours])
@@ -51,11 +51,11 @@ def test_simulated_fields_lie_among_the_real(real_data: Path) -> None:
 def test_measures_of_known_nuclei() -> None:
     """Nine round nuclei of 40 µm² on pink."""
     y, x = np.mgrid[:144, :144]
-    picture = np.full((144, 144, 3), (230, 170, 200), np.uint8)
+    image = np.full((144, 144, 3), (230, 170, 200), np.uint8)
     for cy in (24, 72, 120):
         for cx in (24, 72, 120):
-            picture[np.hypot(y - cy, x - cx) < 7.14] = (90, 70, 150)
-    values = measure(picture)
+            image[np.hypot(y - cy, x - cx) < 7.14] = (90, 70, 150)
+    values = measure(image)
     assert values is not None
     assert values["nuclear_area"] == pytest.approx(40, rel=0.15)
     assert values["nuclei_per_mm2"] == pytest.approx(9 / (0.072**2), rel=0.02)

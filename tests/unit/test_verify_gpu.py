@@ -19,9 +19,9 @@ def test_report_on_a_cpu(tmp_path: Path) -> None:
     assert module.main([*options, "--output", str(output)]) == 0
     report = json.loads(output.read_text())
     assert report["parity_passed"]
-    assert set(report["parity"]) == {"picture k=1", "picture k=2", "picture k=4", "cells"}
-    assert set(report["gflop_per_tile"]) == {"encoder", "picture k=1", "picture k=2", "picture k=4", "cells"}
-    assert report["gflop_per_tile"]["picture k=4"] > 3 * report["gflop_per_tile"]["picture k=1"]
+    assert set(report["parity"]) == {"image k=1", "image k=2", "image k=4", "cells"}
+    assert set(report["gflop_per_tile"]) == {"encoder", "image k=1", "image k=2", "image k=4", "cells"}
+    assert report["gflop_per_tile"]["image k=4"] > 3 * report["gflop_per_tile"]["image k=1"]
     assert len(report["measurements"]) == 5 * 2
     for measurement in report["measurements"]:
         assert measurement["how"] == "eager"

@@ -1,6 +1,6 @@
 """pix2pix (Isola et al. 2017, arXiv 1611.07004) on the U-Net of :mod:`~staindiffuser.training.baselines.unet`.
 
-The generator's loss is λ · L1 plus an adversarial term from a PatchGAN that sees the H&E and all stains' pictures.
+The generator's loss is λ · L1 plus an adversarial term from a PatchGAN that sees the H&E and all stains' images.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BETAS = (0.5, 0.999)
 class PatchDiscriminator(nn.Module):
     """Real or not, for each patch of 70 × 70 pixels (pix2pix, Appendix 6.1.2), with instance norm for small batches.
 
-    forward: H&E and pictures side by side [B, channels, H, W] → logits [B, 1, H / 8 − 2, W / 8 − 2]
+    forward: H&E and images side by side [B, channels, H, W] → logits [B, 1, H / 8 − 2, W / 8 − 2]
     """
 
     def __init__(self, channels: int, width: int) -> None:
@@ -42,16 +42,16 @@ class PatchDiscriminator(nn.Module):
             ]
         self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        logits: Tensor = self.layers(pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.layers(images)
         return logits
 
 
 class Pix2PixModule(RegressionModule):
     """Generator and discriminator, which step at once.
 
-    Both see the same generated pictures: the generator's gradient passes the discriminator as it is, the
-    discriminator's stops at the pictures. So one backward pass and one optimiser hold both, and a run resumes,
+    Both see the same generated images: the generator's gradient passes the discriminator as it is, the
+    discriminator's stops at the images. So one backward pass and one optimiser hold both, and a run resumes,
     accumulates and counts its steps as every other does.
     """
 

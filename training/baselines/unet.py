@@ -1,4 +1,4 @@
-"""U-Net regression: H&E in, the pictures of all stains out, one forward pass, no noise.
+"""U-Net regression: H&E in, the images of all stains out, one forward pass, no noise.
 
 A plain U-Net (Ronneberger et al. 2015, arXiv 1505.04597) as it is built today: pixel-unshuffle stem, convolution, group
 norm and SiLU, strided convolutions down, nearest neighbour up, concatenated skip connections. It trains by the same
@@ -75,7 +75,7 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def matching_unet(model: ModelConfig) -> UNet:
-    """A U-Net for the stains of ``model`` with about as many parameters as its encoder and picture branches together.
+    """A U-Net for the stains of ``model`` with about as many parameters as its encoder and image branches together.
 
     The levels' widths are as 1 : 2 : 3 : 4, rounded to multiples of 4.
     """
@@ -86,7 +86,7 @@ def matching_unet(model: ModelConfig) -> UNet:
 
     with torch.device("meta"):
         whole = DualDiffusion(model)
-        target = parameter_count(whole.encoder) + parameter_count(whole.pictures)
+        target = parameter_count(whole.encoder) + parameter_count(whole.images)
         above = bisect.bisect_left(range(_LARGEST), target, key=size)
         unit = min((max(above - 1, 0), above), key=lambda unit: abs(size(unit) - target))
     return UNet(_widths(unit), outputs)
@@ -98,7 +98,7 @@ def _widths(unit: int) -> tuple[int, ...]:
 
 
 class RegressionModule(L.LightningModule):
-    """The U-Net, its moving average, and the mean squared error of the standardised pictures.
+    """The U-Net, its moving average, and the mean squared error of the standardised images.
 
     Squared, not absolute: that asks for the mean, not the median, and the median of what is brown now and then is never
     brown. On validation tiles, after a run of the ablation table, DAB-Dice was 0.03 and 0.40 (CD3, CK8/18) with the
@@ -115,12 +115,12 @@ class RegressionModule(L.LightningModule):
         self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
 
     def targets(self, batch: dict[str, Any]) -> Tensor:
-        """The stains' standardised pictures, side by side: [B, 3 · stains, H, W]."""
-        pictures = []
+        """The stains' standardised images, side by side: [B, 3 · stains, H, W]."""
+        images = []
         for stain in self.model.stains:
-            picture = batch[stain.name].permute(0, 3, 1, 2).float() / 255
-            pictures.append(standardize(picture, stain, "pictures", self.model.sigma_data))
-        return torch.cat(pictures, dim=1)
+            image = batch[stain.name].permute(0, 3, 1, 2).float() / 255
+            images.append(standardize(image, stain, "images", self.model.sigma_data))
+        return torch.cat(images, dim=1)
 
     def training_step(self, batch: dict[str, Any], _index: int) -> Tensor:
         loss = F.mse_loss(self.net(he_to_network(batch["he"])).float(), self.targets(batch))
@@ -149,10 +149,10 @@ class RegressionModule(L.LightningModule):
 
     @torch.inference_mode()
     def stain_tiles(self, he: NDArray[np.uint8]) -> dict[str, NDArray[np.uint8]]:
-        """Pictures of a batch of tiles by the moving average, in float32: uint8 [B, H, W, 3] → stain → the same."""
+        """Images of a batch of tiles by the moving average, in float32: uint8 [B, H, W, 3] → stain → the same."""
         y = self.ema(he_to_network(torch.tensor(he, device=next(self.ema.parameters()).device)))
-        pictures: dict[str, NDArray[np.uint8]] = {}
+        images: dict[str, NDArray[np.uint8]] = {}
         for stain, part in zip(self.model.stains, y.split(3, dim=1), strict=True):
-            value = unstandardize(part, stain, "pictures", self.model.sigma_data).clamp(0, 1)
-            pictures[stain.name] = (value * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return pictures
+            value = unstandardize(part, stain, "images", self.model.sigma_data).clamp(0, 1)
+            images[stain.name] = (value * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return images

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.optical_density import coarse_mask, dab_mask
 from staindiffuser.training.config import StainConfig
 from staindiffuser.training.data.cache import TileCache
-from staindiffuser.training.data.labels import stain_label
-from staindiffuser.training.data.mixing import MixedTiles, Schedule
-from staindiffuser.training.data.optical_density import coarse_mask, dab_mask
-from staindiffuser.training.data.pairs import PairedTile, PairedTiles, read_picture, spread
 from staindiffuser.training.errors import DataError
+from staindiffuser.training.tiles.mixed_tiles import MixedTiles, Schedule
+from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, read_image, spread
+from staindiffuser.training.tiles.stain_names import stain_label
 from staindiffuser.triton_models.noise.philox import quantiles
 
 __all__ = [
@@ -41,24 +42,23 @@ __all__ = [
     "valid_mask",
 ]
 
-U8 = NDArray[np.uint8]
 NEGATIVE, POSITIVE = 25, 230
 """Values of a coarse mask that are labels: up to the first, and from the second on. Between lies the ignore band."""
 CACHE_BYTES = 2 << 30
 """Decoded tiles kept by default: 2 GiB are about 2,900 tiles of 256² with two stains."""
 
 
-def load_tile(tile: PairedTile, stains: tuple[str, ...]) -> dict[str, U8]:
+def load_tile(tile: PairedTile, stains: tuple[str, ...]) -> dict[str, UInt8Array]:
     """Decode a tile: ``he`` [H, W, 3], per stain ``<stain>`` [H, W, 3] and its ``<stain>_mask`` [H, W]."""
-    arrays = {"he": read_picture(tile.he)}
+    arrays = {"he": read_image(tile.he)}
     for stain in stains:
-        arrays[stain] = read_picture(tile.stains[stain])
+        arrays[stain] = read_image(tile.stains[stain])
         mask = tile.masks[stain]
-        arrays[f"{stain}_mask"] = read_picture(mask, mode="L") if mask else coarse_mask(dab_mask(arrays[stain]))
+        arrays[f"{stain}_mask"] = read_image(mask, mode="L") if mask else coarse_mask(dab_mask(arrays[stain]))
     return arrays
 
 
-def valid_mask(mask: U8) -> NDArray[np.bool_]:
+def valid_mask(mask: UInt8Array) -> NDArray[np.bool_]:
     """Where a coarse mask is a label: its blurred edge is the ignore band."""
     return (mask <= NEGATIVE) | (mask >= POSITIVE)
 
@@ -85,8 +85,8 @@ def measure_stains(tiles: PairedTiles | MixedTiles, *, limit: int = 256) -> tupl
             StainConfig(
                 name=stain,
                 label=stain_label(stain),
-                picture_mean=(round(mean[0], 4), round(mean[1], 4), round(mean[2], 4)),
-                picture_std=(float(std[0]), float(std[1]), float(std[2])),
+                image_mean=(round(mean[0], 4), round(mean[1], 4), round(mean[2], 4)),
+                image_std=(float(std[0]), float(std[1]), float(std[2])),
                 cells_mean=round(float(mean[3]), 4),
                 cells_std=max(float(std[3]), 0.05),
             )
@@ -98,7 +98,7 @@ class CropDataset(Dataset[dict[str, Any]]):
     """Sample number n → an augmented crop with its noise.
 
     Items: ``he`` uint8 [H, W, 3]; per stain ``<stain>`` uint8 [H, W, 3] and ``<stain>_mask`` uint8 [H, W];
-    ``noise`` float32 [S, 4, H, W] (three channels for the picture, one for the cells, per stain);
+    ``noise`` float32 [S, 4, H, W] (three channels for the image, one for the cells, per stain);
     ``draws`` float32 [S, 2, 2] (per stain and task: a uniform and a normal draw, from which σ follows).
 
     Args:
@@ -138,7 +138,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         part, number = self.schedule(sample)
         return int(self._first[part]) + number
 
-    def decoded(self, index: int) -> dict[str, U8]:
+    def decoded(self, index: int) -> dict[str, UInt8Array]:
         """The whole tile ``index``, from the cache if it is there; not to be written to."""
         row = self.rows[index]
         data = self.cache.get(index)
@@ -174,9 +174,9 @@ class CropDataset(Dataset[dict[str, Any]]):
         return item
 
 
-def turned(image: U8, turn: int) -> Tensor:
+def turned(image: UInt8Array, turn: int) -> Tensor:
     """One of the eight symmetries of the square, 0 being none, as a copy: uint8 [H, W, ...] → uint8 [H, W, ...]."""
-    # Torch's copies of turned pictures are three times as fast as NumPy's.
+    # Torch's copies of turned images are three times as fast as NumPy's.
     tensor = torch.from_numpy(image)
     if turn & 4:
         tensor = tensor.transpose(0, 1)
@@ -197,7 +197,7 @@ def _quantiles() -> Tensor:
     return torch.from_numpy(quantiles().astype(np.float32))
 
 
-def jitter_stain(he: U8, rng: np.random.Generator, strength: float) -> U8:
+def jitter_stain(he: UInt8Array, rng: np.random.Generator, strength: float) -> UInt8Array:
     """Scale and shift the optical density of each colour channel at random (after Tellez et al. 2018).
 
     Args:

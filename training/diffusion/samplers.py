@@ -1,6 +1,6 @@
-"""From noise to a picture: the teacher's Heun sampler and the few-step sampler that is fused into the engines.
+"""From noise to an image: the teacher's Heun sampler and the few-step sampler that is fused into the engines.
 
-Both are deterministic functions of the noise they are given. Shapes: noise and pictures [B, C, H, W].
+Both are deterministic functions of the noise they are given. Shapes: noise and images [B, C, H, W].
 """
 
 from __future__ import annotations

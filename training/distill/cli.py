@@ -66,7 +66,7 @@ def distill(
     ] = None,
     consistent_below: Annotated[
         float | None,
-        typer.Option(help="Noise level from which up the student keeps to the expected picture; 1.5 if not given."),
+        typer.Option(help="Noise level from which up the student keeps to the expected image; 1.5 if not given."),
     ] = None,
     r_min: Annotated[
         float | None, typer.Option(help="Lower noise levels than this are taken for 0; 0.1 if not given.")
@@ -103,7 +103,7 @@ def distill(
     dry_run: DryRun = False,
     progress: Progress = True,
 ) -> None:
-    """Make a few-step student of a teacher: tune its picture branches, search σ, choose the steps by the gate.
+    """Make a few-step student of a teacher: tune its image branches, search σ, choose the steps by the gate.
 
     The gate: the fewest steps whose DAB-Dice is within 0.01 of the best and whose radial power is within 20 % of the
     real stain's, for every stain. If none passes, the steps that miss it by least are stored, and all places say so.
@@ -142,7 +142,7 @@ def distill(
             "r_min": r_min,
             "p_mean": p_mean,
             "p_std": p_std,
-            "picture_max_share": max_share,
+            "image_max_share": max_share,
             "detail_weight": detail_weight,
             "seed": seed,
             "workers": workers,

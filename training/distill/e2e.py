@@ -1,9 +1,9 @@
 """End-to-end one-step fine-tuning: the network is trained as it is used, in one step from nothing.
 
 After Garcia et al. 2024 (arXiv 2409.11355), who found that a diffusion model fine-tuned this way, without noise, is
-hard to beat where the condition decides the picture: x = 0 at σ = 80, and losses on what is painted.
+hard to beat where the condition decides the image: x = 0 at σ = 80, and losses on what is painted.
 
-A squared error alone paints the mean of all pictures that may be, which is blurred: the place of a cell's grain cannot
+A squared error alone paints the mean of all images that may be, which is blurred: the place of a cell's grain cannot
 be known. How much of it there is can be. So the amplitudes of the local spectra are compared too (the "multi-resolution
 STFT loss" of speech synthesis: Yamamoto et al. 2020, arXiv 1910.11480; in two dimensions, and weighted, here): they do
 not say where within a window a detail lies.
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from staindiffuser.imaging.optical_density import STAIN_MATRIX
 from staindiffuser.training.config import StainConfig
-from staindiffuser.training.data.optical_density import STAIN_MATRIX
 from staindiffuser.training.model.branch import Branch
 from staindiffuser.training.model.network import unstandardize
 
@@ -36,9 +36,9 @@ _EPSILON = 1e-8
 
 
 def dab_density(intensity: Tensor) -> Tensor:
-    """DAB's optical density of pictures in [0, 1], [B, 3, H, W] → [B, 1, H, W], unsmoothed; differentiable.
+    """DAB's optical density of images in [0, 1], [B, 3, H, W] → [B, 1, H, W], unsmoothed; differentiable.
 
-    The same definition as :func:`staindiffuser.training.data.optical_density.dab_density` but for the Gaussian: every
+    The same definition as :func:`staindiffuser.imaging.optical_density.dab_density` but for the Gaussian: every
     pixel is to be right here, not only the mask.
     """
     unmix = torch.linalg.inv(torch.from_numpy(STAIN_MATRIX))[:, 1].to(intensity)
@@ -46,7 +46,7 @@ def dab_density(intensity: Tensor) -> Tensor:
     return torch.einsum("bchw,c->bhw", density, unmix)[:, None]
 
 
-def local_spectra(pictures: Tensor, window: int) -> Tensor:
+def local_spectra(images: Tensor, window: int) -> Tensor:
     """Amplitudes of the spectra of overlapping windows (Hann, half a window apart), each times its frequency.
 
     Spectra of tissue fall about as the inverse of the frequency, so fine and coarse detail then weigh alike; the
@@ -54,18 +54,18 @@ def local_spectra(pictures: Tensor, window: int) -> Tensor:
     Rayleigh-distributed amplitudes, and a branch that gives each its mean has only π / 4 of the power.
 
     Args:
-        pictures: [B, C, H, W], sides of at least ``window``.
+        images: [B, C, H, W], sides of at least ``window``.
 
     Returns:
         [B, C, rows, columns, window, window // 2 + 1].
     """
-    hann = torch.hann_window(window, device=pictures.device)
-    tiles = pictures.unfold(2, window, window // 2).unfold(3, window, window // 2)
+    hann = torch.hann_window(window, device=images.device)
+    tiles = images.unfold(2, window, window // 2).unfold(3, window, window // 2)
     power = torch.fft.rfft2(tiles * (hann[:, None] * hann), norm="ortho").abs().square()
     flat = F.pad(power.flatten(0, 3)[:, None], (0, 0, 1, 1), mode="circular")  # rows go on at the other end
     pooled = F.avg_pool2d(flat, 3, stride=1, padding=(0, 1), count_include_pad=False).view_as(power)
     rows, columns = (
-        frequencies(window, device=pictures.device) for frequencies in (torch.fft.fftfreq, torch.fft.rfftfreq)
+        frequencies(window, device=images.device) for frequencies in (torch.fft.fftfreq, torch.fft.rfftfreq)
     )
     return (pooled + _EPSILON).sqrt() * torch.hypot(rows[:, None], columns) * window
 
@@ -80,13 +80,13 @@ def detail_distance(painted: Tensor, real: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def forget_noise_(pictures: nn.ModuleDict) -> None:
-    """Make each picture branch blind to the noisy picture, for good: the weights of its first layer become 0 and stay.
+def forget_noise_(images: nn.ModuleDict) -> None:
+    """Make each image branch blind to the noisy image, for good: the weights of its first layer become 0 and stay.
 
     It then computes from the H&E alone what x = 0 gives, so the exported sampler, which starts from σ z, needs no
     change. What is left of z is c_skip σ z, about (sd² / σ) z: 0.6 % of the target's standard deviation.
     """
-    for branch in pictures.values():
+    for branch in images.values():
         assert isinstance(branch, Branch)
         branch.stem.weight.zero_()
         branch.stem.weight.requires_grad_(False)
@@ -114,7 +114,7 @@ class OneStepLoss:
         sigma = torch.full((len(y),), self.sigma_max, device=y.device)
         prediction = denoise(torch.zeros_like(y), sigma)
         pixels = (prediction - y).square().mean(dim=(1, 2, 3))
-        painted, real = (dab_density(unstandardize(v, stain, "pictures", self.sigma_data)) for v in (prediction, y))
+        painted, real = (dab_density(unstandardize(v, stain, "images", self.sigma_data)) for v in (prediction, y))
         density = (painted - real).square().mean(dim=(1, 2, 3))
         detail = detail_distance(prediction, y)
         return pixels + self.density_weight * density + self.detail_weight * detail, pixels.detach()

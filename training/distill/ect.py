@@ -24,7 +24,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 Weighting = Literal["step", "flat"]
 """What is made of the distance d of a pair of predictions: ``step`` is ECT's d / (t − r). ``flat`` (ours) is
 d / c_out(t), which weighs the network's own output alike at all noise levels, where ``step`` lets the high ones fade;
-against the real picture it is squared, as the teacher's loss is: a norm that is not takes weight from the crops that
+against the real image it is squared, as the teacher's loss is: a norm that is not takes weight from the crops that
 are hard to predict, so from those that hold rare cells."""
 
 _K, _B = 8.0, 1.0
@@ -78,7 +78,7 @@ def consistency_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyLoss:
-    """The loss of one stain's picture branch at an optimiser step."""
+    """The loss of one stain's image branch at an optimiser step."""
 
     steps: int
     stages: int

@@ -1,4 +1,4 @@
-"""What the gate judged, as a picture: some of its tiles, by every sampler."""
+"""What the gate judged, as an image: some of its tiles, by every sampler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from staindiffuser.errors import UsageError
-from staindiffuser.training.scoring import ScoredTile
+from staindiffuser.training.evaluation.scoring import ScoredTile
 
 __all__ = ["Gallery"]
 
@@ -56,9 +56,9 @@ class Gallery:
             draw.text((column * step + 4, 4), title, fill="black", font=font)
         for number, (stain, tile) in enumerate(rows):
             results = (result[f"STAIN_{stain.upper()}"] for result in tile.results)
-            for column, picture in enumerate((tile.data["he"], tile.data[stain], *results)):
+            for column, image in enumerate((tile.data["he"], tile.data[stain], *results)):
                 place = (column * step, _HEAD + number * step)
-                sheet.paste(Image.fromarray(_middle(picture)), place)
+                sheet.paste(Image.fromarray(_middle(image)), place)
                 if column == 1:
                     draw.text((place[0] + 4, place[1] + 2), stain, fill="black", font=font)
         try:
@@ -68,7 +68,7 @@ class Gallery:
             raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _middle(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    height, width = picture.shape[:2]
+def _middle(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    height, width = image.shape[:2]
     top, left = max(0, (height - SIDE) // 2), max(0, (width - SIDE) // 2)
-    return np.ascontiguousarray(picture[top : top + SIDE, left : left + SIDE])
+    return np.ascontiguousarray(image[top : top + SIDE, left : left + SIDE])

@@ -1,4 +1,4 @@
-"""A few-step student as a Lightning module: the teacher's network, of which the picture branches alone are trained."""
+"""A few-step student as a Lightning module: the teacher's network, of which the image branches alone are trained."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DistillConfig(TrainConfig):
     """Mean of ln t (ours; ECT's are −1.1 and −0.8)."""
     p_std: float = 0.9
     """Its standard deviation (ours; ECT's are 2.0 and 1.6): most draws at the levels of the sampler's last steps."""
-    picture_max_share: float = 0.1
+    image_max_share: float = 0.1
     """Share of the draws taken at σ_max, where every sampler starts (ours)."""
     method: Method = "ect"
     """``ect``: easy consistency tuning; ``e2e``: end-to-end one-step fine-tuning."""
@@ -48,13 +48,13 @@ class DistillConfig(TrainConfig):
     q: float = 4.0
     """How much closer each stage brings the two noise levels."""
     consistent_below: float = 1.5
-    """Noise level from which up the student goes on learning the expected picture, as the teacher does (r = 0), and
+    """Noise level from which up the student goes on learning the expected image, as the teacher does (r = 0), and
     below which it learns a consistent one (ours; above σ_max is ECT as it was published). The sampler's first step then
-    gives what is likely, and the next ones its detail: with our c_in the noise at σ_max is too faint to make a picture
+    gives what is likely, and the next ones its detail: with our c_in the noise at σ_max is too faint to make an image
     from."""
     r_min: float = 0.1
-    """Lower levels r below this are 0: the target is the real picture (ours; ECT has 0). Otherwise the noise that is
-    left at r is passed up from level to level, and the student's pictures are grainy."""
+    """Lower levels r below this are 0: the target is the real image (ours; ECT has 0). Otherwise the noise that is
+    left at r is passed up from level to level, and the student's images are grainy."""
     weighting: Weighting = "flat"
     """How the consistency loss weighs noise levels and samples (ECT: ``step``)."""
     density_weight: float = 10.0
@@ -90,7 +90,7 @@ class StudentLoss(Protocol):
 
 
 class StudentModule(L.LightningModule):
-    """The student and the moving average of its picture branches.
+    """The student and the moving average of its image branches.
 
     Encoder and cell branches are the teacher's, bit for bit: they get no gradient, no renormalisation, no averaging.
     """
@@ -101,11 +101,11 @@ class StudentModule(L.LightningModule):
         self.teacher_sha256 = tensors_sha256(teacher.state_dict().items())
         self.starts_from = {"teacher's weights": self.teacher_sha256}
         self.net = copy.deepcopy(teacher).requires_grad_(False)
-        self.net.pictures.requires_grad_(True)
+        self.net.images.requires_grad_(True)
         model = self.net.config
         self.loss: StudentLoss
         if config.method == "e2e":
-            forget_noise_(self.net.pictures)
+            forget_noise_(self.net.images)
             self.loss = OneStepLoss(
                 sigma_max=model.sigma_max,
                 sigma_data=model.sigma_data,
@@ -119,7 +119,7 @@ class StudentModule(L.LightningModule):
                 q=config.q,
                 p_mean=config.p_mean,
                 p_std=config.p_std,
-                max_share=config.picture_max_share,
+                max_share=config.image_max_share,
                 consistent_below=config.consistent_below,
                 r_min=config.r_min,
                 sigma_min=model.sigma_min,
@@ -138,10 +138,10 @@ class StudentModule(L.LightningModule):
         total = torch.zeros((), device=batch["noise"].device)
         distances = {}
         for s, stain in enumerate(model.stains):
-            picture = batch[stain.name].permute(0, 3, 1, 2).float() / 255
+            image = batch[stain.name].permute(0, 3, 1, 2).float() / 255
             loss, distances[stain.name] = self.loss(
-                self.net.denoiser("pictures", stain.name, features),
-                standardize(picture, stain, "pictures", model.sigma_data),
+                self.net.denoiser("images", stain.name, features),
+                standardize(image, stain, "images", model.sigma_data),
                 batch["noise"][:, s, :3],
                 batch["draws"][:, s, 0],
                 stain,
@@ -155,7 +155,7 @@ class StudentModule(L.LightningModule):
         stop_if_not_finite(self, loss, batch)
         self.log("loss", loss, prog_bar=True, sync_dist=True)
         for name, distance in distances.items():
-            self.log(f"error/pictures-{name}", distance.mean(), sync_dist=True)
+            self.log(f"error/images-{name}", distance.mean(), sync_dist=True)
         return loss
 
     def optimizer_step(
@@ -163,11 +163,11 @@ class StudentModule(L.LightningModule):
     ) -> None:
         """The step, and what follows it: weights normalised, the average moved."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        normalize_weight_(self.net.pictures)
+        normalize_weight_(self.net.images)
         step = self.global_step + 1  # Lightning counts this one only after this method
         decay = min(self.config.ema, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.pictures.parameters()), list(self.net.pictures.parameters()), 1 - decay)
+            torch._foreach_lerp_(list(self.ema.images.parameters()), list(self.net.images.parameters()), 1 - decay)
 
     def configure_optimizers(self) -> Any:
         config = self.config

@@ -19,22 +19,22 @@ from staindiffuser import __version__
 from staindiffuser.errors import UsageError
 from staindiffuser.training.callbacks import EachStep
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
-from staindiffuser.training.curves import curves_picture
+from staindiffuser.training.curves import curves_image
 from staindiffuser.training.data.dataset import CropDataset, load_tile
-from staindiffuser.training.data.mixing import MixedTiles, open_tiles
-from staindiffuser.training.data.pairs import PairedTile, PairedTiles, Split, spread
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
 from staindiffuser.training.distill.gallery import Gallery
 from staindiffuser.training.distill.gate import GateRow, Role, Verdict, gate_record, judge
 from staindiffuser.training.distill.module import DistillConfig, StudentModule
-from staindiffuser.training.distill.sigma_search import FewTiles, Search, search_sigmas
+from staindiffuser.training.distill.sigma_search import FewTiles, SigmaSearch, search_sigmas
 from staindiffuser.training.errors import DataError
-from staindiffuser.training.evaluate import check_data
+from staindiffuser.training.evaluation.evaluate import check_data
+from staindiffuser.training.evaluation.scoring import score_tiles
 from staindiffuser.training.infer import HEUN_STEPS, Sampler, stain_tiles_with
 from staindiffuser.training.loop import RunOptions, check_run, check_writable, fit, load_tiles, validation_rows
 from staindiffuser.training.model.network import DualDiffusion
 from staindiffuser.training.receptive import default_margin, effective_radius
-from staindiffuser.training.scoring import score_tiles
+from staindiffuser.training.tiles.mixed_tiles import MixedTiles, open_tiles
+from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, Split, spread
 
 GALLERY = "gate.jpg"
 """In the run folder: tiles that the gate judged, by every sampler."""
@@ -49,7 +49,7 @@ class JudgeOptions:
     """How the student's σ are searched and how it is judged."""
 
     search: bool = True
-    """Search σ on validation tiles; otherwise those of the checkpoint stay."""
+    """SigmaSearch σ on validation tiles; otherwise those of the checkpoint stay."""
     search_tiles: int = 8
     gate_tiles: int = 64
     split: Split = "val"
@@ -171,7 +171,7 @@ def distill(
             provenance={**teacher.config.provenance, "distillation": about},
         ),
         network=module.ema.cpu().eval(),
-        curves=curves_picture(options.output),
+        curves=curves_image(options.output),
     )
     return _ship(teacher, student, samplers, tiles, judging, folder, dtype=_stored_dtype(checkpoint))
 
@@ -185,7 +185,7 @@ def judge_student(
     *,
     dry_run: bool = False,
 ) -> Outcome:
-    """Search σ and apply the gate without training.
+    """SigmaSearch σ and apply the gate without training.
 
     Args:
         checkpoint: the teacher.
@@ -220,7 +220,7 @@ def _ship(
     *,
     dtype: torch.dtype,
 ) -> Outcome:
-    """Search, judge, write."""
+    """SigmaSearch, judge, write."""
     if min(samplers) > judging.at_most:
         raise UsageError(f"--at-most {judging.at_most}: the student has no sampler of fewer than {min(samplers)} steps")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -235,7 +235,7 @@ def _ship(
             "trials": sum(len(search.trials) for search in found.values()),
         }
     rows = spread(tiles.split(judging.split), judging.gate_tiles)
-    table = _table(teacher, student, samplers, rows, judging, picture=folder.parent / GALLERY)
+    table = _table(teacher, student, samplers, rows, judging, image=folder.parent / GALLERY)
     verdict = judge(table, at_most=judging.at_most)
     sigmas = samplers[verdict.steps]
     he = np.stack([load_tile(row, ())["he"] for row in rows[:8]])
@@ -261,7 +261,7 @@ def _ship(
     return Outcome(folder=folder, rows=tuple(table), verdict=verdict)
 
 
-def _search(network: DualDiffusion, tiles: Tiles, samplers: Samplers, judging: JudgeOptions) -> dict[int, Search]:
+def _search(network: DualDiffusion, tiles: Tiles, samplers: Samplers, judging: JudgeOptions) -> dict[int, SigmaSearch]:
     few = FewTiles(network, spread(tiles.split("val"), judging.search_tiles), seed=judging.seed)
     return search_sigmas(network, few, steps=tuple(samplers))
 
@@ -273,7 +273,7 @@ def _table(
     rows: Sequence[PairedTile],
     judging: JudgeOptions,
     *,
-    picture: Path,
+    image: Path,
 ) -> list[GateRow]:
     """Score every sampler on the same tiles with the same noise, and draw some of them."""
     own = _samplers(teacher) if judging.undistilled else {}
@@ -293,7 +293,7 @@ def _table(
     stains = teacher.config.model.stain_names
     gallery = Gallery(stains)
     scores = score_tiles(stainer, rows, stains=stains, samplers=len(asked), seed=judging.seed, seen=gallery.see)
-    gallery.draw(picture, [f"{role}, k = {steps}" for role, steps, _ in asked])
+    gallery.draw(image, [f"{role}, k = {steps}" for role, steps, _ in asked])
     return [
         GateRow(
             role=role,

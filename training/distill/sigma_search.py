@@ -14,16 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from staindiffuser.imaging.optical_density import dab_mask
 from staindiffuser.training.data.dataset import load_tile
-from staindiffuser.training.data.optical_density import dab_mask
-from staindiffuser.training.data.pairs import PairedTile
 from staindiffuser.training.diffusion.samplers import START_SIGMAS, few_step
 from staindiffuser.training.distill.gate import POWER_WITHIN
+from staindiffuser.training.evaluation.tile_metrics import radial_power
 from staindiffuser.training.infer import sampler_noise
-from staindiffuser.training.measures import radial_power
 from staindiffuser.training.model.network import DualDiffusion, he_to_network, unstandardize
+from staindiffuser.training.tiles.paired_tiles import PairedTile
 
-__all__ = ["FewTiles", "Objective", "QuickScore", "Search", "coordinate_search", "merit", "search_sigmas"]
+__all__ = ["FewTiles", "Objective", "QuickScore", "SigmaSearch", "coordinate_search", "merit", "search_sigmas"]
 
 Sigmas = tuple[float, ...]
 Objective = Callable[[Sigmas], float]
@@ -55,7 +55,7 @@ class _Tile:
 
 
 class FewTiles:
-    """A few tiles with everything that does not depend on the picture branches."""
+    """A few tiles with everything that does not depend on the image branches."""
 
     @torch.no_grad()
     def __init__(self, network: DualDiffusion, rows: Sequence[PairedTile], *, seed: int = 0) -> None:
@@ -94,12 +94,12 @@ class FewTiles:
             for tile in self._tiles:
                 features = [feature.to(device) for feature in tile.features]
                 noises = [noise[None].float() for noise in tile.noise[: len(sigmas)].to(device)]
-                y = few_step(network.denoiser("pictures", stain.name, features), noises, sigmas)
-                shown = unstandardize(y, stain, "pictures", self.config.sigma_data).clamp(0, 1) * 255
-                picture = shown[0].round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-                virtual, (real, power) = dab_mask(picture), tile.real[stain.name]
+                y = few_step(network.denoiser("images", stain.name, features), noises, sigmas)
+                shown = unstandardize(y, stain, "images", self.config.sigma_data).clamp(0, 1) * 255
+                image = shown[0].round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+                virtual, (real, power) = dab_mask(image), tile.real[stain.name]
                 counts += (virtual & real).sum(), virtual.sum(), real.sum()
-                powers += radial_power(picture), power
+                powers += radial_power(image), power
             scores[stain.name] = QuickScore(
                 dab_dice=float(2 * counts[0] / max(counts[1] + counts[2], 1.0)),
                 radial_power=float(powers[0] / powers[1]) if powers[1] > 0 else 0.0,
@@ -114,7 +114,7 @@ def merit(scores: dict[str, QuickScore]) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
+class SigmaSearch:
     """The noise levels found, and every trial with what it was worth."""
 
     sigmas: Sigmas
@@ -124,7 +124,7 @@ class Search:
 
 def coordinate_search(
     objective: Objective, starts: Sequence[Sigmas], *, factors: Sequence[float] = FACTORS, rounds: int = 2
-) -> Search:
+) -> SigmaSearch:
     """Maximise over descending noise levels: the best start, then each level but the first times and by each factor.
 
     Args:
@@ -147,14 +147,16 @@ def coordinate_search(
                 best = max([best, *(m for m in moved if list(m) == sorted(set(m), reverse=True))], key=value)
             if best == before:
                 break
-    return Search(sigmas=best, value=trials[best], trials=trials)
+    return SigmaSearch(sigmas=best, value=trials[best], trials=trials)
 
 
 def _moved(sigmas: Sigmas, place: int, factor: float) -> Sigmas:
     return (*sigmas[:place], float(f"{sigmas[place] * factor:.4g}"), *sigmas[place + 1 :])
 
 
-def search_sigmas(network: DualDiffusion, tiles: FewTiles, *, steps: Sequence[int] = (1, 2, 4)) -> dict[int, Search]:
+def search_sigmas(
+    network: DualDiffusion, tiles: FewTiles, *, steps: Sequence[int] = (1, 2, 4)
+) -> dict[int, SigmaSearch]:
     """Noise levels for k = 1 (nothing to search), 2 (a grid, then finer) and 4 (coordinates, from DESIGN's start)."""
     first = network.config.sigma_max
 

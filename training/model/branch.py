@@ -38,7 +38,7 @@ class TaskAttention(nn.Module):
 
 
 class Branch(nn.Module):
-    """A denoising UNet with its own weights: a stain's picture (3 channels) or its cells (1 channel).
+    """A denoising UNet with its own weights: a stain's image (3 channels) or its cells (1 channel).
 
     ``attend`` once per tile, then ``forward`` once per step. Skip connections are sums, not concatenations: half the
     work on the way up at the finest levels, where the time goes.

@@ -16,7 +16,7 @@ __all__ = ["HEEncoder"]
 class HEEncoder(nn.Module):
     """Pixel-unshuffle by 2, then four levels (1/2 … 1/16) of residual blocks (DESIGN, "The model").
 
-    It never sees the noise level or the noisy picture: it runs once per tile for all stains, steps and cell maps.
+    It never sees the noise level or the noisy image: it runs once per tile for all stains, steps and cell maps.
 
     forward: H&E [B, 3, H, W] in [−1, 1], H and W multiples of 16 → four features [B, C_l, H / 2^(l+1), W / 2^(l+1)]
     """

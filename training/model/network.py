@@ -21,14 +21,14 @@ class DualDiffusion(nn.Module):
         self.config = config
         features = config.encoder.channels
         self.encoder = HEEncoder(config.encoder)
-        self.pictures = nn.ModuleDict(
-            {s.name: Branch(config.picture, features, 3, config.embedding) for s in config.stains}
+        self.images = nn.ModuleDict(
+            {s.name: Branch(config.image, features, 3, config.embedding) for s in config.stains}
         )
         self.cells = nn.ModuleDict({s.name: Branch(config.cells, features, 1, config.embedding) for s in config.stains})
 
     def branch(self, task: Task, stain: str) -> Branch:
         """One branch."""
-        branch = (self.pictures if task == "pictures" else self.cells)[stain]
+        branch = (self.images if task == "images" else self.cells)[stain]
         assert isinstance(branch, Branch)
         return branch
 

@@ -1,4 +1,4 @@
-"""Triton's Python model that runs one engine: the encoder, a stain's picture branch, or its cell branch.
+"""Triton's Python model that runs one engine: the encoder, a stain's image branch, or its cell branch.
 
 ``config.pbtxt`` says everything: tensor names and shapes, and as ``parameters``
 

@@ -1,4 +1,4 @@
-"""Triton's Python model ``noise``: ORIGIN and SEED of each tile in, the noise of its pictures and cell maps out.
+"""Triton's Python model ``noise``: ORIGIN and SEED of each tile in, the noise of its images and cell maps out.
 
     ORIGIN INT64 [B, 2] (x, y)  ─►  NOISE       FP16 [B, k, 3, H, W]
     SEED   INT64 [B, 1]         ─►  NOISE_CELLS FP16 [B, 1, H, W]
@@ -42,7 +42,7 @@ class TritonPythonModel:
             origins = pb_utils.get_input_tensor_by_name(request, "ORIGIN").as_numpy()
             seeds = pb_utils.get_input_tensor_by_name(request, "SEED").as_numpy()
             names = request.requested_output_names()
-            picture, cells = tile_noise(
+            image, cells = tile_noise(
                 seeds,
                 origins,
                 # A request for cell maps alone needs one step only.
@@ -52,7 +52,7 @@ class TritonPythonModel:
                 cells="NOISE_CELLS" in names,
                 xp=self.xp,
             )
-            tensors = {"NOISE": picture, "NOISE_CELLS": cells}
+            tensors = {"NOISE": image, "NOISE_CELLS": cells}
             return pb_utils.InferenceResponse([self._tensor(name, tensors[name]) for name in names])
         except ValueError as error:
             return _refusal(str(error), pb_utils.TritonError.INVALID_ARG)

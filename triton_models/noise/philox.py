@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 __all__ = [
+    "IMAGE_CHANNELS",
     "ORIGIN_MULTIPLE",
-    "PICTURE_CHANNELS",
     "check_origins",
     "normal_noise",
     "philox4x32",
@@ -34,9 +34,9 @@ __all__ = [
 
 ORIGIN_MULTIPLE = 16
 """The network is equivariant to shifts of this many pixels; an origin off this grid would shift noise against it."""
-PICTURE_CHANNELS = 3
+IMAGE_CHANNELS = 3
 CELL_CHANNEL = 3
-"""The cell map's noise: channel 3 of step 0, independent of the picture's channels 0..2."""
+"""The cell map's noise: channel 3 of step 0, independent of the image's channels 0..2."""
 
 # Round multipliers and key increments (Weyl sequence) of Philox 4x32, Salmon et al. 2011, Table 2.
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -118,12 +118,12 @@ def _look_up(table: Any, index: Any, out: Any, xp: Any) -> None:
 def tile_noise(
     seeds: Any, origins: Any, *, steps: int, height: int, width: int, cells: bool = True, xp: Any = np
 ) -> tuple[Any, Any]:
-    """The noise of a batch of tiles: the pictures' and, from the same Philox stream, the cell maps'.
+    """The noise of a batch of tiles: the images' and, from the same Philox stream, the cell maps'.
 
     Args:
         seeds: int64 [B, 1].
         origins: int64 [B, 2], x and y of each tile's top-left pixel in the slide, multiples of 16.
-        steps, height, width: sampler steps k of the pictures and the tile's size, pixels.
+        steps, height, width: sampler steps k of the images and the tile's size, pixels.
         cells: whether the cell maps' noise is wanted too; without, the second result is None.
         xp: ``numpy`` or ``cupy``.
 
@@ -135,16 +135,16 @@ def tile_noise(
     """
     check_origins(origins)
     batch = len(origins)
-    channels = CELL_CHANNEL + 1 if cells else PICTURE_CHANNELS
-    picture = xp.empty((batch, steps, PICTURE_CHANNELS, height, width), dtype=np.float16)
+    channels = CELL_CHANNEL + 1 if cells else IMAGE_CHANNELS
+    image = xp.empty((batch, steps, IMAGE_CHANNELS, height, width), dtype=np.float16)
     cell = xp.empty((batch, 1, height, width), dtype=np.float16) if cells else None
     for index in range(batch):
         seed, x, y = int(seeds[index, 0]), int(origins[index, 0]), int(origins[index, 1])
         noise = normal_noise(seed, x, y, steps=steps, channels=channels, height=height, width=width, xp=xp)
-        picture[index] = noise[:, :PICTURE_CHANNELS]
+        image[index] = noise[:, :IMAGE_CHANNELS]
         if cell is not None:
             cell[index, 0] = noise[0, CELL_CHANNEL]
-    return picture, cell
+    return image, cell
 
 
 def check_origins(origins: Any) -> None:

@@ -1,0 +1,30 @@
+"""What can be wrong with a slide or an image::
+
+InputError
+├── SlideError             a slide is missing, damaged or of an unsupported kind
+│   └── IncompleteSlideError  its data go on after the end of its file
+├── MissingPixelSizeError  a slide does not state its pixel size
+└── ImageError             a tile's image is missing, damaged or not 8-bit
+"""
+
+from __future__ import annotations
+
+from staindiffuser.errors import InputError
+
+__all__ = ["ImageError", "IncompleteSlideError", "MissingPixelSizeError", "SlideError"]
+
+
+class SlideError(InputError):
+    """A slide is missing, damaged or of an unsupported kind."""
+
+
+class IncompleteSlideError(SlideError):
+    """The slide's data go on after the end of its file: an interrupted copy or transfer."""
+
+
+class MissingPixelSizeError(InputError):
+    """A slide does not state its pixel size."""
+
+
+class ImageError(InputError):
+    """The image of a tile is missing, damaged or not 8-bit."""

@@ -1,0 +1,241 @@
+"""Pyramidal, tiled OME-TIFF, written while the image is still being made.
+
+Encoded tiles of all levels go to one spool file as they come, because a TIFF's levels are complete at different times;
+at the end tifffile copies them behind its directories. The levels are SubIFDs, as OME-TIFF asks, and the main
+directory's next-pointer also points at the first of them: tifffile and Bio-Formats read the one, OpenSlide and cuCIM
+the other, and all see every level.
+"""
+
+from __future__ import annotations
+
+import struct
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import imagecodecs
+import numpy as np
+import tifffile
+from PIL import Image
+
+from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.pixel_size import PixelSize
+
+__all__ = ["SIDE", "Compose", "ImageInfo", "PyramidWriter", "halved", "level_sizes"]
+
+SIDE = 512
+"""Side of the file's tiles, pixels."""
+JPEG_QUALITY = 90
+LEAST_LEVELS = 3
+CLASSIC_LIMIT = 2**32 - 2**24
+"""Above this many bytes of tiles the file is a BigTIFF."""
+
+Compose = Callable[[int, int, int, int], UInt8Array | None]
+"""(x, y, width, height) → uint8 [height, width, C], or None where it is all background."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageInfo:
+    """What the file says of itself."""
+
+    name: str
+    """Shown by viewers, such as ``CK8/18 (virtual)``."""
+    description: str
+    """The notice, and by which model, seed and steps it was made."""
+    mpp: PixelSize
+    """Pixel size of level 0, µm."""
+    channel: str
+    """Name of the channel."""
+
+
+def level_sizes(width: int, height: int) -> list[tuple[int, int]]:
+    """(width, height) of each level: halved until one tile holds it, at least three."""
+    sizes = [(width, height)]
+    while max(sizes[-1]) > SIDE or len(sizes) < LEAST_LEVELS:
+        sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+    return sizes
+
+
+def halved(tile_HWC: UInt8Array) -> UInt8Array:
+    """Means of 2 × 2 pixels, rounded; height and width must be even."""
+    height, width, channels = tile_HWC.shape
+    image = Image.fromarray(tile_HWC if channels == 3 else tile_HWC[..., 0])
+    return np.asarray(image.reduce(2)).reshape(height // 2, width // 2, channels)
+
+
+class PyramidWriter:
+    """Takes rows of level-0 tiles from top to bottom; builds and encodes the other levels on the way."""
+
+    def __init__(self, folder: Path, width: int, height: int, *, channels: int, background: int) -> None:
+        """Open the spool, an unnamed file in ``folder``: it vanishes by itself whatever happens.
+
+        Args:
+            folder: where there is room for the encoded tiles.
+            width: of level 0, pixels.
+            height: of level 0, pixels.
+            channels: 3 gives RGB as JPEG, 1 gives one lossless plane.
+            background: value where nothing was stained.
+        """
+        self.sizes = level_sizes(width, height)
+        self._channels = channels
+        self._background = np.full((SIDE, SIDE, channels), background, dtype=np.uint8)
+        self._empty = self._encode(self._background)
+        self._spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close()
+        self._end = 0
+        self._tiles: list[list[tuple[int, int]]] = [[] for _ in self.sizes]
+        self._half_rows: list[list[list[UInt8Array | None]]] = [[] for _ in self.sizes]
+
+    @property
+    def rows(self) -> int:
+        """Rows of tiles at level 0."""
+        return -(-self.sizes[0][1] // SIDE)
+
+    @property
+    def columns(self) -> int:
+        """Tiles in a row of level 0."""
+        return -(-self.sizes[0][0] // SIDE)
+
+    def write_row(self, row: int, compose: Compose, workers: Executor) -> list[UInt8Array | None]:
+        """Compose and encode a row of level-0 tiles, in ``workers``, and what it completes of the other levels.
+
+        Returns:
+            The composed tiles, uint8 [h, w, C], cut at the image's edge; None for background.
+        """
+        width, height = self.sizes[0]
+        y = row * SIDE
+
+        def make(column: int) -> tuple[UInt8Array | None, bytes | None, UInt8Array | None]:
+            x = column * SIDE
+            tile = compose(x, y, min(SIDE, width - x), min(SIDE, height - y))
+            if tile is None:
+                return None, None, None
+            full = _filled(tile)
+            return tile, self._encode(full), halved(full)
+
+        made = list(workers.map(make, range(self.columns)))
+        self._append(0, [encoded for _, encoded, _ in made])
+        self._pass_up(1, [half for _, _, half in made], last=row == self.rows - 1)
+        return [tile for tile, _, _ in made]
+
+    def finish(self, path: Path, info: ImageInfo) -> None:
+        """Write the file. All rows must have been written."""
+        big = self._end > CLASSIC_LIMIT
+        pixel: dict[str, Any] = {"tile": (SIDE, SIDE), "dtype": np.uint8, "resolutionunit": "CENTIMETER"}
+        if self._channels == 3:
+            # Only sets the tags (YCbCr, not subsampled): the tiles come encoded.
+            pixel |= {"photometric": "rgb", "compression": "jpeg", "subsampling": (1, 1)}
+        else:
+            pixel |= {"photometric": "minisblack", "compression": "adobe_deflate", "predictor": True}
+        metadata = {
+            "axes": "YXS" if self._channels == 3 else "YX",
+            "Name": info.name,
+            "Description": info.description,
+            "Channel": {"Name": info.channel},
+            "PhysicalSizeX": info.mpp[0],
+            "PhysicalSizeXUnit": "µm",
+            "PhysicalSizeY": info.mpp[1],
+            "PhysicalSizeYUnit": "µm",
+        }
+        with tifffile.TiffWriter(path, ome=True, bigtiff=big) as tiff:
+            for level, (width, height) in enumerate(self.sizes):
+                scale = (self.sizes[0][0] / width, self.sizes[0][1] / height)
+                tiff.write(
+                    self._read_back(level),
+                    shape=(height, width, 3) if self._channels == 3 else (height, width),
+                    subifds=len(self.sizes) - 1 if level == 0 else None,
+                    subfiletype=1 if level else 0,
+                    metadata=metadata if level == 0 else None,
+                    software="StainDiffuser",
+                    resolution=(1e4 / (info.mpp[0] * scale[0]), 1e4 / (info.mpp[1] * scale[1])),
+                    **pixel,
+                )
+        _chain_levels(path, big=big)
+
+    def close(self) -> None:
+        """Let go of the spool."""
+        self._spool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _encode(self, tile_PPC: UInt8Array) -> bytes:
+        if self._channels == 3:
+            encoded = imagecodecs.jpeg8_encode(
+                tile_PPC, level=JPEG_QUALITY, colorspace="RGB", outcolorspace="YCBCR", subsampling="444"
+            )
+        else:
+            difference = imagecodecs.delta_encode(tile_PPC[..., 0], axis=-1)
+            encoded = zlib.compress(np.ascontiguousarray(difference).tobytes(), level=6)
+        return bytes(encoded)
+
+    def _append(self, level: int, row: Sequence[bytes | None]) -> None:
+        for encoded in row:
+            data = self._empty if encoded is None else encoded
+            self._spool.write(data)
+            self._tiles[level].append((self._end, len(data)))
+            self._end += len(data)
+
+    def _pass_up(self, level: int, halves: list[UInt8Array | None], *, last: bool) -> None:
+        """Collect two rows of halved tiles; four of them make one tile of ``level``."""
+        if level == len(self.sizes):
+            return
+        rows = self._half_rows[level]
+        rows.append(halves)
+        if len(rows) < 2 and not last:
+            return
+        width, height = self.sizes[level]
+        top = len(self._tiles[level]) // -(-width // SIDE) * SIDE
+        encoded: list[bytes | None] = []
+        above: list[UInt8Array | None] = []
+        for column in range(-(-width // SIDE)):
+            quarters = [half for row in rows for half in row[2 * column : 2 * column + 2]]
+            if all(quarter is None for quarter in quarters):
+                encoded.append(None)
+                above.append(None)
+                continue
+            tile = self._background.copy()
+            for i, row in enumerate(rows):
+                for j, half in enumerate(row[2 * column : 2 * column + 2]):
+                    if half is not None:
+                        y, x = i * SIDE // 2, j * SIDE // 2
+                        tile[y : y + SIDE // 2, x : x + SIDE // 2] = half
+            tile = _filled(tile[: height - top, : width - column * SIDE])
+            encoded.append(self._encode(tile))
+            above.append(halved(tile))
+        rows.clear()
+        self._append(level, encoded)
+        self._pass_up(level + 1, above, last=last)
+
+    def _read_back(self, level: int) -> Iterator[bytes]:
+        for offset, count in self._tiles[level]:
+            self._spool.seek(offset)
+            yield self._spool.read(count)
+
+
+def _filled(tile_HWC: UInt8Array) -> UInt8Array:
+    """A tile at the image's edge, filled up by its last pixels: white would ring through the JPEG's blocks."""
+    height, width = tile_HWC.shape[:2]
+    if (height, width) == (SIDE, SIDE):
+        return tile_HWC
+    return np.pad(tile_HWC, ((0, SIDE - height), (0, SIDE - width), (0, 0)), mode="edge")
+
+
+def _chain_levels(path: Path, *, big: bool) -> None:
+    """Point the main directory's next-pointer at the first SubIFD (the SubIFDs are chained already)."""
+    with tifffile.TiffFile(path) as tiff:
+        page: Any = tiff.pages.first
+        offset, subifds, order = page.offset, page.subifds, tiff.byteorder
+    count_format, entry_bytes, pointer_format = ("Q", 20, "Q") if big else ("H", 12, "I")
+    with path.open("r+b") as file:
+        file.seek(offset)
+        (entries,) = struct.unpack(order + count_format, file.read(struct.calcsize(count_format)))
+        file.seek(entries * entry_bytes, 1)
+        file.write(struct.pack(order + pointer_format, subifds[0]))

@@ -1,0 +1,200 @@
+"""Where the tissue is: a mask on a low-resolution overview, generous at its edges.
+
+Glass is estimated from the overview itself. Tissue is what absorbs more than glass does, or is coloured, or textured
+(fat is nearly as bright as glass, but its membranes are not smooth). Constants are ours, chosen on the slides and
+crops of ``tests/`` and simulated ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.pixel_size import PixelSize
+from staindiffuser.imaging.slides import Slide
+
+__all__ = ["Overview", "TissueMask", "find_tissue", "read_overview"]
+
+OVERVIEW_MPP = 8.0
+"""Pixel size of the overview, µm, about: a lymphocyte is one pixel."""
+ABSORBANCE = 0.06
+"""Optical density (natural logarithm) above the glass's from which a channel counts as stained: 14 grey levels."""
+COLOUR = 10
+"""Grey levels of (largest − smallest channel) above the glass's from which a pixel counts as coloured."""
+TEXTURE = 6.0
+"""Standard deviation in 3 × 3 pixels, grey levels, from which it counts as structured."""
+SMOOTH = 2.0
+"""Below this standard deviation a bright place may be scanned glass."""
+BLACK, WHITE = 12, 254
+"""A pixel with no channel above the first or below the second was not scanned: no tissue is like that."""
+SMALLEST_UM2 = 2500.0
+"""Specks below this area are dust."""
+CLOSE_UM = 40.0
+"""Gaps below twice this are closed: fat and lumens belong to the tissue."""
+GROW_UM = 32.0
+"""The mask is grown by this: what it decides must not cut epithelium or fat."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """A whole slide, small."""
+
+    pixels: UInt8Array
+    """The image, [H, W, 3]."""
+    mpp: PixelSize
+    """Its pixel size, µm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TissueMask:
+    """Tissue on the overview's grid, to be asked in the pixels of another resolution."""
+
+    tissue: NDArray[np.bool_]
+    """[H, W], true where there is tissue."""
+    shown: NDArray[np.float32]
+    """[H, W], 1 on and near tissue, 0 on glass, a soft edge between: how much of the stained image shows."""
+    cell: tuple[float, float]
+    """Width and height of a mask pixel in the pixels that are asked about."""
+
+    @property
+    def fraction(self) -> float:
+        """Share of the slide that is tissue."""
+        return float(self.tissue.mean())
+
+    def touches(self, x: int, y: int, width: int, height: int) -> bool:
+        """Whether anything in this region will show."""
+        x0, x1 = _cells(x, width, self.cell[0], self.shown.shape[1])
+        y0, y1 = _cells(y, height, self.cell[1], self.shown.shape[0])
+        return bool((self.shown[y0:y1, x0:x1] > 0).any())
+
+    def opacity(self, x: int, y: int, width: int, height: int) -> NDArray[np.uint16] | None:
+        """Opacity of a region, uint16 [height, width] of 0 … 256, interpolated; None where all of it is opaque.
+
+        A pixel's value does not depend on the region that is asked for.
+        """
+        x0, x1 = _cells(x, width, self.cell[0], self.shown.shape[1])
+        y0, y1 = _cells(y, height, self.cell[1], self.shown.shape[0])
+        if (self.shown[y0:y1, x0:x1] >= 1).all():
+            return None
+        rows, row_part = _interpolation(y, height, self.cell[1], self.shown.shape[0])
+        columns, column_part = _interpolation(x, width, self.cell[0], self.shown.shape[1])
+        mask = self.shown
+        upper, lower = mask[rows], mask[np.minimum(rows + 1, len(mask) - 1)]
+        across = upper + (lower - upper) * row_part[:, None]
+        right = np.minimum(columns + 1, mask.shape[1] - 1)
+        value: NDArray[np.float32] = across[:, columns] + (across[:, right] - across[:, columns]) * column_part
+        opacity: NDArray[np.uint16] = np.rint(value * 256).astype(np.uint16)
+        return opacity
+
+
+def read_overview(slide: Slide, mpp: PixelSize, side: int = 256) -> Overview:
+    """The whole slide at about 8 µm a pixel, averaged over areas, or finer where that gives fewer than ``side`` pixels.
+
+    Raises:
+        SlideError: the slide is damaged.
+    """
+    target = min(OVERVIEW_MPP, max(min(mpp), min(mpp) * max(slide.size) / side))
+    level = 0
+    for candidate, (width, _) in enumerate(slide.level_sizes):
+        if mpp[0] * slide.size[0] / width <= target:
+            level = candidate
+    width, height = slide.level_sizes[level]
+    factor = max(1, int(target / (mpp[0] * slide.size[0] / width)))
+    out = np.empty((-(-height // factor), -(-width // factor), 3), dtype=np.uint8)
+    step = max(1, 2048 // factor) * factor
+    for y in range(0, height, step):
+        for x in range(0, width, step):
+            region = slide.read(level, x, y, min(step, width - x), min(step, height - y))
+            small = np.asarray(Image.fromarray(region).reduce(factor)) if factor > 1 else region
+            out[y // factor : y // factor + small.shape[0], x // factor : x // factor + small.shape[1]] = small
+    scale = (slide.size[0] / width * factor, slide.size[1] / height * factor)
+    return Overview(pixels=out, mpp=(mpp[0] * scale[0], mpp[1] * scale[1]))
+
+
+def find_tissue(overview: Overview, pixel: PixelSize) -> TissueMask:
+    """Find the tissue.
+
+    Args:
+        overview: the slide.
+        pixel: size in µm of the pixels that the mask will be asked in.
+    """
+    image = overview.pixels.astype(np.float32)
+    mpp = float(np.sqrt(overview.mpp[0] * overview.mpp[1]))
+    glass = _glass(overview.pixels, _texture(image))
+    # What was not scanned is filled with white or black, and its border is no structure: lay glass there.
+    unscanned = (image.min(axis=-1) >= WHITE) | (image.max(axis=-1) <= BLACK)
+    image[ndimage.binary_dilation(unscanned, np.ones((3, 3)))] = glass
+    absorbance = np.log((glass + 1) / (image + 1)).max(axis=-1)
+    colour = np.ptp(image, axis=-1) - np.ptp(glass)
+    tissue = (absorbance > ABSORBANCE) | (colour > COLOUR) | (_texture(image) > TEXTURE)
+    tissue &= ndimage.uniform_filter(tissue.astype(np.float32), 3) > 2.5 / 9  # single pixels are noise
+    tissue = _without_specks(tissue, min(SMALLEST_UM2, 0.02 * tissue.size * mpp * mpp) / (mpp * mpp))
+    tissue |= ~_near(~_near(tissue, CLOSE_UM / mpp), CLOSE_UM / mpp)
+    near = _near(tissue, GROW_UM / mpp)
+    # A soft edge inside what was grown: the step from painted glass to white glass must not draw a line.
+    distance = ndimage.distance_transform_edt(near) if not near.all() else np.full(near.shape, np.inf)
+    opacity = np.clip(distance * mpp / (GROW_UM / 2), 0, 1).astype(np.float32)
+    cell = (overview.mpp[0] / pixel[0], overview.mpp[1] / pixel[1])
+    return TissueMask(tissue=tissue, shown=opacity, cell=cell)
+
+
+def _texture(image_HW3: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Standard deviation of the grey level in 3 × 3 pixels."""
+    grey = image_HW3.mean(axis=-1)
+    mean = ndimage.uniform_filter(grey, 3)
+    texture: NDArray[np.float32] = np.sqrt(np.maximum(ndimage.uniform_filter(grey * grey, 3) - mean * mean, 0))
+    return texture
+
+
+def _glass(image_HW3: UInt8Array, texture_HW: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Colour of the glass: the commonest bright, colourless grey level; 245 where there is hardly any."""
+    darkest, brightest = image_HW3.min(axis=-1), image_HW3.max(axis=-1)
+    bright = (darkest > 200) & (brightest - darkest < 20)
+    # Scanners fill what they did not scan with pure white, and glass that they did scan is darker than that.
+    scanned = bright & (darkest < WHITE) & (texture_HW < SMOOTH)
+    if scanned.mean() >= 0.01:
+        bright = scanned
+    if bright.mean() < 0.002:
+        return np.full(3, 245.0, dtype=np.float32)
+    commonest = int(np.bincount(darkest[bright], minlength=256).argmax())
+    peak = image_HW3[bright & (np.abs(darkest.astype(np.int16) - commonest) <= 2)]
+    colour: NDArray[np.float32] = peak.mean(axis=0, dtype=np.float64).astype(np.float32)
+    # Pale tissue can be commoner than glass in a crop: glass is as bright as the brightest of them.
+    high = np.percentile(image_HW3[bright], 90, axis=0)
+    return np.maximum(colour, high - 8).astype(np.float32)
+
+
+def _near(mask: NDArray[np.bool_], distance: float) -> NDArray[np.bool_]:
+    """Pixels within ``distance`` pixels of the mask."""
+    if distance <= 0 or not mask.any() or mask.all():
+        return mask
+    near: NDArray[np.bool_] = ndimage.distance_transform_edt(~mask) <= distance
+    return near
+
+
+def _without_specks(mask: NDArray[np.bool_], smallest: float) -> NDArray[np.bool_]:
+    """The mask without connected parts of fewer than ``smallest`` pixels."""
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    keep = np.bincount(labels.ravel(), minlength=count + 1) >= smallest
+    keep[0] = False
+    kept: NDArray[np.bool_] = keep[labels]
+    return kept
+
+
+def _cells(start: int, count: int, cell: float, size: int) -> tuple[int, int]:
+    """Range of mask pixels that interpolation in [start, start + count) looks at."""
+    first = int(np.floor((start + 0.5) / cell - 0.5))
+    last = int(np.floor((start + count - 0.5) / cell - 0.5)) + 1
+    return min(max(first, 0), size - 1), min(max(last + 1, 1), size)
+
+
+def _interpolation(start: int, count: int, cell: float, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Index of the mask pixel before each pixel's middle, and how far it is on the way to the next."""
+    position = np.clip((np.arange(start, start + count) + 0.5) / cell - 0.5, 0, size - 1)
+    index = np.floor(position).astype(np.int64)
+    return index, (position - index).astype(np.float32)

@@ -1,0 +1,134 @@
+"""``staindiffuser evaluate``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["evaluate"]
+
+
+class SplitName(StrEnum):
+    """Splits of a folder of paired tiles."""
+
+    train = "train"
+    val = "val"
+    test = "test"
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="Folder of paired tiles.", show_default=False)],
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            help="Sampler steps, one number or several with commas: 1, 2 or 4, or 18 for the teacher's.",
+            show_default="what the checkpoint is served with",
+        ),
+    ] = None,
+    split: Annotated[SplitName, typer.Option(help="Rows to score.")] = SplitName.test,
+    limit: Annotated[
+        int | None, typer.Option(help="At most this many tiles, evenly spread over the split.", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    margin: Annotated[
+        int,
+        typer.Option(help="Stain the tiles whole and leave out so many pixels of each side, as serving does.", min=0),
+    ] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out edges, cells as instances, and KID.")] = False,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(
+            "--kid-encoder",
+            help="Checkpoint whose encoder measures KID: name the same one to compare checkpoints.",
+            show_default="the checkpoint's own",
+        ),
+    ] = None,
+    networks: Annotated[
+        bool,
+        typer.Option(
+            "--networks", help="Also KID and FID on Inception-v3 and LPIPS on AlexNet (extra 'metrics'; their weights)."
+        ),
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write report.md here, with the best, median and worst tiles.")
+    ] = None,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Score a checkpoint on paired tiles that it never saw, at one or several numbers of steps.
+
+    Per stain, with bootstrap 95 % intervals: DAB-Dice, IoU, Hausdorff 95, optical-density correlation, positive-area
+    error, positive-cell F1, cell-map Dice and F1, radial power, SSIM, PSNR, KID on a frozen encoder of ours. The report
+    says what each of them is and how it is pooled.
+
+    Example: staindiffuser evaluate runs/demo/checkpoint --data tiles --steps 1,2,4,18 --json s.json --report scores
+    """
+    import dataclasses
+
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from staindiffuser.errors import UsageError
+    from staindiffuser.files import write_json
+    from staindiffuser.training.checkpoint import Checkpoint
+    from staindiffuser.training.evaluation.evaluate import evaluate_steps, summarize
+    from staindiffuser.training.evaluation.feature_distances import Networks, our_encoder, published_networks
+    from staindiffuser.training.evaluation.report import figure, write_report
+    from staindiffuser.training.tiles.paired_tiles import PairedTiles
+
+    if quick and encoder is not None:
+        raise UsageError("--quick leaves out KID, and --kid-encoder asks for it: give one of the two")
+    numbers = _numbers(steps) if steps is not None else ()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Checkpoint.load(checkpoint)
+    tiles = PairedTiles.load(data)
+    asked = published_networks(device=device) if networks else Networks()
+    if not quick:
+        ours = our_encoder(model if encoder is None else Checkpoint.load(encoder), device=device)
+        asked = dataclasses.replace(asked, features=(ours, *asked.features))
+    model.network.to(device)
+    screen = Console(stderr=True)
+    with Progress(console=screen, disable=not (progress and screen.is_terminal), transient=True) as bar:
+        task = bar.add_task("tiles", total=None)
+        evaluations = evaluate_steps(
+            model,
+            tiles,
+            steps=numbers or (model.config.steps,),
+            split=split.value,
+            limit=limit,
+            seed=seed,
+            batch=16 if device == "cuda" else 4,
+            detail=not quick,
+            networks=asked,
+            margin=margin,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if json_file is not None:
+        write_json(json_file, summarize(evaluations))
+    if report is not None:
+        typer.echo(f"report: {write_report(evaluations, report)}")
+    head = evaluations[0].head()
+    for stain in evaluations[0].scores:
+        table = Table("metric", title=f"{head['model']}, {stain}, {head['tiles']} {split.value} tiles")
+        for evaluation in evaluations:
+            table.add_column(f"{evaluation.steps} step{'s' * (evaluation.steps > 1)}", justify="right")
+        columns = [evaluation.scores[stain].metrics() for evaluation in evaluations]
+        for metric in columns[0]:
+            table.add_row(metric, *(figure(values[metric]) for values in columns))
+        Console().print(table)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    from staindiffuser.errors import UsageError
+
+    try:
+        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise UsageError(f"--steps {text}: give a number of steps, or several with commas, such as 1,2,4,18") from None
+    return numbers

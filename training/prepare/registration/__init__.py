@@ -1,0 +1,1 @@
+"""Registration of an IHC section to the H&E section beside it."""

@@ -1,0 +1,171 @@
+"""Tiles from several folders, mixed by weight: simulated and real ones, say."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from staindiffuser.errors import UsageError
+from staindiffuser.training.errors import DataError
+from staindiffuser.training.tiles.paired_tiles import MPP_TOLERANCE, PairedTile, PairedTiles, Split, check_one_split
+
+__all__ = ["MixedTiles", "Schedule", "open_tiles"]
+
+BLOCK = 1000
+"""Samples over which the shares hold exactly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedTiles:
+    """Several folders of paired tiles with the same stains; has what :class:`PairedTiles` has for training."""
+
+    parts: tuple[PairedTiles, ...]
+    weights: tuple[float, ...]
+    """Of ``parts``: samples are drawn from each in proportion to its weight, however many tiles it has."""
+
+    def __post_init__(self) -> None:
+        first = self.parts[0]
+        for part in self.parts[1:]:
+            csv = part.folder / "tiles.csv"
+            for one, other in ((first, part), (part, first)):
+                for stain in one.stains:
+                    if stain not in other.stains:
+                        raise DataError(
+                            f"{other.folder / 'tiles.csv'}: no column {stain!r}, which {one.folder} has; "
+                            "folders that are mixed need the same stains"
+                        )
+            mpp, needed = part.tiles[0].mpp, first.tiles[0].mpp
+            if abs(mpp / needed - 1) > MPP_TOLERANCE:
+                raise DataError(f"{csv}, row {part.tiles[0].row}: mpp is {mpp:g}, but {first.folder} has {needed:g}")
+        check_one_split(self.tiles)
+
+    @property
+    def folder(self) -> Path:
+        """The first folder: what messages about the whole mixture name."""
+        return self.parts[0].folder
+
+    @property
+    def stains(self) -> tuple[str, ...]:
+        """In the order of the first folder's columns."""
+        return self.parts[0].stains
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of the samples that each of ``parts`` gives; their sum is 1."""
+        return tuple(weight / math.fsum(self.weights) for weight in self.weights)
+
+    @property
+    def tiles(self) -> tuple[PairedTile, ...]:
+        """All tiles, folder after folder."""
+        return tuple(tile for part in self.parts for tile in part.tiles)
+
+    def split(self, split: Split) -> tuple[PairedTile, ...]:
+        """The tiles of one split, a tile of each folder in turn, so that the first few come from all; may be empty."""
+        turns = itertools.zip_longest(*(part.split(split) for part in self.parts))
+        return tuple(tile for turn in turns for tile in turn if tile is not None)
+
+
+def open_tiles(
+    specs: Sequence[str | Path], *, check: Literal["headers", "pixels"] = "headers", mpp: float | None = None
+) -> PairedTiles | MixedTiles:
+    """Open what ``--data`` names: one folder, or several to be mixed.
+
+    Args:
+        specs: folders, each ``FOLDER`` or ``FOLDER=WEIGHT``; a folder without a weight has weight 1.
+        check: as :meth:`PairedTiles.load`.
+        mpp: the pixel size that is needed, µm.
+
+    Raises:
+        UsageError: no folder, the same one twice, or a weight that is none.
+        DataError: a folder that cannot be used, or folders that do not go together.
+    """
+    folders, weights = [], []
+    for spec in specs:
+        folder, weight = _parsed(spec)
+        if folder in folders:
+            raise UsageError(f"--data {spec}: the folder is named twice; give it once, with a larger weight")
+        folders.append(folder)
+        weights.append(weight)
+    if not folders:
+        raise UsageError("--data: name at least one folder of paired tiles")
+    parts = tuple(PairedTiles.load(folder, check=check, mpp=mpp) for folder in folders)
+    if len(parts) == 1:
+        return parts[0]
+    return MixedTiles(parts=parts, weights=tuple(weights))
+
+
+def _parsed(spec: str | Path) -> tuple[Path, float]:
+    text = str(spec)
+    name, separator, number = text.rpartition("=")
+    if not separator or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not (math.isfinite(weight) and weight > 0 and name):
+        raise UsageError(f"--data {text}: the weight must be a positive number, such as {name or 'tiles'}=0.3")
+    return Path(name), weight
+
+
+class Schedule:
+    """Which training tile the sample number n is: a pure function of the seed and n.
+
+    Over each block of a thousand samples the folders' shares hold exactly, in random order; and of each folder, every
+    tile is seen once before any is seen again.
+    """
+
+    def __init__(self, tiles: PairedTiles | MixedTiles, seed: int) -> None:
+        self.seed = seed
+        self.rows = tuple(part.split("train") for part in tiles.parts)
+        self.counts = _counts(tiles.shares)
+        for part, rows, count in zip(tiles.parts, self.rows, self.counts, strict=True):
+            if not rows:
+                raise DataError(f"{part.folder / 'tiles.csv'}: no rows with split 'train'")
+            if count == 0:
+                raise UsageError(f"--data {part.folder}: its weight is below a thousandth of all weights together")
+
+    def __call__(self, sample: int) -> tuple[int, int]:
+        """Of sample ``sample``: the folder's number, and the tile's among the folder's training tiles."""
+        block, place = divmod(sample, BLOCK)
+        if len(self.rows) == 1:
+            part, number = 0, sample
+        else:
+            parts, numbers = _block(self.seed, block, self.counts)
+            part = int(parts[place])
+            number = block * self.counts[part] + int(numbers[place])
+        epoch, turn = divmod(number, len(self.rows[part]))
+        return part, int(_order(self.seed, epoch, part, len(self.rows[part]))[turn])
+
+
+def _counts(shares: Sequence[float]) -> tuple[int, ...]:
+    """Samples of each folder in a block: rounded so that they sum to it (largest remainders)."""
+    exact = np.asarray(shares) * BLOCK
+    counts = np.floor(exact + 1e-9).astype(int)
+    for index in np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]:
+        counts[index] += 1
+    return tuple(int(count) for count in counts)
+
+
+@lru_cache(maxsize=4)
+def _block(seed: int, block: int, counts: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Each sample's folder, in random order, and how many of the folder's samples came before it in the block."""
+    parts = np.random.default_rng((seed, 3, block)).permutation(np.repeat(np.arange(len(counts)), counts))
+    numbers = np.empty(BLOCK, np.int64)
+    for part, count in enumerate(counts):
+        numbers[parts == part] = np.arange(count)
+    return parts, numbers
+
+
+@lru_cache(maxsize=8)
+def _order(seed: int, epoch: int, part: int, count: int) -> NDArray[np.int64]:
+    """The order in which a folder's tiles are seen in an epoch."""
+    return np.random.default_rng((seed, 1, epoch, part)).permutation(count)

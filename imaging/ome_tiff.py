@@ -8,6 +8,7 @@ the other, and all see every level.
 
 from __future__ import annotations
 
+import itertools
 import struct
 import tempfile
 import zlib
@@ -229,13 +230,17 @@ def _filled(tile_HWC: UInt8Array) -> UInt8Array:
 
 
 def _chain_levels(path: Path, *, big: bool) -> None:
-    """Point the main directory's next-pointer at the first SubIFD (the SubIFDs are chained already)."""
+    """Point each level's next-pointer at the level below it: the first directory at its first SubIFD, and so on.
+
+    Older versions of tifffile chain the SubIFDs themselves, newer ones (2026.11) leave their next-pointers empty.
+    """
     with tifffile.TiffFile(path) as tiff:
         page: Any = tiff.pages.first
-        offset, subifds, order = page.offset, page.subifds, tiff.byteorder
+        directories, order = [page.offset, *page.subifds], tiff.byteorder
     count_format, entry_bytes, pointer_format = ("Q", 20, "Q") if big else ("H", 12, "I")
     with path.open("r+b") as file:
-        file.seek(offset)
-        (entries,) = struct.unpack(order + count_format, file.read(struct.calcsize(count_format)))
-        file.seek(entries * entry_bytes, 1)
-        file.write(struct.pack(order + pointer_format, subifds[0]))
+        for directory, following in itertools.pairwise([*directories, 0]):
+            file.seek(directory)
+            (entries,) = struct.unpack(order + count_format, file.read(struct.calcsize(count_format)))
+            file.seek(entries * entry_bytes, 1)
+            file.write(struct.pack(order + pointer_format, following))

@@ -150,6 +150,7 @@ def engines(
 
     from staindiffuser.benchmarks.engines import bench_engines
     from staindiffuser.errors import UsageError
+    from staindiffuser.files import write_json
     from staindiffuser.serving.demo import demo_graphs
 
     try:
@@ -167,15 +168,11 @@ def engines(
         threads=threads,
         progress=lambda message: typer.echo(message, err=True),
     )
-    text = json.dumps(dataclasses.asdict(report), indent=1)
     if json_file is not None and str(json_file) == "-":
-        typer.echo(text)
+        typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
         return
     if json_file is not None:
-        try:
-            json_file.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"{json_file} cannot be written: {error.strerror}") from error
+        write_json(json_file, dataclasses.asdict(report))
     typer.echo(
         f"model {report.model_name} ({report.model_version[:12]}), {report.stains} stains, "
         f"sampler steps: {report.steps}, {report.tile} px, {report.precision}: {report.gflop_per_tile:.1f} GFLOP a "

@@ -18,8 +18,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from staindiffuser.export.description import GraphSet, file_sha256
+from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import ManifestError
+from staindiffuser.files import file_sha256
 from staindiffuser.triton_models.engine.engine_onnxruntime import OnnxRuntimeEngine, available_cpus
 from staindiffuser.triton_models.noise.philox import tile_noise
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -13,7 +12,7 @@ from typing import Any
 import staindiffuser
 from staindiffuser.client.contract import ModelContract
 
-__all__ = ["FORMAT", "SYNTHETIC", "description", "file_sha256", "model_record", "now", "versions"]
+__all__ = ["FORMAT", "SYNTHETIC", "description", "model_record", "now", "versions"]
 
 FORMAT = 1
 SYNTHETIC = "Synthetic image, computed from H&E; research use only."
@@ -28,12 +27,6 @@ _LIBRARIES = (
     "tifffile",
     "tritonclient",
 )
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from staindiffuser.client.run import file_sha256
-from staindiffuser.files import cache_folder
+from staindiffuser.files import cache_folder, file_sha256
 from staindiffuser.imaging.errors import SlideError
 
 __all__ = ["NAME", "SLIDES_VARIABLE", "Sample", "choose_slide"]

@@ -17,8 +17,9 @@ from staindiffuser.client.preview import PANEL, write_preview
 from staindiffuser.client.progress import QuietReporter, Reporter, Stopwatch
 from staindiffuser.client.resample import ModelView
 from staindiffuser.client.result import PREVIEW_FILE, ResultWriter, planes_of
-from staindiffuser.client.run import FORMAT, SYNTHETIC, file_sha256, model_record, now, versions
+from staindiffuser.client.run import FORMAT, SYNTHETIC, model_record, now, versions
 from staindiffuser.client.tiling import GridTile, TileGrid
+from staindiffuser.files import file_sha256
 from staindiffuser.imaging.pixel_size import PixelSize
 from staindiffuser.imaging.slides import Slide, open_slide
 from staindiffuser.imaging.tissue import TissueMask, find_tissue, read_overview

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from staindiffuser.export.errors import GraphsError, ManifestError
+from staindiffuser.files import file_sha256
 
-__all__ = ["GRAPHS_JSON", "EngineGraph", "ExportedStain", "GraphSet", "TensorSpec", "file_sha256"]
+__all__ = ["GRAPHS_JSON", "EngineGraph", "ExportedStain", "GraphSet", "TensorSpec"]
 
 GRAPHS_JSON = "graphs.json"
 FORMAT = 1
@@ -146,9 +147,3 @@ def _engine(data: dict[str, Any]) -> EngineGraph:
         for side in ("inputs", "outputs")
     }
     return EngineGraph(**{**data, **tensors})
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,9 +21,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from staindiffuser.errors import UsageError
-from staindiffuser.export.description import EngineGraph, ExportedStain, GraphSet, TensorSpec, file_sha256
+from staindiffuser.export.description import EngineGraph, ExportedStain, GraphSet, TensorSpec
 from staindiffuser.export.errors import ExportUsageError
 from staindiffuser.export.modules import PRECISIONS, BranchEngine, EncoderEngine
+from staindiffuser.files import file_sha256
 from staindiffuser.imaging.image_files import read_image
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
 from staindiffuser.training.config import LEVELS

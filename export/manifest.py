@@ -16,9 +16,10 @@ from typing import Any
 
 from staindiffuser.export import builders
 from staindiffuser.export.builders import Device, Profile
-from staindiffuser.export.description import ExportedStain, TensorSpec, file_sha256
+from staindiffuser.export.description import ExportedStain, TensorSpec
 from staindiffuser.export.errors import ManifestError
 from staindiffuser.export.parity import EngineParity
+from staindiffuser.files import file_sha256
 
 __all__ = ["MANIFEST_JSON", "EngineRecord", "FileRecord", "Manifest", "PlanRecord", "hash_files", "verify"]
 

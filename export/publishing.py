@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock
 
 __all__ = ["locked", "staging_folder"]
 
@@ -19,21 +20,20 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Hold the one lock on writing ``output``, then remove what killed builds left beside it.
+    """Hold the one lock on writing ``output``, waiting for it; then remove what killed builds left beside it.
 
-    The lock is the kernel's (``flock`` on a hidden file beside ``output``): it goes when its holder dies.
+    The lock is on a hidden file beside ``output``, and the system releases it when its holder dies.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     path = output.parent / f".{output.name}.lock"
-    descriptor = _acquire(path)
-    try:
-        for leftover in output.parent.glob(f".{output.name}.building-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()  # while it is held: whoever waits on it sees in _acquire that the file is gone
-        os.close(descriptor)
+    with FileLock(path):
+        try:
+            for leftover in output.parent.glob(f".{output.name}.building-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()  # while held: whoever waits for it sees that the file is gone and makes a new one
 
 
 @contextlib.contextmanager
@@ -53,18 +53,6 @@ def staging_folder(output: Path) -> Iterator[Path]:
             folder.rename(output)  # an empty folder may be replaced
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _acquire(path: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        try:
-            if os.fstat(descriptor).st_ino == path.stat().st_ino:
-                return descriptor
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)  # its holder removed the file while we waited
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -17,11 +17,12 @@ from pathlib import Path
 import staindiffuser
 from staindiffuser.export import builders, triton_config
 from staindiffuser.export.builders import Builder, BuildOptions, engine_key
-from staindiffuser.export.description import GraphSet, file_sha256
+from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import ExportUsageError, ManifestError
 from staindiffuser.export.manifest import MANIFEST_JSON, SAMPLER, EngineRecord, Manifest, PlanRecord, hash_files, verify
 from staindiffuser.export.parity import EngineParity, Golden, check_parity
 from staindiffuser.export.publishing import locked, staging_folder
+from staindiffuser.files import file_sha256
 
 __all__ = ["BuildReport", "RepositoryBuild", "build", "build_repository", "plan_repository"]
 

@@ -16,8 +16,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from staindiffuser.export.description import EngineGraph, ExportedStain, GraphSet, TensorSpec, file_sha256
+from staindiffuser.export.description import EngineGraph, ExportedStain, GraphSet, TensorSpec
 from staindiffuser.export.parity import run_pipeline
+from staindiffuser.files import file_sha256
 from staindiffuser.triton_models.engine.engine_onnxruntime import OnnxRuntimeEngine
 
 __all__ = ["write_graphs"]

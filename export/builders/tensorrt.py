@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from staindiffuser.export.builders.missing import missing
 from staindiffuser.export.builders.trt_network import serialize
 from staindiffuser.export.description import EngineGraph
 from staindiffuser.export.errors import ExportUsageError
-from staindiffuser.files import cache_folder
+from staindiffuser.files import cache_folder, replacing
 
 __all__ = ["TensorRTBuilder"]
 
@@ -86,7 +85,8 @@ class TensorRTBuilder:
             config.set_timing_cache(timings[0], ignore_mismatch=False)
 
         output.write_bytes(serialize(trt, graph, self.profiles(options), options, configure=configure))
-        _keep(cache, bytes(timings[0].serialize()))
+        with replacing(cache) as draft:
+            draft.write_bytes(timings[0].serialize())
 
     def load(self, path: Path, *, threads: int) -> Engine:
         """Load on this machine's GPU, as the server does."""
@@ -114,11 +114,3 @@ class TensorRTBuilder:
 def _timing_cache(version: str, device: Device) -> Path:
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{version}-{device.name}-{device.compute_capability}")
     return cache_folder() / "timings" / f"{name}.cache"
-
-
-def _keep(path: Path, data: bytes) -> None:
-    """Replace the cache as a whole; builds on other GPUs of this machine may do so at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    draft.write_bytes(data)
-    draft.replace(path)

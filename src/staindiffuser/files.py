@@ -1,24 +1,56 @@
-"""Files: where what can be made again is kept, and writing so that nothing incomplete stands under a final name."""
+"""Files: the cache folder, hashes, and writing so that nothing incomplete stands under a final name."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
+
 from staindiffuser.errors import UsageError
 
-__all__ = ["cache_folder", "finite", "write_json"]
+__all__ = ["cache_folder", "file_sha256", "finite", "replacing", "write_json"]
 
 
 def cache_folder() -> Path:
-    """``$STAINDIFFUSER_CACHE``, or the user's cache folder."""
-    if chosen := os.environ.get("STAINDIFFUSER_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "staindiffuser"
+    """``$STAINDIFFUSER_CACHE``, or this platform's cache folder of the user."""
+    chosen = os.environ.get("STAINDIFFUSER_CACHE")
+    return Path(chosen) if chosen else user_cache_path("staindiffuser", appauthor=False)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside ``path``; the file written there replaces ``path`` if the block succeeds.
+
+    Readers see the old file or the new one, never a part. Several processes may write the same path at once: each has
+    its own temporary name, and the last to finish wins.
+
+    Raises:
+        UsageError: the file cannot be written. Any other exception passes through; the temporary file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}; choose another place") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def finite(data: Any) -> Any:
@@ -31,15 +63,11 @@ def finite(data: Any) -> Any:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write JSON under a temporary name, then rename; numbers that are not finite become null.
+    """Write JSON by :func:`replacing`; numbers that are not finite become null.
 
     Raises:
-        UsageError: the place cannot be written.
+        UsageError: the file cannot be written.
     """
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(finite(data), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}; choose another file") from error
+    text = json.dumps(finite(data), indent=1, ensure_ascii=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -14,10 +14,11 @@ import pytest
 import tritonclient.grpc as triton
 from onnx import TensorProto, helper, numpy_helper
 
-from staindiffuser.export.description import GraphSet, file_sha256
+from staindiffuser.export.description import GraphSet
 from staindiffuser.export.manifest import Manifest
 from staindiffuser.export.parity import run_pipeline
 from staindiffuser.export.repository import build_repository
+from staindiffuser.files import file_sha256
 from staindiffuser.serving.server import TritonServer
 from staindiffuser.triton_models.engine.engine_onnxruntime import OnnxRuntimeEngine
 from tests.synthetic_graphs import write_graphs

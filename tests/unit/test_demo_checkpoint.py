@@ -7,7 +7,8 @@ import numpy as np
 import openslide
 import pytest
 
-from staindiffuser.export.description import GraphSet, file_sha256
+from staindiffuser.export.description import GraphSet
+from staindiffuser.files import file_sha256
 from staindiffuser.serving.demo import demo_graphs
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
 from staindiffuser.training.config import PRESETS

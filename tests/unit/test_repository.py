@@ -19,10 +19,11 @@ import pytest
 
 from staindiffuser.export import publishing, triton_config
 from staindiffuser.export.builders import BuildOptions
-from staindiffuser.export.description import ExportedStain, GraphSet, TensorSpec, file_sha256
+from staindiffuser.export.description import ExportedStain, GraphSet, TensorSpec
 from staindiffuser.export.errors import ExportUsageError, GraphsError, ManifestError, ParityError
 from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.export.repository import build, build_repository
+from staindiffuser.files import file_sha256
 from tests.synthetic_graphs import DEFAULT_STAINS, write_graphs
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from staindiffuser.errors import UsageError
+from staindiffuser.files import replacing
 from staindiffuser.imaging.arrays import FloatArray, UInt8Array
 from staindiffuser.training.prepare.quality import Reason
 from staindiffuser.training.prepare.registration.features import glass_colour, structure
@@ -83,10 +83,5 @@ def _save(path: Path, pixels: UInt8Array, caption: str) -> None:
     image = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + _CAPTION), "white")
     image.paste(Image.fromarray(np.ascontiguousarray(pixels)), (0, _CAPTION))
     ImageDraw.Draw(image).text((6, 5), caption, fill="black", font=ImageFont.load_default(15))
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         image.save(temporary, format="JPEG", quality=85)
-        temporary.replace(path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -7,7 +7,6 @@ one ``<stain>_mask`` per stain (a cell may be empty: the mask is then derived), 
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import math
 import os
@@ -19,6 +18,7 @@ from typing import IO, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
+from filelock import BaseFileLock, FileLock, Timeout
 
 from staindiffuser.errors import UsageError
 from staindiffuser.imaging.errors import ImageError
@@ -182,7 +182,7 @@ class PairedTilesWriter:
                         self._done |= _rows_of(file, self._columns)
                 self._file: IO[str] = self._partial.open("w", encoding="utf-8", newline="")
             except BaseException:
-                os.close(self._lock)
+                self._lock.release()
                 raise
         except OSError as error:
             raise UsageError(f"{self.folder} cannot be written: {error.strerror or error}") from error
@@ -273,22 +273,21 @@ class PairedTilesWriter:
         except OSError as error:
             raise UsageError(f"{self._partial} cannot be written: {error.strerror or error}") from error
         finally:
-            os.close(self._lock)
+            self._lock.release()
 
 
-def _locked(folder: Path) -> int:
-    """Keep other writers out of a folder, until the file descriptor is closed or the process ends.
+def _locked(folder: Path) -> BaseFileLock:
+    """Keep other writers out of a folder, until the lock is released or the process ends.
 
     Raises:
         UsageError: another run is writing there.
     """
-    lock = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder / ".lock", thread_local=False)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
+        lock.acquire(blocking=False)
+    except Timeout:
         raise UsageError(f"another run is writing to {folder}: wait for it, or choose another --output") from None
-    except OSError:  # a network share without locks: as before them, the user must see to it
+    except OSError:  # a network share without locks; a folder that cannot be written is refused by what follows
         pass
     return lock
 

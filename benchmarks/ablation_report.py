@@ -154,7 +154,7 @@ def claim(found: Sequence[Difference]) -> str:
 
 
 def write_report(study: AblationStudy, records: Sequence[Record]) -> dict[str, Any]:
-    """Write ``results.json``, ``ablations.md`` and ``ablations.png``; returns what stands in the first.
+    """Write ``results.json``, ``ablations.md`` and ``ablations.png``; returns the content of the first.
 
     Raises:
         UsageError: the output cannot be written.
@@ -304,11 +304,11 @@ def _draw(records: Sequence[Record], found: Sequence[Difference], file: Path) ->
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", width_ratios=(3, 2))
-    for place, arm in enumerate(TITLES):
+    for index, arm in enumerate(TITLES):
         sizes = [tiles for a, tiles in _rows(records) if a == arm]
         spreads = [Spread(values=tuple(_value(r, HEADLINE) for r in records if _is(r, arm, tiles))) for tiles in sizes]
         if sizes:
-            beside = 1.03 ** (place - 2.5)  # so that arms at the same number do not hide each other
+            beside = 1.03 ** (index - 2.5)  # so that arms at the same number do not hide each other
             (line,) = left.plot(
                 [beside * tiles for tiles in sizes], [s.mean for s in spreads], marker="o", label=TITLES[arm]
             )

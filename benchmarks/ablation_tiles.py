@@ -59,7 +59,7 @@ def open_tiles(study: AblationStudy, progress: Callable[[str], None]) -> tuple[P
 
 
 def _cut(tiles: PairedTiles, rows: tuple[PairedTile, ...], side: int, output: Path) -> PairedTiles:
-    """The middle ``side`` × ``side`` pixels of each tile, as a folder of paired tiles."""
+    """The central ``side`` × ``side`` pixels of each tile, as a folder of paired tiles."""
     key = hashlib.sha256(f"{fingerprint(tiles.tiles)} {fingerprint(rows)} {side}".encode()).hexdigest()
     folder = output / f"tiles-{key[:12]}"
     if not (folder / "tiles.csv").is_file():

@@ -43,7 +43,7 @@ __all__ = ["ARMS", "EVERY_SIZE", "SMALL", "AblationStudy", "ArmName", "Run", "be
 ArmName = Literal["regression", "pix2pix", "single", "plain", "separate", "dual"]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
 EVERY_SIZE: tuple[ArmName, ...] = ("regression", "single", "dual")
-"""Arms that are trained at every number of tiles; the others at the middle one alone."""
+"""Arms that are trained at every number of tiles; the others at the median one only."""
 Scores = dict[str, dict[str, float]]
 """Per stain its metrics by name."""
 
@@ -89,7 +89,7 @@ class AblationStudy:
     """Numbers of training tiles; None for all that there are."""
     seeds: int = 3
     tile: int | None = 128
-    """Tiles are cut to this side, pixels, from their middle; None leaves them whole."""
+    """Tiles are cut to this side, pixels, around their centre; None leaves them whole."""
     test_tiles: int = 128
     sampler_steps: int = 2
     """Steps of the few-step sampler, for the arms that diffuse."""
@@ -109,11 +109,11 @@ class AblationStudy:
 
     def runs(self) -> Iterator[Run]:
         """All runs, seed by seed: an interrupted table is whole for the seeds that are done."""
-        middle = self.sizes[len(self.sizes) // 2]
+        median = self.sizes[len(self.sizes) // 2]
         for seed in range(self.seeds):
             for size in self.sizes:
                 for arm in self.arms:
-                    if arm in EVERY_SIZE or size == middle:
+                    if arm in EVERY_SIZE or size == median:
                         yield Run(arm=arm, tiles=size, seed=seed)
 
     def recipe(self, run: Run) -> TrainConfig:
@@ -148,7 +148,7 @@ def bench_ablations(study: AblationStudy, progress: Callable[[str], None]) -> di
     """Do every run of the study that is not done yet, then write the table, the chart and ``results.json``.
 
     Returns:
-        what stands in ``results.json``.
+        the content of ``results.json``.
 
     Raises:
         DataError: the tiles cannot be used; before any training starts.
@@ -277,7 +277,7 @@ def _quietly(folder: Path) -> RunOptions:
 
 
 class _Unchanged(nn.Module):
-    """In the place of task attention: the encoder's features as they are, which the branch then injects."""
+    """Replaces task attention: the branch injects the encoder's features as they are."""
 
     def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         return features
@@ -332,7 +332,7 @@ def _code(*parts: str) -> str:
     (root,) = staindiffuser.training.__path__
     digest = hashlib.sha256()
     for part in parts:
-        place = Path(root) / part
-        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+        folder = Path(root) / part
+        for file in sorted(folder.rglob("*.py")) if folder.is_dir() else [folder]:
             digest.update(ast.dump(ast.parse(file.read_text(encoding="utf-8"))).encode())
     return digest.hexdigest()

@@ -39,7 +39,7 @@ def ablations(
     sizes: Annotated[
         str,
         typer.Option(
-            help="Training tiles, or all; regression, single and dual run at every number, the rest at the middle one."
+            help="Training tiles, or all; regression, single and dual run at every number, the rest at the median one."
         ),
     ] = "64,256,1024",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, each with other weights, tiles and noise.")] = 3,

@@ -112,7 +112,7 @@ def registration(
         Path | None, typer.Option("--json", help="Write the report here as JSON; - for the screen.")
     ] = None,
 ) -> None:
-    """Registration of real sections: as scanned, turned with a third erased, and wrong pairs, which must be refused."""
+    """Register real sections: as scanned, rotated with a third erased, and wrong pairs, which must be refused."""
     import dataclasses
     import json
 

@@ -26,9 +26,9 @@ class Speed:
     """What one run of the loader took."""
 
     tiles_per_second: float
-    """By the clock, the start of the workers included."""
+    """By wall clock, including the start of the workers."""
     cpu_ms_per_tile: float
-    """Processor time of all processes together: what is left of the clock's number where others use the cores too."""
+    """Processor time of all processes together; unlike wall clock, hardly affected by other load."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class LoaderReport:
     batch: int
     workers: int
     cores: int
-    """That this process may use."""
+    """Cores available to this process."""
     cold: Speed
     """Every tile decoded from its files (which the operating system may have in memory)."""
     warm: Speed

@@ -1,7 +1,7 @@
 """Whether a result on a real slide is plausible where there is no real IHC to compare with.
 
 Two things can be measured without one: bare glass must stay clean, and the nuclei of the virtual counterstain must lie
-where those of the H&E lie. Both are necessary and neither is sufficient: a pathologist still has to look.
+where those of the H&E do. Both are necessary, neither is sufficient: a pathologist still has to look.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def judge(result: Path) -> list[Plausibility]:
     for stain in run["stains"]:
         virtual = tifffile.imread(result / f"{stain['name']}.ome.tiff", series=0, level=0)
         dab = dab_density(virtual)
-        # A nucleus inside brown cytoplasm keeps its place though its blue is hidden: judge where it is not brown.
+        # DAB hides the nuclei inside it: compare only where nothing is brown.
         visible = ~glass & (ndimage.uniform_filter(dab, 9) < 0.15)
         found = _nuclei(ndimage.gaussian_filter(hematoxylin_density(virtual), 1), visible)
         judged.append(

@@ -1,7 +1,7 @@
-"""How well sections are registered: real pairs with landmarks, as scanned or turned with a third erased; wrong pairs.
+"""How well sections are registered: real pairs with landmarks, as scanned and rotated with a third erased; wrong pairs.
 
-A wrong pair has no right answer: the only good one is to refuse it. Each is an image that a laboratory could pick by
-mistake: the section upside down (mirrored), or the section of another block.
+A wrong pair must be refused. Each is an image that a laboratory could pick by mistake: the section mirrored (mounted
+upside down), or a section of another block.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ __all__ = [
     "SectionPair",
     "bench_registration",
     "find_section_pairs",
-    "turned_and_erased",
+    "rotated_and_erased",
 ]
 
 
 MPP = 10.0
 """Pixel size that the images are said to have, µm; it cancels out."""
 SIDES = ("left", "top", "right", "bottom")
-"""In the order in which quarter turns bring them to the left."""
+"""In the order in which rotations by 90° bring them to the left."""
 FIRST_ANGLE = 22.5
 """Degrees, half way between two of the rotations that are tried first."""
 OWN = "own"
@@ -56,7 +56,7 @@ class SectionPair:
 
     @property
     def name(self) -> str:
-        """Of the IHC's file."""
+        """The IHC file's name."""
         return self.ihc.stem
 
     def landmarks(self) -> tuple[Points, Points]:
@@ -75,10 +75,10 @@ class Case:
     pair: str
     ihc: str
     """``own``, or which wrong one: ``mirrored``, or another pair's name."""
-    turned: float
+    rotated: float
     """Degrees, counter-clockwise."""
     erased: str | None
-    """Side of the IHC of which a third was made glass before it was turned."""
+    """Side of the IHC of which a third was made glass before it was rotated."""
     score: float
     correlation: float
     agreement: float
@@ -87,9 +87,9 @@ class Case:
     median: float | None
     """Relative target registration error of the landmarks that were not erased; None for wrong pairs."""
     maximum: float | None
-    """The same."""
+    """Its maximum, likewise."""
     seconds: float
-    """By the clock: reading, registering."""
+    """Wall-clock time of reading and registering."""
     cpu_seconds: float
     """Processor time of all threads."""
 
@@ -99,11 +99,11 @@ class RegistrationReport:
     """What was measured."""
 
     least_score: float
-    """Below it a registration is refused."""
+    """A registration with a lower score is refused."""
     working_side: int
     """Pixels."""
     cores: int
-    """That this process may use."""
+    """Cores available to this process."""
     landmarks: dict[str, int]
     """Per pair."""
     before: dict[str, float]
@@ -123,16 +123,16 @@ class RegistrationReport:
     def lines(self) -> Iterator[str]:
         """A summary, two lines a pair."""
         for pair, before in self.before.items():
-            (plain,), turned, wrong = self.of(pair, erased=False), self.of(pair, erased=True), self.of(pair, own=False)
+            (plain,), rotated, wrong = self.of(pair, erased=False), self.of(pair, erased=True), self.of(pair, own=False)
             yield (
                 f"{pair}: as scanned median {plain.median:.2%}, largest {plain.maximum:.2%} of the diagonal (before "
                 f"{before:.2%}, {self.landmarks[pair]} landmarks), score {plain.score:.2f}"
             )
-            medians = [case.median for case in turned if case.used and case.median is not None]
+            medians = [case.median for case in rotated if case.used and case.median is not None]
             if medians:
                 yield (
-                    f"  turned, a third erased: {len(medians)} of {len(turned)} used, medians {min(medians):.2%} to "
-                    f"{max(medians):.2%}, lowest score {min(case.score for case in turned):.2f}"
+                    f"  rotated, a third erased: {len(medians)} of {len(rotated)} used, medians {min(medians):.2%} to "
+                    f"{max(medians):.2%}, lowest score {min(case.score for case in rotated):.2f}"
                 )
             yield (
                 f"  wrong pairs: {sum(not case.used for case in wrong)} of {len(wrong)} refused, highest score "
@@ -157,10 +157,10 @@ def find_section_pairs(folder: Path) -> list[SectionPair]:
     return pairs
 
 
-def turned_and_erased(
+def rotated_and_erased(
     image: UInt8Array, points: Points, degrees: float, side: str | None
 ) -> tuple[UInt8Array, Points, npt.NDArray[np.bool_]]:
-    """An image with a third of it made glass, then turned on a canvas that holds all of it.
+    """An image with a third of it made glass, then rotated on a canvas that holds all of it.
 
     Args:
         image: uint8 [H, W, 3].
@@ -179,20 +179,20 @@ def turned_and_erased(
     glass = np.rint(glass_colour(image))
     kept = np.where(there[..., None], image, glass.astype(np.uint8))
     cos, sin = abs(np.cos(np.radians(degrees))), abs(np.sin(np.radians(degrees)))
-    # Not a pixel more for what is rounding only, at quarter turns.
+    # Not a pixel more for what is rounding only, at multiples of 90°.
     size = (int(np.ceil(width * cos + height * sin - 1e-6)), int(np.ceil(width * sin + height * cos - 1e-6)))
     turn = np.asarray(cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.0), np.float64)
     turn[:, 2] += (size[0] - width) / 2, (size[1] - height) / 2
     fill = tuple(float(value) for value in glass)
-    turned = np.asarray(cv2.warpAffine(kept, turn, size, flags=cv2.INTER_LINEAR, borderValue=fill), np.uint8)
+    rotated = np.asarray(cv2.warpAffine(kept, turn, size, flags=cv2.INTER_LINEAR, borderValue=fill), np.uint8)
     column, row = np.clip(np.rint(points).astype(int), 0, (width - 1, height - 1)).T
-    return turned, points @ turn[:, :2].T + turn[:, 2], there[row, column]
+    return rotated, points @ turn[:, :2].T + turn[:, 2], there[row, column]
 
 
 def bench_registration(
     folder: Path, *, angles: int = 8, progress: Callable[[str], None] = lambda line: None
 ) -> RegistrationReport:
-    """Register every pair, as scanned and turned by ``angles`` angles with a third erased; then with wrong IHC.
+    """Register every pair, as scanned and rotated by ``angles`` angles with a third erased; then with wrong IHC.
 
     What is measured is what ``prepare pairs`` does, but for its refusal of landmarks that are far apart.
 
@@ -225,16 +225,16 @@ def bench_registration(
                     before = target_error(he_points, ihc_points, he_points, diagonal).median
                     report.before[pair.name] = round(before, 5)
                 for degrees, side in poses:
-                    turned, points, there = turned_and_erased(image, ihc_points, degrees, side)
-                    found, places, seconds, cpu_seconds = _registered(pair.he, turned, he_points, Path(scratch))
+                    rotated, points, there = rotated_and_erased(image, ihc_points, degrees, side)
+                    found, coordinates, seconds, cpu_seconds = _registered(pair.he, rotated, he_points, Path(scratch))
                     median = maximum = None
                     if ihc == OWN and there.any():
-                        error = target_error(places[there], points[there], he_points[there], diagonal)
+                        error = target_error(coordinates[there], points[there], he_points[there], diagonal)
                         median, maximum = round(error.median, 5), round(error.maximum, 5)
                     case = Case(
                         pair=pair.name,
                         ihc=ihc,
-                        turned=degrees,
+                        rotated=degrees,
                         erased=side,
                         score=found.score,
                         correlation=found.correlation,
@@ -275,12 +275,12 @@ def _registered(he: Path, ihc: UInt8Array, points: Points, scratch: Path) -> tup
         he_plane, planes = overviews(first, {"ihc": second})
         found = register(he_plane, planes["ihc"])
         seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu
-        places = found.warp.points(first.pixels_to_um(points)) / MPP - 0.5
-    return found, places, seconds, cpu_seconds
+        coordinates = found.warp.points(first.pixels_to_um(points)) / MPP - 0.5
+    return found, coordinates, seconds, cpu_seconds
 
 
 def _line(case: Case) -> str:
-    pose = f"turned by {case.turned:g}°, {case.erased} third erased" if case.erased else "as scanned"
+    pose = f"rotated by {case.rotated:g}°, {case.erased} third erased" if case.erased else "as scanned"
     error = "" if case.median is None else f"median {case.median:.2%}, largest {case.maximum:.2%}, "
     verdict = "used" if case.used else "refused"
     return f"{case.pair}, IHC {case.ihc}, {pose}: {error}score {case.score:.2f}, {verdict}, {case.seconds:.1f} s"

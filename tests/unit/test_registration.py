@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from staindiffuser.benchmarks.registration import SIDES, bench_registration, find_section_pairs, turned_and_erased
+from staindiffuser.benchmarks.registration import SIDES, bench_registration, find_section_pairs, rotated_and_erased
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.prepare import registration
 from staindiffuser.training.prepare.quality import Fit, fit_of, present, sharpness
@@ -207,7 +207,7 @@ def test_a_simulated_section_is_found(pair: tuple[np.ndarray, np.ndarray], degre
     he, ihc = pair
     rows, columns = np.nonzero(he.min(axis=-1) < 180)
     points = np.column_stack([columns, rows])[::501].astype(float)
-    turned, true, there = turned_and_erased(ihc, points, degrees, side)
+    turned, true, there = rotated_and_erased(ihc, points, degrees, side)
     found = register(plane(he), plane(turned))
     assert found.good
     error = np.hypot(*(found.warp.points((points + 0.5) * MPP) / MPP - 0.5 - true).T)
@@ -248,7 +248,7 @@ def test_a_third_is_erased_and_points_turn_with_the_image(side: str) -> None:
     points = np.array([[10.0, 45.0], [60.0, 5.0], [110.0, 45.0], [60.0, 85.0]])  # left, top, right, bottom
     for x, y in points.astype(int):
         image[y, x] = 0
-    turned, places, there = turned_and_erased(image, points, 90.0, side)
+    turned, places, there = rotated_and_erased(image, points, 90.0, side)
     assert turned.shape[:2] == (120, 90)
     assert list(there) == [name != side for name in SIDES]
     columns, rows = np.rint(places).astype(int).T
@@ -266,7 +266,7 @@ def test_a_turned_real_section_with_a_third_erased(name: str, degrees: float, si
     pair = found_pairs[name]
     he_points, ihc_points = pair.landmarks()
     with Image.open(pair.he) as he, Image.open(pair.ihc) as ihc:
-        turned, true, there = turned_and_erased(np.asarray(ihc), ihc_points, degrees, side)
+        turned, true, there = rotated_and_erased(np.asarray(ihc), ihc_points, degrees, side)
         found = register(plane(np.asarray(he)), plane(turned))
         diagonal = float(np.hypot(*ihc.size))
     assert found.good

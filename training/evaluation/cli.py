@@ -33,12 +33,12 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(help="At most this many tiles, evenly spread over the split.", min=1)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Noise seed.")] = 0,
     margin: Annotated[
         int,
-        typer.Option(help="Stain the tiles whole and leave out so many pixels of each side, as serving does.", min=0),
+        typer.Option(help="Leave a border of this many pixels out of the scores, as serving crops it.", min=0),
     ] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Leave out edges, cells as instances, and KID.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Skip the slow metrics: edges, cells and KID.")] = False,
     encoder: Annotated[
         Path | None,
         typer.Option(
@@ -59,11 +59,11 @@ def evaluate(
     ] = None,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
-    """Score a checkpoint on paired tiles that it never saw, at one or several numbers of steps.
+    """Score a checkpoint on paired tiles that it never saw, at one or several step counts.
 
     Per stain, with bootstrap 95 % intervals: DAB-Dice, IoU, Hausdorff 95, optical-density correlation, positive-area
-    error, positive-cell F1, cell-map Dice and F1, radial power, SSIM, PSNR, KID on a frozen encoder of ours. The report
-    says what each of them is and how it is pooled.
+    error, positive-cell F1, cell-map Dice and F1, radial power, SSIM, PSNR, KID on a frozen encoder. The report
+    defines each metric and says how it is pooled.
 
     Example: staindiffuser evaluate runs/demo/checkpoint --data tiles --steps 1,2,4,18 --json s.json --report scores
     """

@@ -35,10 +35,10 @@ __all__ = [
 
 
 def check_data(tiles: PairedTiles, model: ModelConfig) -> None:
-    """Refuse data that the model cannot use: a stain that is missing, another pixel size.
+    """Refuse data that the model cannot use: a stain is missing, or the pixel size differs.
 
     Raises:
-        DataError: naming the row and the field.
+        DataError: names the row and the field.
     """
     path = tiles.folder / "tiles.csv"
     for stain in model.stains:
@@ -67,7 +67,7 @@ def sampler_of(checkpoint: Checkpoint, steps: int) -> Sampler:
 
 
 def _stainer(network: DualDiffusion, samplers: Sequence[Sampler]) -> Stainer:
-    """Every tile has the origin (0, 0)."""
+    """A stainer for tiles whose origin is (0, 0)."""
     return lambda he, seeds: stain_tiles_with(
         network, he, samplers=samplers, seeds=seeds, origins=np.zeros((len(he), 2), np.int64)
     )
@@ -82,11 +82,11 @@ def evaluate_tiles(
     batch: int = 4,
     seen: Callable[[PairedTile, dict[str, Any], dict[str, Any]], None] | None = None,
 ) -> dict[str, StainScore]:
-    """Stain ``rows`` with one sampler and score each stain, leaving out what takes long.
+    """Stain ``rows`` with one sampler and score each stain by the quick metrics.
 
     Args:
-        seed: of the noise; every tile has the origin (0, 0) and the seed ``seed`` + its place in the list.
-        seen: called with each tile, its data and its results (for images).
+        seed: noise seed of the first tile; tile n gets ``seed`` + n. Every tile has the origin (0, 0).
+        seen: called with each tile, its data and its results, for figures.
     """
     return score_tiles(
         _stainer(network, [sigmas]),
@@ -100,7 +100,7 @@ def evaluate_tiles(
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A checkpoint scored at one number of steps."""
+    """A checkpoint scored at one step count."""
 
     checkpoint: Checkpoint
     rows: tuple[PairedTile, ...]
@@ -108,15 +108,15 @@ class Evaluation:
     steps: int
     seed: int
     seconds: float
-    """Of the whole run, all numbers of steps together."""
+    """Wall-clock time of the whole run, all step counts together."""
     scores: Mapping[str, StainScore]
     margin: int = 0
-    """Pixels of each side that were not scored."""
+    """Width of the border that was stained but not scored, pixels."""
     networks: Mapping[str, str] = field(default_factory=dict)
-    """The networks whose features were used: name → which weights."""
+    """Feature networks: name to weights."""
 
     def head(self) -> dict[str, Any]:
-        """What all numbers of steps of a run have in common."""
+        """What all step counts of a run share."""
         return {
             "model": self.checkpoint.config.name,
             "split": self.split,
@@ -129,9 +129,9 @@ class Evaluation:
         }
 
     def figures(self) -> dict[str, Any]:
-        """The metrics per stain; ``intervals_95`` are bootstrap intervals over tiles. What is undefined is None.
+        """The metrics per stain; ``intervals_95`` are bootstrap intervals over tiles. Undefined values are None.
 
-        ``counts`` are of how much they speak: see :meth:`StainScore.counts`.
+        ``counts`` are the sample sizes behind them: see :meth:`StainScore.counts`.
         """
         return {
             "steps": self.steps,
@@ -141,17 +141,17 @@ class Evaluation:
         }
 
     def summary(self) -> dict[str, Any]:
-        """Everything but images, ready for JSON."""
+        """All numbers, ready for JSON."""
         return self.head() | self.figures()
 
 
 def summarize(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """A run's numbers of steps together, ready for JSON: what they have in common, and ``results``."""
+    """All step counts of a run, ready for JSON: what they share, and their ``results``."""
     return evaluations[0].head() | {"results": [evaluation.figures() for evaluation in evaluations]}
 
 
 def restain(evaluations: Sequence[Evaluation], index: int) -> ScoredTile:
-    """Tile ``index`` with the results that it was scored by, one per evaluation of a run."""
+    """Stain tile ``index`` again, as it was when it was scored; one result per evaluation of the run."""
     first = evaluations[0]
     row = first.rows[index]
     data = load_tile(row, tuple(first.scores))
@@ -174,7 +174,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Score a checkpoint at one number of steps; see :func:`evaluate_steps`."""
+    """Score a checkpoint at one step count; see :func:`evaluate_steps`."""
     return evaluate_steps(checkpoint, tiles, steps=[steps], split=split, limit=limit, seed=seed)[0]
 
 
@@ -192,14 +192,14 @@ def evaluate_steps(
     margin: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Evaluation, ...]:
-    """Score a checkpoint at several numbers of steps, on the same tiles and from the same noise.
+    """Score a checkpoint at several step counts, on the same tiles and from the same noise.
 
     Args:
         limit: at most this many tiles, evenly spread over the split.
-        detail: also measure what takes longer: edges and cells.
-        networks: also measure what takes networks.
-        margin: pixels of each side that are stained but not scored.
-        progress: called with the number of tiles done and of all.
+        detail: also compute the slower metrics of edges and cells.
+        networks: feature networks for KID, FID and LPIPS.
+        margin: width of the border that is stained but not scored, pixels.
+        progress: called with the number of tiles done and the total.
 
     Raises:
         DataError: the split is empty or the data does not fit the model.

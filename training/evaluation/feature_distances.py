@@ -1,8 +1,8 @@
 """Distances between sets of images in the features of a network, and LPIPS between pairs of them.
 
-One network is always there: a frozen encoder of ours, whose KID is named after it, since it is not the published one.
-The published networks (Inception-v3, AlexNet) are optional: their packages are an extra, and their weights are files
-that those packages fetch on first use into torch's folder of downloads, or find there.
+One network is always available: a frozen encoder of ours; its KID carries its name, since it is not the published one.
+The published networks (Inception-v3, AlexNet) are optional: their packages are an extra, which downloads their weights
+on first use into torch's cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from staindiffuser.training.model.network import he_to_network
 __all__ = ["FeatureNetwork", "Features", "Networks", "fid", "kid", "our_encoder", "published_networks"]
 
 FEWEST_TILES = 4
-"""Below this a set has no KID."""
+"""A smaller set has no KID."""
 LARGEST_SET = 4000
 SUBSETS = 100
 
@@ -36,27 +36,27 @@ class FeatureNetwork:
     """A network that turns images into features."""
 
     name: str
-    """Ends the metrics' names: ``kid_<name>``."""
+    """Suffix of the metrics' names: ``kid_<name>``."""
     identity: str
-    """Which weights, for reports."""
+    """Its weights, for reports."""
     features: Callable[[UInt8Array], Tensor]
     """Images uint8 [B, H, W, 3] → features [B, D] on the CPU."""
     fid: bool = False
     """Whether FID is measured too."""
     sample: bool = False
-    """Whether it is asked about a sample of the tiles only."""
+    """Whether it sees only a sample of the tiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """The networks that an evaluation asks."""
+    """The networks that an evaluation uses."""
 
     features: tuple[FeatureNetwork, ...] = ()
     lpips: Callable[[UInt8Array, UInt8Array], list[float]] | None = None
-    """Images and images uint8 [B, H, W, 3] → LPIPS of each pair."""
+    """Two batches of images, uint8 [B, H, W, 3], to the LPIPS of each pair."""
 
     def identities(self) -> dict[str, str]:
-        """Name → which weights."""
+        """Name to weights."""
         return {network.name: network.identity for network in self.features}
 
 
@@ -75,7 +75,7 @@ class Features:
                 self.collected.setdefault(network.name, []).append(network.features(chosen))
 
     def distances(self, real: Features) -> dict[str, tuple[float, Interval | None]]:
-        """KID, and FID where it is wanted, to the ``real`` set: value and 95 % interval; nothing for tiny sets."""
+        """KID, and FID where asked for, to the ``real`` set: value and 95 % interval; none for tiny sets."""
         found: dict[str, tuple[float, Interval | None]] = {}
         for network in self.networks:
             ours, theirs = (torch.cat(side.collected.get(network.name, [torch.zeros(0, 1)])) for side in (self, real))
@@ -90,15 +90,14 @@ class Features:
 def kid(real: Tensor, virtual: Tensor, *, seed: int = 0) -> tuple[float, Interval]:
     """Kernel distance (Bińkowski et al. 2018, arXiv 1801.01401) of the features [N, D] of N tiles, real and virtual.
 
-    Of two independent sets it is estimated from all pairs between them. Ours are not independent: row i of both is the
-    same tissue, and counting how alike those two are makes the estimate too small, by more than its value where tiles
-    differ much (it came out negative). So the pairs of the same tile are left out, as within the sets: the one-sample
-    U-statistic of Gretton et al. 2012 (JMLR 13, Equation 4), which is unbiased for pairs.
+    For two independent sets it is estimated from all pairs between them. Ours are not independent: row i of both is the
+    same tissue, and including those pairs biases the estimate downwards, below zero where tiles differ much. They are
+    left out here, as the diagonal within each set is: the one-sample U-statistic of Gretton et al. 2012 (JMLR 13,
+    Equation 4), which is unbiased for paired data.
 
     Returns:
-        the value over all tiles (at most 4,000 of them, drawn at random), and its 95 % interval. Halves drawn without
-        replacement scatter as much as the whole set's value does (delete-half jackknife: Shao and Wu 1989); other
-        shares by √(m / (n − m)) of it.
+        The value over all tiles (at most 4,000, drawn at random), and its 95 % interval from a delete-half jackknife
+        (Shao and Wu 1989): halves drawn without replacement vary as much as the value of the whole set does.
 
     Raises:
         ValueError: the sets are not of the same tiles.
@@ -139,9 +138,9 @@ def fid(real: Tensor, virtual: Tensor) -> float:
 
 
 def our_encoder(checkpoint: Checkpoint, *, device: str = "cpu") -> FeatureNetwork:
-    """A checkpoint's H&E encoder, fed with stains: per level and channel the mean and the deviation over the image.
+    """A checkpoint's H&E encoder applied to stains: mean and standard deviation per level and channel.
 
-    The deviations see blur and noise, which a mean over the image forgets.
+    The standard deviations register blur and noise, which a mean over the image does not.
     """
     encoder = checkpoint.network.encoder
     weights = tensors_sha256(encoder.state_dict().items())[:12]
@@ -160,7 +159,7 @@ def published_networks(*, device: str = "cpu") -> Networks:
     """Inception-v3 for KID and FID, and AlexNet for LPIPS, as torchmetrics uses them.
 
     Raises:
-        DependencyError: a package is not installed, or its weights can neither be found nor fetched.
+        DependencyError: a package is not installed, or its weights are neither cached nor downloadable.
     """
     for module, package in (("torch_fidelity", "torch-fidelity"), ("torchvision", "torchvision")):
         if importlib.util.find_spec(module) is None:
@@ -177,8 +176,8 @@ def published_networks(*, device: str = "cpu") -> Networks:
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         folder = f"{torch.hub.get_dir()}/checkpoints"
         raise DependencyError(
-            f"the weights of Inception-v3 or AlexNet could not be had ({error}): put the files that torch-fidelity and "
-            f"torchvision ask for into {folder}"
+            f"the weights of Inception-v3 or AlexNet cannot be downloaded ({error}): put the files that torch-fidelity "
+            f"and torchvision ask for into {folder}"
         ) from error
 
     @torch.inference_mode()

@@ -1,8 +1,8 @@
-"""How good a virtual stain is (DESIGN, "The mathematics"): metrics of a set of tiles, and their bootstrap intervals.
+"""How good a virtual stain is: metrics of a set of tiles, and their bootstrap intervals.
 
-Per tile only sums and counts are kept (``measures.py``); a metric is a formula over their totals, so a bootstrap over
-tiles costs nothing. DAB-Dice is the headline. SSIM, PSNR, KID, FID and LPIPS correlate poorly with stain accuracy
-(FIELD-NOTES, "Quality") and stand there for comparison.
+Only sums and counts are kept per tile (``tile_metrics.py``); a metric is a formula over their totals, so a bootstrap
+over tiles is nearly free. DAB-Dice is the headline. SSIM, PSNR, KID, FID and LPIPS correlate poorly with stain accuracy
+(arXiv 2511.04615) and are given for comparison.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Metric:
     better: str
     """``higher``, ``lower``, or the value of a perfect stain."""
     meaning: str
-    """What it is, its unit, how it is pooled, and what tiles without positives do."""
+    """What it is, its unit, how it is pooled, and how tiles without positives count."""
     column: str | None = None
-    """The sum that must have been measured; None for what is measured on the set as a whole."""
+    """The sum that it needs; None for a metric of the set as a whole."""
     formula: Callable[[Sums], Values] = field(default=lambda _: np.array(np.nan))
 
 
 def _ratio(above: Values, below: Values) -> Values:
-    """``above / below``, not a number where nothing is below."""
+    """``above / below``; NaN where ``below`` is 0."""
     return np.divide(above, below, out=np.full(np.shape(below), np.nan), where=np.asarray(below) > 0)
 
 
@@ -104,7 +104,7 @@ METRICS: tuple[Metric, ...] = (
         name="positive_cell_f1",
         better="higher",
         meaning="F1 of the positive cells of the virtual image: watershed instances of its coarse mask against those "
-        "of the tile's, middles within 6 µm, each cell used once; counts pooled over the set, so that a tile without "
+        "of the tile's, centroids within 6 µm, each cell used once; counts pooled over the set, so that a tile without "
         "positive cells counts only by those that were found on it.",
         column="cells_found",
         formula=_dice("cells_matched", "cells_found", "cells_real"),
@@ -182,11 +182,11 @@ class StainScore:
     mpp: float = 0.5
     """Pixel size, µm."""
     detail: bool = False
-    """Also measure what takes longer: edges and cells."""
+    """Also compute the slower metrics of edges and cells."""
     rows: list[Row] = field(default_factory=list)
-    """Per tile what was measured on it."""
+    """The measurements, per tile."""
     whole: dict[str, tuple[float, Interval | None]] = field(default_factory=dict)
-    """Metrics that are measured on the set as a whole, and their 95 % intervals."""
+    """Metrics of the set as a whole, and their 95 % intervals."""
 
     def add(self, *, virtual: UInt8Array, real: UInt8Array, mask: UInt8Array, cells: UInt8Array | None = None) -> None:
         """Add a tile: images uint8 [H, W, 3]; coarse mask and, if the model has one, cell map uint8 [H, W]."""
@@ -196,19 +196,19 @@ class StainScore:
 
     @property
     def tile_dice(self) -> list[float]:
-        """DAB-Dice of each tile alone (1 where neither has a positive pixel); to pick tiles to look at."""
+        """DAB-Dice of each single tile (1 where neither image has a positive pixel), to pick tiles for a figure."""
         areas = [(row["both"], row["virtual"] + row["real"]) for row in self.rows]
         return [2 * both / both_areas if both_areas else 1.0 for both, both_areas in areas]
 
     def metrics(self) -> dict[str, float]:
-        """Those of :data:`METRICS` that were measured, by name; not a number where there is nothing to measure."""
+        """The :data:`METRICS` that were measured, by name; NaN where they are undefined."""
         columns, table = self._table()
         values = _metrics(dict(zip(columns, table.sum(axis=0), strict=True)))
         merged = {name: float(value) for name, value in values.items()} | {n: v for n, (v, _) in self.whole.items()}
         return {name: merged[name] for name in METRIC_NAMES if name in merged}
 
     def counts(self) -> dict[str, int]:
-        """Of how much the metrics speak: tiles with a Hausdorff distance, positive cells there and found."""
+        """Sample sizes: tiles with a Hausdorff distance, and positive cells in the real and virtual images."""
         columns, table = self._table()
         totals = dict(zip(columns, table.sum(axis=0), strict=True))
         return {name: int(totals[column]) for name, column in _COUNTS.items() if column in totals}
@@ -226,7 +226,7 @@ class StainScore:
         return {name: merged[name] for name in METRIC_NAMES if name in merged}
 
     def _table(self) -> tuple[tuple[str, ...], NDArray[np.float64]]:
-        """Names of all sums, and their values [tiles, sums], 0 where a tile has none."""
+        """Names of all sums, and their values [tiles, sums]; 0 where a tile has none."""
         columns = tuple(dict.fromkeys(name for row in self.rows for name in row))
         table = np.array([[row.get(name, 0.0) for name in columns] for row in self.rows], dtype=np.float64)
         return columns, table.reshape(len(self.rows), len(columns))
@@ -237,7 +237,7 @@ def _metrics(sums: dict[str, Any]) -> dict[str, Values]:
 
 
 def _percentiles(draws: Values) -> Interval:
-    """The middle 95 % of the draws that are numbers."""
+    """The central 95 % of the draws that are not NaN."""
     known = draws[~np.isnan(draws)]
     if not known.size:
         return float("nan"), float("nan")

@@ -1,4 +1,4 @@
-"""An evaluation to look at: ``report.md`` with metrics against steps, a chart, and the best, median and worst tiles."""
+"""The report of an evaluation: ``report.md`` with a table, a chart, and the best, median and worst tiles."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHART = "metrics.png"
 
 
 def write_report(evaluations: Sequence[Evaluation], folder: Path) -> Path:
-    """Write ``report.md`` and its images into ``folder``: one run at one or several numbers of steps.
+    """Write ``report.md`` and its images into ``folder``: one run at one or several step counts.
 
     Raises:
         UsageError: the folder cannot be written.
@@ -41,14 +41,14 @@ def write_report(evaluations: Sequence[Evaluation], folder: Path) -> Path:
         f"# {head['model']}: {head['tiles']} {head['split']} tiles",
         "",
         "In brackets the bootstrap 95 % interval over tiles. DAB-Dice is the headline; SSIM, PSNR, KID, FID and LPIPS",
-        "correlate poorly with stain accuracy and stand here for comparison.",
+        "correlate poorly with stain accuracy and are given for comparison.",
         "",
     ]
     for name, identity in head["networks"].items():
         sample = f", on {head['kid_tiles']} of the tiles, evenly spread" if name == "encoder" else ""
         lines += [f"Network of `kid_{name}`: {identity}{sample}.", ""]
     if head["margin"]:
-        lines += [f"Without {head['margin']} pixels of each side, which are stained but not served.", ""]
+        lines += [f"A border of {head['margin']} pixels is stained but not scored, as in serving.", ""]
     for stain in stains:
         lines += [f"## {stain}", "", *_table(evaluations, stain), ""]
     try:
@@ -65,7 +65,7 @@ def write_report(evaluations: Sequence[Evaluation], folder: Path) -> Path:
 
 
 def figure(value: float, interval: Interval | None = None) -> str:
-    """A metric as people read it, with its interval: ``0.512 (0.490 to 0.533)``; ``–`` where it is undefined."""
+    """A metric as text, with its interval: ``0.512 (0.490 to 0.533)``; ``–`` where it is undefined."""
     if interval is None:
         return f"{value:.3f}" if math.isfinite(value) else ("–" if math.isnan(value) else "∞")
     return f"{figure(value)} ({figure(interval[0])} to {figure(interval[1])})"
@@ -91,7 +91,7 @@ def _legend(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def _tiles(evaluations: Sequence[Evaluation], folder: Path) -> list[str]:
-    """Images of the best, median and worst tiles of each stain, judged at the number of steps that is served."""
+    """Figures of the best, median and worst tile of each stain, ranked at the step count that is served."""
     served = evaluations[0].checkpoint.config.steps
     judge = next((e for e in evaluations if e.steps == served), evaluations[0])
     steps = ", ".join(str(e.steps) for e in evaluations)
@@ -118,7 +118,7 @@ def _tiles(evaluations: Sequence[Evaluation], folder: Path) -> list[str]:
 
 
 def _picks(score: StainScore) -> dict[str, int]:
-    """The tiles to show, among those with something to find: one without a positive pixel shows little."""
+    """The tiles to show, chosen among those with positive pixels if there are any."""
     shown = [i for i, row in enumerate(score.rows) if row["real"] > 0] or list(range(len(score.rows)))
     dice = score.tile_dice
     order = sorted(shown, key=lambda i: dice[i])
@@ -132,7 +132,7 @@ def _side_by_side(*images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _chart(evaluations: Sequence[Evaluation], path: Path) -> list[str]:
-    """Draw metrics against steps, with their intervals; the report's lines about it."""
+    """Draw metrics against steps, with their intervals; return the report's lines about the chart."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -151,8 +151,8 @@ def _chart(evaluations: Sequence[Evaluation], path: Path) -> list[str]:
             values = np.array([v[name] for v, _ in columns[stain]])
             bounds = np.array([i.get(name, (v[name], v[name])) for v, i in columns[stain]])
             reach = np.abs(np.nan_to_num(bounds - values[:, None])).T
-            places = np.arange(len(values)) + 0.08 * shift
-            axis.errorbar(places, values, yerr=reach, marker="o", capsize=3, label=stain)
+            positions = np.arange(len(values)) + 0.08 * shift
+            axis.errorbar(positions, values, yerr=reach, marker="o", capsize=3, label=stain)
         axis.set(title=name, xlabel="steps", xticks=range(len(evaluations)))
         axis.set_xticklabels([str(e.steps) for e in evaluations])
     axes.flat[0].legend()

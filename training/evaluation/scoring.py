@@ -1,4 +1,4 @@
-"""Stain tiles by any method and score each stain: what the evaluation of checkpoints and of baselines has in common."""
+"""Stain tiles by any method and score each stain; checkpoints and baselines are evaluated by the same code."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ Stainer = Callable[[UInt8Array, NDArray[np.int64]], Sequence[Mapping[str, UInt8A
 """H&E uint8 [B, H, W, 3] and seeds [B, 1] → the results of each sampler, named and shaped as ``stain_tiles`` does; cell
 maps may be missing."""
 KID_TILES = 256
-"""The KID of our encoder, which takes longest, is measured on at most this many tiles, evenly spread."""
+"""KID on our own encoder, the slowest metric, uses at most this many tiles, evenly spread."""
 TILE_MULTIPLE = 16
 LARGEST_POOL = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredTile:
-    """A tile as it is scored."""
+    """A tile with its real and virtual stains."""
 
     row: PairedTile
     number: int
-    """Its place in the list."""
+    """Index in the list of tiles."""
     data: dict[str, UInt8Array]
-    """What ``load_tile`` gives."""
+    """The arrays of ``load_tile``."""
     results: list[dict[str, UInt8Array]]
     """Per sampler ``STAIN_<NAME>`` [H, W, 3] and, if there is one, ``CELLS_<NAME>`` [H, W, 1]."""
 
@@ -60,22 +60,22 @@ def score_tiles(
     """Stain ``rows`` and score each stain, the tiles of a batch in threads.
 
     Args:
-        samplers: how many results ``stainer`` gives.
-        seed: tile n of the list has the seed ``seed`` + n.
-        detail: also measure what takes longer: edges and cells.
-        networks: also measure what takes networks.
-        margin: pixels of each side that are stained but not scored, as serving leaves them out.
+        samplers: number of results that ``stainer`` returns.
+        seed: tile n of the list gets the noise seed ``seed`` + n.
+        detail: also compute the slower metrics of edges and cells.
+        networks: feature networks for KID, FID and LPIPS.
+        margin: width of the border that is stained but not scored, pixels; serving crops it likewise.
         seen: called with each tile, in order, without its margin.
 
     Returns:
-        per sampler and stain the score.
+        The scores, per sampler and stain.
 
     Raises:
         DataError: a tile cannot be read, or has a size that cannot be stained.
     """
     networks = networks or Networks()
     scores = [{stain: StainScore(detail=detail) for stain in stains} for _ in range(samplers)]
-    sampled = {round(place) for place in np.linspace(0, len(rows) - 1, min(len(rows), KID_TILES))}
+    sampled = {round(index) for index in np.linspace(0, len(rows) - 1, min(len(rows), KID_TILES))}
     # The first set is the real one.
     features = {stain: [Features(networks.features) for _ in range(1 + samplers)] for stain in stains}
     with ThreadPoolExecutor(min(LARGEST_POOL, os.cpu_count() or 1)) as pool:
@@ -113,7 +113,7 @@ def _batches(
     margin: int,
     pool: Any,
 ) -> Iterator[list[ScoredTile]]:
-    """The tiles in order, stained, without their margin; each batch of one size."""
+    """The stained tiles in order, without their margin; the tiles of a batch have one size."""
     for start in range(0, len(rows), batch):
         loaded = pool.map(lambda row: _load(row, stains, margin), rows[start : start + batch])
         for _, same_size in groupby(enumerate(loaded, start), key=lambda item: item[1]["he"].shape):
@@ -139,7 +139,7 @@ def _load(row: PairedTile, stains: tuple[str, ...], margin: int) -> dict[str, UI
     data = load_tile(row, stains)
     height, width = data["he"].shape[:2]
     if 2 * margin >= min(height, width):
-        raise DataError(f"{row.he} has {width} x {height} pixels: a margin of {margin} leaves nothing of it")
+        raise DataError(f"{row.he} has {width} x {height} pixels: a margin of {margin} leaves nothing")
     if height % TILE_MULTIPLE or width % TILE_MULTIPLE:
         raise DataError(
             f"{row.he} has {width} x {height} pixels: width and height must be multiples of {TILE_MULTIPLE}; crop it"

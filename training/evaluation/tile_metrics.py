@@ -1,7 +1,7 @@
-"""What is measured on one tile: sums and counts, from which the metrics of a set follow (see ``metrics.py``).
+"""Measurements on one tile: sums and counts, from which ``metrics.py`` computes the metrics of a set.
 
-The real side of a tile is worked out once, however many virtual images are held against it. Libraries measure what
-they have: SSIM and PSNR are scikit-image's. Neither it nor torchmetrics has the Hausdorff distance's 95th percentile.
+The reference is analysed once, however many virtual images are compared with it. SSIM and PSNR are scikit-image's;
+neither it nor torchmetrics has the 95th percentile of the Hausdorff distance, so that is ours.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from staindiffuser.training.data.dataset import valid_mask
 __all__ = ["Edges", "Reference", "Row", "hausdorff95", "measure_cells", "measure_image", "radial_power"]
 
 Row = dict[str, float]
-"""Sums of one tile by name; what was not measured is missing."""
+"""Sums over one tile, by name; what was not measured is absent."""
 
 
 class Edges:
-    """The edge pixels of a mask, and each pixel's distance to the next of them."""
+    """The edge pixels of a mask, and every pixel's distance to the nearest of them."""
 
     def __init__(self, mask: NDArray[np.bool_]) -> None:
-        # The mask's inner side, corners included; what lies outside the tile is not the mask's.
+        # The innermost layer of the mask, corners included; the tile's border is no edge.
         self.pixels = mask & ~ndimage.binary_erosion(mask)
         self.distance = ndimage.distance_transform_edt(~self.pixels)
 
 
 class Reference:
-    """The real side of a tile.
+    """The real stain of a tile, with what is derived from it.
 
     Args:
         real: uint8 [H, W, 3], the real stain.
@@ -50,20 +50,20 @@ class Reference:
 
     @cached_property
     def edges(self) -> Edges:
-        """Of the DAB-positive area."""
+        """Edges of the DAB-positive area."""
         return Edges(self.positive)
 
     @cached_property
     def cells(self) -> NDArray[np.float64]:
-        """Middles of the coarse mask's cells, [N, 2], µm."""
+        """Centroids of the coarse mask's cells, [N, 2] (row, column), µm."""
         return cell_centroids(self.mask, self.mpp)
 
 
 def measure_image(virtual: UInt8Array, reference: Reference, *, detail: bool = False) -> Row:
-    """Hold a virtual image, uint8 [H, W, 3], against the real one.
+    """Compare a virtual image, uint8 [H, W, 3], with the real one.
 
     Args:
-        detail: also what takes longer: edges and cells.
+        detail: also compute the slower metrics of edges and cells.
     """
     real = reference.real
     density = dab_density(virtual).astype(np.float64)
@@ -105,22 +105,22 @@ def measure_image(virtual: UInt8Array, reference: Reference, *, detail: bool = F
 
 
 def measure_cells(cells: UInt8Array, reference: Reference, *, detail: bool = False) -> Row:
-    """Hold a cell map, uint8 [H, W], against the coarse mask; its ignore band counts for the Dice only."""
+    """Compare a cell map, uint8 [H, W], with the coarse mask; Dice leaves out the mask's ignore band."""
     valid = valid_mask(reference.mask)
     found, real = (cells >= 128) & valid, (reference.mask >= 128) & valid
     row = {"map_both": float((found & real).sum()), "map_virtual": float(found.sum()), "map_real": float(real.sum())}
     if detail:
-        middles = cell_centroids(cells, reference.mpp)
+        centroids = cell_centroids(cells, reference.mpp)
         row |= {
-            "map_cells_matched": float(count_matches(middles, reference.cells)),
-            "map_cells_found": float(len(middles)),
+            "map_cells_matched": float(count_matches(centroids, reference.cells)),
+            "map_cells_found": float(len(centroids)),
             "map_cells_real": float(len(reference.cells)),
         }
     return row
 
 
 def radial_power(image: UInt8Array) -> float:
-    """Power of the grey image between 0.125 and 0.5 cycles per pixel (a blurred mean has little, noise has much)."""
+    """Power of the grey image between 0.125 and 0.5 cycles per pixel: low if blurred, high if noisy."""
     grey = image @ np.full(3, 1 / 3)
     window, band = _window_and_band(*grey.shape)
     spectrum = fft.rfft2((grey - grey.mean()) * window)[band]
@@ -136,8 +136,8 @@ def _window_and_band(height: int, width: int) -> tuple[NDArray[np.float64], NDAr
 def hausdorff95(a: Edges, b: Edges) -> float:
     """95th percentile of the Hausdorff distance between the edges of two masks that are not empty, pixels.
 
-    Of the distances from each edge pixel to the other mask's edge the 95th percentile, in both directions; the larger
-    (Huttenlocher et al. 1993, with a rank of 95 %).
+    The larger of the two directed distances, each the 95th percentile over the edge pixels of one mask of the distance
+    to the other mask's edge (Huttenlocher et al. 1993, with a rank of 95 %).
     """
     return float(max(np.quantile(b.distance[a.pixels], 0.95), np.quantile(a.distance[b.pixels], 0.95)))
 

@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 install: $(VENV)/.installed  ## make .venv with everything, editable
 
 demo: $(DEMO_VENV)/.installed  ## stain a slide on this machine: SLIDE=path, else a sample; result in demo-output/
-	$(DEMO_VENV)/bin/python -m staindiffuser.client.demo $(if $(SLIDE),--slide '$(SLIDE)') --output '$(OUTPUT)'
+	$(DEMO_VENV)/bin/python -m staindiffuser.demo $(if $(SLIDE),--slide '$(SLIDE)') --output '$(OUTPUT)'
 
 test: install lint types  ## all tests but the slow ones, with lint and types
 	$(RUN) -m pytest -m "not slow and not gpu and not network"

@@ -15,9 +15,8 @@ import tifffile
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
-from staindiffuser.client.output import RUN_JSON, read_run
-from staindiffuser.client.resample import ModelView
-from staindiffuser.errors import InputError
+from staindiffuser.client.model_view import ModelView
+from staindiffuser.client.run_record import read_run
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.optical_density import dab_density, hematoxylin_density, optical_density
 from staindiffuser.imaging.slides import open_slide
@@ -47,27 +46,24 @@ def judge(result: Path) -> list[Plausibility]:
     Images are read whole: meant for small slides.
 
     Raises:
-        InputError: the folder is none that ``stain`` wrote, or the H&E cannot be read.
+        InputError: the folder holds no complete result of ``stain``, or the H&E cannot be read.
     """
     run = read_run(result)
-    if run is None:
-        raise InputError(f"{result / RUN_JSON} is missing or damaged: {result} is not a folder that `stain` wrote")
-    mpp_x, mpp_y = run["input"]["mpp"]
-    with open_slide(Path(run["input"]["path"])) as slide:
-        view = ModelView(slide, (mpp_x, mpp_y), run["model"]["mpp"])
+    with open_slide(Path(run.input.path)) as slide:
+        view = ModelView(slide, run.input.mpp, run.model.mpp)
         he = view.read(0, 0, *view.size)
     glass = _glass(he)
     nuclei = _nuclei(_he_hematoxylin(he), ~glass)
     judged = []
-    for stain in run["stains"]:
-        virtual = tifffile.imread(result / f"{stain['name']}.ome.tiff", series=0, level=0)
+    for stain in run.stains:
+        virtual = tifffile.imread(result / f"{stain.name}.ome.tiff", series=0, level=0)
         dab = dab_density(virtual)
         # DAB hides the nuclei inside it: compare only where nothing is brown.
         visible = ~glass & (ndimage.uniform_filter(dab, 9) < 0.15)
         found = _nuclei(ndimage.gaussian_filter(hematoxylin_density(virtual), 1), visible)
         judged.append(
             Plausibility(
-                stain=stain["name"],
+                stain=stain.name,
                 glass_dab=float(dab[glass].mean()) if glass.any() else float("nan"),
                 nuclei_dice=_dice(nuclei & visible, found & visible),
             )

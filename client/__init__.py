@@ -1,6 +1,6 @@
-"""The client: H&E slides in, virtual stains out, through a Triton server.
+"""The client: stains whole H&E slides and single tiles through a Triton server.
 
-The public names below are loaded on first use, so that the command line answers ``--help`` at once.
+Public names are imported on first use (PEP 562), so that the command line starts quickly.
 """
 
 from importlib import import_module
@@ -11,21 +11,34 @@ if TYPE_CHECKING:
     from staindiffuser.client.contract import ModelContract as ModelContract
     from staindiffuser.client.contract import Stainer as Stainer
     from staindiffuser.client.options import StainingOptions as StainingOptions
+    from staindiffuser.client.run_record import RunRecord as RunRecord
+    from staindiffuser.client.run_record import read_run as read_run
     from staindiffuser.client.staining import stain_slide as stain_slide
     from staindiffuser.imaging.slides import open_slide as open_slide
 
-_HOME = {
-    "StainClient": "connection",
-    "ModelContract": "contract",
-    "Stainer": "contract",
-    "open_slide": "slides",
-    "StainingOptions": "options",
-    "stain_slide": "staining",
+_MODULES = {
+    "ModelContract": "staindiffuser.client.contract",
+    "RunRecord": "staindiffuser.client.run_record",
+    "StainClient": "staindiffuser.client.connection",
+    "Stainer": "staindiffuser.client.contract",
+    "StainingOptions": "staindiffuser.client.options",
+    "open_slide": "staindiffuser.imaging.slides",
+    "read_run": "staindiffuser.client.run_record",
+    "stain_slide": "staindiffuser.client.staining",
 }
-__all__ = ["ModelContract", "StainClient", "Stainer", "StainingOptions", "open_slide", "stain_slide"]
+__all__ = [
+    "ModelContract",
+    "RunRecord",
+    "StainClient",
+    "Stainer",
+    "StainingOptions",
+    "open_slide",
+    "read_run",
+    "stain_slide",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,7 +1,7 @@
-"""Tiles into one image: neighbours are blended with ramps, in integers, so that no order of arrival shows.
+"""Composes tiles into one image, blending neighbours with linear ramps.
 
-Weights are integers and sums are exact, therefore a pixel is the same whichever tile came first, whichever region is
-composed, and in however many threads.
+Weights are integers and sums are exact: a pixel does not depend on the order in which tiles arrive, the region that is
+composed, or the number of threads.
 """
 
 from __future__ import annotations
@@ -22,77 +22,77 @@ __all__ = ["Mosaic", "OutputImage", "ramp_weights"]
 
 @dataclass(frozen=True, kw_only=True)
 class OutputImage:
-    """One image that is put together."""
+    """An image that is composed from tiles."""
 
     tensor: str
-    """The server's output that it is made of."""
+    """The server's output tensor."""
     channels: int
     """3 for an image, 1 for a cell map."""
-    background: int
-    """Value of what was not stained: 255 is white glass, 0 is no cell."""
+    glass: int
+    """Pixel value of glass, which is not stained: 255 (white) for an image, 0 (no cell) for a cell map."""
 
 
 class Mosaic:
-    """Holds the tiles that are still needed and composes regions of them; safe to use from many threads."""
+    """Holds the tiles that are still needed and composes regions from them; thread-safe."""
 
-    def __init__(self, grid: TileGrid, planes: tuple[OutputImage, ...], mask: TissueMask | None = None) -> None:
-        """Start empty.
+    def __init__(self, grid: TileGrid, images: tuple[OutputImage, ...], mask: TissueMask | None = None) -> None:
+        """Create an empty mosaic.
 
         Args:
-            grid: where the tiles lie.
-            planes: what they are made of.
-            mask: fades the result to the background on glass; without it everything that was stained shows.
+            grid: the grid of tiles.
+            images: the images to compose.
+            mask: fades the result to glass outside the tissue; without it, everything that was stained shows.
         """
         self._grid = grid
-        self._planes = planes
+        self._images = images
         self._mask = mask
         self._weights = ramp_weights(grid)
         self._tiles: dict[tuple[int, int], dict[str, UInt8Array]] = {}
         self._lock = threading.Lock()
 
     def add(self, tile: GridTile, outputs: Mapping[str, UInt8Array]) -> None:
-        """Take a stained tile: per plane's tensor, uint8 [T, T, C]. Its margin is cropped away."""
+        """Add a stained tile: per tensor, uint8 [T, T, C]. Its margin is cropped."""
         x0, x1 = self._grid.shown(tile.x, self._grid.width)
         y0, y1 = self._grid.shown(tile.y, self._grid.height)
         if x0 >= x1 or y0 >= y1:
             return
         kept = {
-            plane.tensor: outputs[plane.tensor][y0 - tile.y : y1 - tile.y, x0 - tile.x : x1 - tile.x].copy()
-            for plane in self._planes
+            image.tensor: outputs[image.tensor][y0 - tile.y : y1 - tile.y, x0 - tile.x : x1 - tile.x].copy()
+            for image in self._images
         }
         with self._lock:
             self._tiles[tile.row, tile.column] = kept
 
     def forget_above(self, row: int) -> None:
-        """Let go of the rows of tiles above ``row``: what they show was composed."""
+        """Drop the rows of tiles above ``row``."""
         with self._lock:
             for key in [key for key in self._tiles if key[0] < row]:
                 del self._tiles[key]
 
-    def compose(self, plane: OutputImage, x: int, y: int, width: int, height: int) -> UInt8Array | None:
-        """A region, uint8 [height, width, C]; None where nothing of it was stained: it is all background."""
+    def compose(self, image: OutputImage, x: int, y: int, width: int, height: int) -> UInt8Array | None:
+        """A region, uint8 [height, width, C]; None if no part of it was stained, so that it is all glass."""
         grid = self._grid
         rows, columns = grid.rows_that_show(y, y + height), grid.columns_that_show(x, x + width)
         with self._lock:
             tiles = {
-                (row, column): (grid.at(row, column), self._tiles[row, column][plane.tensor])
+                (row, column): (grid.at(row, column), self._tiles[row, column][image.tensor])
                 for row in rows
                 for column in columns
                 if (row, column) in self._tiles
             }
         if not tiles:
             return None
-        image_HWC = np.full((height, width, plane.channels), plane.background, dtype=np.uint8)
+        image_HWC = np.full((height, width, image.channels), image.glass, dtype=np.uint8)
         for y0, y1, over in grid.row_segments(y, y + height):
             for x0, x1, beside in grid.column_segments(x, x + width):
                 parts = [tiles[row, column] for row in over for column in beside if (row, column) in tiles]
                 if parts:
                     blended = self._blend(parts, x0, y0, x1, y1)
                     image_HWC[y0 - y : y1 - y, x0 - x : x1 - x] = blended
-        return self._faded(image_HWC, plane, x, y)
+        return self._faded(image_HWC, image.glass, x, y)
 
     def _blend(self, parts: list[tuple[GridTile, UInt8Array]], x0: int, y0: int, x1: int, y1: int) -> UInt8Array:
-        """A region that all of these tiles (at most four) cover."""
+        """A region that is covered by all of these tiles, at most four."""
         grid = self._grid
         crops = []
         for tile, pixels_HWC in parts:
@@ -109,18 +109,19 @@ class Mosaic:
             total_HW1 += weight_HW1
         return ((sums_HWC + (total_HW1 >> np.uint32(1))) // total_HW1).astype(np.uint8)
 
-    def _faded(self, image_HWC: UInt8Array, plane: OutputImage, x: int, y: int) -> UInt8Array:
+    def _faded(self, image_HWC: UInt8Array, glass: int, x: int, y: int) -> UInt8Array:
         height, width = image_HWC.shape[:2]
         opacity_HW = None if self._mask is None else self._mask.opacity(x, y, width, height)
         if opacity_HW is None:
             return image_HWC
         opacity_HW1 = opacity_HW[..., None].astype(np.uint32)
-        faded = image_HWC * opacity_HW1 + plane.background * (256 - opacity_HW1)
+        faded = image_HWC * opacity_HW1 + glass * (256 - opacity_HW1)
         return ((faded + 128) >> 8).astype(np.uint8)
 
 
 def ramp_weights(grid: TileGrid) -> NDArray[np.uint32]:
-    """Weight of each pixel along a tile's side: 0 in the margin, ramp, plateau; neighbours add up to it."""
+    """Weight of each pixel along a tile's side: 0 in the margin, a ramp, a plateau. Neighbours' weights add up to the
+    plateau."""
     weights = np.zeros(grid.tile, dtype=np.uint32)
     ramp, margin = grid.ramp, grid.margin
     plateau = max(1, 2 * ramp)

@@ -1,4 +1,4 @@
-"""A gRPC connection to a Triton server that serves the ensemble ``staindiffuser``."""
+"""gRPC connection to a Triton server that serves the ensemble ``staindiffuser``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from staindiffuser.client.contract import ENSEMBLE, ModelContract
-from staindiffuser.client.errors import ContractError, RefusedRequestError, ServerLostError, ServerUnreachableError
-from staindiffuser.errors import ServerError, StainDiffuserError
+from staindiffuser.client.errors import ContractError, RefusedRequestError, ServerUnreachableError
+from staindiffuser.errors import ServerError, ServerLostError, StainDiffuserError
 from staindiffuser.imaging.arrays import UInt8Array
 
 __all__ = ["StainClient"]
@@ -22,13 +22,13 @@ INT32_MAX = 2**31 - 1
 
 
 class StainClient:
-    """Stains tiles on a server; safe to call from many threads at once.
+    """Stains tiles on a server; thread-safe.
 
-    Every call holds one request; at most ``in_flight`` of them are with the server at a time, further callers wait.
+    Each call is one request. At most ``in_flight`` requests run at a time; further callers wait.
 
     Raises:
-        ServerUnreachableError: nothing answers at ``url``, or it is not ready.
-        ContractError: it serves no ensemble this client understands.
+        ServerUnreachableError: no server answers at ``url``, or it is not ready.
+        ContractError: the server has no ensemble that this client understands.
     """
 
     def __init__(
@@ -40,17 +40,17 @@ class StainClient:
         connect_timeout: float = 10.0,
         use_proxy: bool = False,
     ) -> None:
-        """Connect and learn the model's contract.
+        """Connect and read the model's contract.
 
         Args:
-            url: ``HOST:PORT`` of the server's gRPC end.
-            in_flight: requests with the server at a time.
-            deadline: seconds after which an unanswered request counts as a lost server.
+            url: ``HOST:PORT`` of the server's gRPC endpoint.
+            in_flight: concurrent requests.
+            deadline: seconds to wait for the answer to a request before the server counts as lost.
             connect_timeout: seconds to wait for the first answer.
-            use_proxy: obey ``http_proxy`` as gRPC does by itself. Off, because a proxy that is set for the web
-                swallows even requests to the loopback address.
+            use_proxy: obey ``http_proxy``, as gRPC does by default. Off here, because a proxy meant for the web
+                intercepts even requests to the loopback address.
         """
-        import tritonclient.grpc as triton  # slow to import, and not needed to say --help
+        import tritonclient.grpc as triton  # slow to import
 
         if in_flight < 1:
             raise ValueError(f"in_flight must be at least 1, not {in_flight}")
@@ -59,7 +59,7 @@ class StainClient:
         self._slots = threading.BoundedSemaphore(in_flight)
         self._cancelled = threading.Event()
         self._triton = triton
-        # channel_args replaces all of tritonclient's own, message sizes included.
+        # channel_args replaces all of tritonclient's defaults, message sizes included.
         self._client = triton.InferenceServerClient(
             url,
             channel_args=[
@@ -69,7 +69,7 @@ class StainClient:
             ],
         )
         try:
-            self._contract, self._server_version = self._introduce(connect_timeout)
+            self._contract, self._server_version = self._read_contract(connect_timeout)
         except BaseException:
             self.close()
             raise
@@ -86,7 +86,7 @@ class StainClient:
 
     @property
     def contract(self) -> ModelContract:
-        """What the served model takes and gives."""
+        """Inputs, outputs and identity of the served model."""
         return self._contract
 
     def stain_tiles(
@@ -103,25 +103,25 @@ class StainClient:
 
         Args:
             tiles_BTT3: H&E at the model's pixel size; B is at most the contract's ``max_batch``.
-            origins_B2: x and y of each tile's top-left pixel in the slide at the model's pixel size.
-            seed: decides the noise, with the origin.
-            stains: names of the stains; all for ``None``. The server runs nothing for the others.
-            images: ask for ``STAIN_<NAME>``, uint8 [B,T,T,3].
-            cells: ask for ``CELLS_<NAME>``, uint8 [B,T,T,1], probability × 255.
+            origins_B2: x and y of each tile's top-left pixel, in pixels of the slide at the model's pixel size.
+            seed: determines the noise, together with the origin.
+            stains: names of the stains, None for all; the server computes no others.
+            images: request ``STAIN_<NAME>``, uint8 [B,T,T,3].
+            cells: request ``CELLS_<NAME>``, uint8 [B,T,T,1], probability × 255.
 
         Returns:
             The output tensors by name.
 
         Raises:
-            UnknownStainError: a stain the model does not have.
-            RefusedRequestError: the server refuses the tiles, such as for an origin that is no multiple of 16.
+            UnknownStainError: the model does not have a requested stain.
+            RefusedRequestError: the server rejects the request, for example an origin that is not a multiple of 16.
             ServerLostError: the server went away or did not answer within the deadline.
         """
         triton = self._triton
         selected = self._contract.select(stains)
         names = [s.image_tensor for s in selected] * images + [s.cells_tensor for s in selected] * cells
         if not names:
-            raise ValueError("ask for images, cells or both")
+            raise ValueError("request images, cells or both")
         seeds_B1 = np.full((len(tiles_BTT3), 1), seed, dtype=np.int64)
         inputs = [
             triton.InferInput("HE", list(tiles_BTT3.shape), "UINT8").set_data_from_numpy(tiles_BTT3),
@@ -129,9 +129,9 @@ class StainClient:
             triton.InferInput("SEED", list(seeds_B1.shape), "INT64").set_data_from_numpy(seeds_B1),
         ]
         outputs = [triton.InferRequestedOutput(name) for name in names]
-        with self._slots, self._lost("while it stained"):
+        with self._slots, self._lost("while staining"):
             if self._cancelled.is_set():
-                raise ServerLostError(f"the work at {self._url} was cancelled")
+                raise ServerLostError(f"the requests to {self._url} were cancelled")
             result = self._client.infer(ENSEMBLE, inputs, outputs=outputs, client_timeout=self._deadline)
         tensors: dict[str, UInt8Array] = {}
         for name in names:
@@ -139,24 +139,24 @@ class StainClient:
             expected = (*tiles_BTT3.shape[:3], 3 if name.startswith("STAIN_") else 1)
             if tensor is None or tensor.dtype != np.uint8 or tensor.shape != expected:
                 got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-                raise ContractError(f"{self._url} gave {got} for {name}, not uint8 {list(expected)}")
+                raise ContractError(f"{self._url} returned {got} for {name}, not uint8 {list(expected)}")
             tensors[name] = tensor
         return tensors
 
     def execution_counts(self) -> dict[str, int]:
-        """How often each of the server's models has run: what a request cost, for tests and benchmarks."""
-        with self._lost("while it was asked for statistics"):
+        """How many times each of the server's models has run, for tests and benchmarks."""
+        with self._lost("while reading its statistics"):
             statistics = self._client.get_inference_statistics(client_timeout=self._deadline)
         return {model.name: int(model.execution_count) for model in statistics.model_stats}
 
     def cancel(self) -> None:
-        """End what is under way, from another thread; later calls fail."""
+        """Abort all requests, from any thread; later calls fail."""
         self._cancelled.set()
         self.close()
 
     def close(self) -> None:
-        """Close the connection. Requests that are under way are cancelled."""
-        with contextlib.suppress(ValueError):  # grpc, on a channel that is closed already
+        """Close the connection; pending requests are cancelled."""
+        with contextlib.suppress(ValueError):  # from grpc, if the channel is already closed
             self._client.close()
 
     def __enter__(self) -> Self:
@@ -165,56 +165,56 @@ class StainClient:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _introduce(self, timeout: float) -> tuple[ModelContract, str]:
+    def _read_contract(self, timeout: float) -> tuple[ModelContract, str]:
         try:
             if not self._client.is_server_ready(client_timeout=timeout):
                 raise ServerUnreachableError(
-                    f"the server at {self._url} is not ready: wait until it is, or see its log"
+                    f"the server at {self._url} is not ready: wait until it is, or check its log"
                 )
             metadata = self._client.get_server_metadata(client_timeout=timeout)
         except self._triton.InferenceServerException as error:
             raise ServerUnreachableError(
                 f"no server answers at {self._url} ({_reason(error)}): start one with `staindiffuser serve REPO`, "
-                "or leave --server out to use the demonstration model"
+                "or omit --server to use the demonstration model"
             ) from error
         try:
             config: Any = self._client.get_model_config(ENSEMBLE, client_timeout=timeout).config
         except self._triton.InferenceServerException as error:
-            raise ContractError(f"the server at {self._url} serves no model {ENSEMBLE!r} ({_reason(error)})") from error
+            raise ContractError(f"the server at {self._url} has no model {ENSEMBLE!r} ({_reason(error)})") from error
         parameters: Mapping[str, str] = {key: value.string_value for key, value in config.parameters.items()}
         contract = ModelContract.from_config(parameters, max_batch=max(1, config.max_batch_size), server=self._url)
         return contract, f"{metadata.name} {metadata.version}"
 
     @contextlib.contextmanager
     def _lost(self, when: str) -> Iterator[None]:
-        """Say what tritonclient's and grpc's exceptions mean to a user."""
+        """Translate the exceptions of tritonclient and grpc."""
         try:
             yield
         except StainDiffuserError:
             raise
         except self._triton.InferenceServerException as error:
             raise self._translated(error, when) from error
-        except ValueError as error:  # grpc, on a channel that cancel() closed
+        except ValueError as error:  # from grpc, on a channel that cancel() has closed
             raise ServerLostError(f"the connection to {self._url} was closed {when}") from error
 
     def _translated(self, error: Exception, when: str) -> StainDiffuserError:
         status = str(getattr(error, "status", lambda: "")())
         if "INVALID_ARGUMENT" in status:
-            return RefusedRequestError(f"the server at {self._url} refuses the request: {_reason(error)}")
+            return RefusedRequestError(f"the server at {self._url} rejects the request: {_reason(error)}")
         if "DEADLINE" in status:
             return ServerLostError(
-                f"the server at {self._url} did not answer within {self._deadline:g} s: allow it more with --timeout, "
+                f"the server at {self._url} did not answer within {self._deadline:g} s: raise --timeout, "
                 "or send smaller batches with --batch"
             )
         if "UNAVAILABLE" in status or "CANCELLED" in status:
             return ServerLostError(
-                f"the server at {self._url} was lost {when} ({_reason(error)}): nothing was written; start it again"
+                f"the server at {self._url} was lost {when} ({_reason(error)}): nothing was written; restart it"
             )
         return ServerError(f"the server at {self._url} failed {when}: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what tritonclient says, without its address lists."""
+    """The error's message as one line of at most 200 characters."""
     message = getattr(error, "message", lambda: None)() or str(error)
     first = " ".join(str(message).split())
     return first if len(first) <= 200 else first[:197] + "..."

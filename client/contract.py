@@ -1,7 +1,7 @@
-"""What a client must know of a model. It learns all of it from the server: the ensemble's config ``parameters``.
+"""The model contract: everything a client needs to know about a model, read from the ensemble's config ``parameters``.
 
-The tensors (T is the tile's side, B the batch): ``HE`` uint8 [B,T,T,3], ``ORIGIN`` int64 [B,2], ``SEED`` int64 [B,1]
-in; per stain ``STAIN_<NAME>`` uint8 [B,T,T,3] and ``CELLS_<NAME>`` uint8 [B,T,T,1] out.
+Tensors, with batch size B and tile side T: the inputs are ``HE`` uint8 [B,T,T,3], ``ORIGIN`` int64 [B,2] and ``SEED``
+int64 [B,1]; the outputs, per stain, are ``STAIN_<NAME>`` uint8 [B,T,T,3] and ``CELLS_<NAME>`` uint8 [B,T,T,1].
 """
 
 from __future__ import annotations
@@ -9,43 +9,48 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic.dataclasses import dataclass
 
 from staindiffuser.client.errors import ContractError, UnknownStainError
 from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.records import STRICT, RecordError, decode
 
-__all__ = ["ENSEMBLE", "ModelContract", "ServedStain", "Stainer", "UInt8Array"]
+__all__ = ["ENSEMBLE", "ModelContract", "ServedStain", "Stainer"]
 
 ENSEMBLE = "staindiffuser"
+_JSON_PARAMETERS = ("stains", "tile", "margin", "mpp", "steps", "origin_multiple")
+"""Parameters whose text is JSON; the others are plain text. Parameters not listed in the contract are ignored, so that
+a newer server can serve an older client."""
+_TEXT_PARAMETERS = ("model_name", "model_version", "notice")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ServedStain:
-    """A stain as machines (``ck818``) and as people (``CK8/18``) name it."""
+    """A stain's identifier (``ck818``) and display name (``CK8/18``)."""
 
     name: str
-    """Matches ``[a-z][a-z0-9_]*``; names files and tensors."""
+    """Matches ``[a-z][a-z0-9_]*``; part of file and tensor names."""
     label: str
-    """What is shown to people."""
+    """The name shown to people."""
 
     @property
     def image_tensor(self) -> str:
-        """Name of the output that holds the image."""
+        """The output tensor that holds the image."""
         return f"STAIN_{self.name.upper()}"
 
     @property
     def cells_tensor(self) -> str:
-        """Name of the output that holds the cell map."""
+        """The output tensor that holds the cell map."""
         return f"CELLS_{self.name.upper()}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelContract:
-    """What the served model takes and gives."""
+    """Inputs, outputs and identity of the served model."""
 
     stains: tuple[ServedStain, ...]
     """In the model's order."""
@@ -54,19 +59,19 @@ class ModelContract:
     margin: int
     """Context at each side of a tile that is cropped from the result, pixels."""
     mpp: float
-    """Pixel size the model was trained at, µm."""
+    """Pixel size the model was trained at, µm per pixel."""
     steps: int
     """Sampler steps of the image branches."""
     origin_multiple: int
-    """A tile's origin must be a multiple of this, pixels."""
+    """Tile origins must be multiples of this, pixels."""
     max_batch: int
     """Largest number of tiles in one request."""
     model_name: str
     """Such as ``demo``."""
     model_version: str
-    """Hash of what decides the pixels, 64 hex digits."""
+    """Hash of everything that determines the pixels, 64 hex digits."""
     notice: str
-    """What every output must say of itself."""
+    """The statement that accompanies every output."""
 
     def __post_init__(self) -> None:
         if not self.stains:
@@ -75,63 +80,63 @@ class ModelContract:
             if not re.fullmatch(r"[a-z][a-z0-9_]*", stain.name):
                 raise ValueError(f"stains: {stain.name!r} does not match [a-z][a-z0-9_]*")
         if self.origin_multiple < 1 or self.tile < 1 or self.tile % self.origin_multiple:
-            raise ValueError(f"tile: {self.tile} is no multiple of origin_multiple = {self.origin_multiple}")
+            raise ValueError(f"tile: {self.tile} is not a multiple of origin_multiple = {self.origin_multiple}")
         if not 0 <= 2 * self.margin <= self.tile - self.origin_multiple:
-            raise ValueError(f"margin: {self.margin} leaves nothing of a tile of {self.tile}")
+            raise ValueError(f"margin: {self.margin} leaves nothing of a tile of {self.tile} pixels")
         if not 0 < self.mpp < 100:
             raise ValueError(f"mpp: {self.mpp} is not a pixel size in µm")
         if self.max_batch < 1 or self.steps < 1:
             raise ValueError("max_batch and steps must be at least 1")
 
     def select(self, names: Sequence[str] | None) -> tuple[ServedStain, ...]:
-        """The stains of these names, in the model's order; all of them for ``None``.
+        """The stains with these names, in the model's order; all of them for ``None``.
 
         Raises:
-            UnknownStainError: a name the model does not have.
+            UnknownStainError: the model does not have one of them.
         """
         if names is None:
             return self.stains
         known = {stain.name for stain in self.stains}
         unknown = [name for name in names if name not in known]
         if unknown or not names:
-            wrong = f"unknown stain {', '.join(map(repr, unknown))}" if unknown else "no stain was named"
-            raise UnknownStainError(f"{wrong}: the model {self.model_name!r} has {', '.join(sorted(known))}")
+            problem = f"unknown stain {', '.join(map(repr, unknown))}" if unknown else "no stain was named"
+            raise UnknownStainError(f"{problem}: the model {self.model_name!r} has {', '.join(sorted(known))}")
         return tuple(stain for stain in self.stains if stain.name in names)
 
     @classmethod
     def from_config(cls, parameters: Mapping[str, str], *, max_batch: int, server: str) -> ModelContract:
-        """Read the ensemble's parameters.
+        """Decode the ensemble's parameters.
 
         Raises:
             ContractError: a parameter is missing or malformed; the message names it and ``server``.
         """
         try:
-            return cls(
-                stains=tuple(ServedStain(name=s["name"], label=s["label"]) for s in json.loads(parameters["stains"])),
-                tile=int(parameters["tile"]),
-                margin=int(parameters["margin"]),
-                mpp=float(parameters["mpp"]),
-                steps=int(parameters["steps"]),
-                origin_multiple=int(parameters["origin_multiple"]),
-                max_batch=max_batch,
-                model_name=parameters["model_name"],
-                model_version=parameters["model_version"],
-                notice=parameters["notice"],
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"parameter {error} is missing" if isinstance(error, KeyError) else str(error)
+            return decode(cls, {**_parsed(parameters), "max_batch": max_batch})
+        except RecordError as error:
             raise ContractError(
-                f"the ensemble {ENSEMBLE!r} of {server} does not describe itself as this client needs ({what}): "
-                "build its repository again with `staindiffuser export build`"
+                f"the ensemble {ENSEMBLE!r} of {server} lacks what this client needs (parameter {error}): "
+                "rebuild its model repository with `staindiffuser export build`"
             ) from error
 
 
+def _parsed(parameters: Mapping[str, str]) -> dict[str, Any]:
+    """The parameters this client knows, with their texts decoded; missing ones are left to the validation."""
+    values: dict[str, Any] = {name: parameters[name] for name in _TEXT_PARAMETERS if name in parameters}
+    for name in _JSON_PARAMETERS:
+        if name in parameters:
+            try:
+                values[name] = json.loads(parameters[name])
+            except ValueError as error:
+                raise RecordError(f"{name}: {parameters[name]!r} is not JSON") from error
+    return values
+
+
 class Stainer(Protocol):
-    """What stains tiles: a :class:`~staindiffuser.client.connection.StainClient`, or a stand-in for tests."""
+    """Stains tiles: a :class:`~staindiffuser.client.connection.StainClient`, or a substitute in tests."""
 
     @property
     def url(self) -> str:
-        """Where it works, for people and for ``run.json``."""
+        """The server's address, as shown and recorded in ``run.json``."""
         ...
 
     @property
@@ -141,7 +146,7 @@ class Stainer(Protocol):
 
     @property
     def contract(self) -> ModelContract:
-        """What its model takes and gives."""
+        """Inputs, outputs and identity of its model."""
         ...
 
     def stain_tiles(
@@ -154,9 +159,9 @@ class Stainer(Protocol):
         images: bool = True,
         cells: bool = True,
     ) -> dict[str, UInt8Array]:
-        """ServedStain a batch; see :meth:`staindiffuser.client.connection.StainClient.stain_tiles`."""
+        """Stain a batch of tiles; see :meth:`staindiffuser.client.connection.StainClient.stain_tiles`."""
         ...
 
     def cancel(self) -> None:
-        """End what is under way, from another thread; later calls fail."""
+        """Abort all requests, from any thread; later calls fail."""
         ...

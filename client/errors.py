@@ -1,47 +1,49 @@
-"""What can go wrong in the client::
+"""Errors of the client, with their exit codes. A lost server is :class:`staindiffuser.errors.ServerLostError`::
 
 StainDiffuserError
 ├── UsageError
-│   ├── UnknownStainError      2  a stain the model does not have
-│   ├── OutputError            2  an output that cannot be written, or would be overwritten
-│   └── RefusedRequestError    2  the server refuses a request: an origin, shape or size it does not take
-└── ServerError
-    ├── ServerUnreachableError 3  nothing that speaks gRPC answers there
-    ├── ServerLostError        3  the server went away, or did not answer in time, while it worked
-    └── ContractError          3  a server answers, but serves no ensemble this client understands
+│   ├── UnknownStainError      2  the model does not have a requested stain
+│   ├── OutputError            2  the output cannot be written, or already holds a result
+│   └── RefusedRequestError    2  the server rejects a request: its origin, shape or batch size
+├── ServerError
+│   ├── ServerUnreachableError 3  no gRPC server answers at the address, or it is not ready
+│   ├── ServerLostError        3  the server went away, or did not answer in time, during the work
+│   └── ContractError          3  the server has no ensemble that this client understands
+└── InputError
+    └── RunRecordError         4  a result's run.json is missing or malformed
 """
 
-from staindiffuser.errors import ServerError, UsageError
+from staindiffuser.errors import InputError, ServerError, UsageError
 
 __all__ = [
     "ContractError",
     "OutputError",
     "RefusedRequestError",
-    "ServerLostError",
+    "RunRecordError",
     "ServerUnreachableError",
     "UnknownStainError",
 ]
 
 
 class UnknownStainError(UsageError):
-    """A stain was asked for that the model does not have."""
+    """The model does not have a requested stain."""
 
 
 class OutputError(UsageError):
-    """The output cannot be written, or holds a result that would be overwritten."""
+    """The output cannot be written, or already holds a result."""
 
 
 class RefusedRequestError(UsageError):
-    """The server refuses a request: an origin that is no multiple of 16, a shape or a batch it does not take."""
+    """The server rejects a request: an origin that is not a multiple of 16, or an unsupported shape or batch size."""
 
 
 class ServerUnreachableError(ServerError):
-    """Nothing that speaks gRPC answers at the address."""
-
-
-class ServerLostError(ServerError):
-    """The server went away, or did not answer in time, while it worked for this client."""
+    """No gRPC server answers at the address, or it is not ready."""
 
 
 class ContractError(ServerError):
-    """A server answers, but it serves no ensemble that this client understands."""
+    """The server has no ensemble that this client understands."""
+
+
+class RunRecordError(InputError):
+    """A result's ``run.json`` is missing or malformed."""

@@ -1,4 +1,4 @@
-"""How a slide is stained."""
+"""The options of a run."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ __all__ = ["StainingOptions"]
 
 @dataclass(frozen=True, kw_only=True)
 class StainingOptions:
-    """The choices of one run."""
+    """How a slide is stained. Raises ValueError for a value out of range."""
 
     stains: tuple[str, ...] | None = None
-    """Names of the stains; all the model has for None."""
+    """Names of the stains; None for all that the model has."""
     seed: int = 0
-    """Decides the noise: the same seed gives the same pixels. 0 … 2⁶³ − 1."""
+    """Determines the noise: the same seed gives the same pixels. 0 … 2⁶³ − 1."""
     mpp: float | None = None
-    """Pixel size of the input, µm, instead of what the file says."""
+    """Pixel size of the input, µm per pixel, instead of the one in the file."""
     batch: int = 4
-    """Tiles in a request; the model's limit where that is lower."""
+    """Tiles per request, up to the model's limit."""
     in_flight: int = 3
-    """Requests with the server at a time."""
+    """Concurrent requests."""
     cells: bool = True
-    """Make cell maps and search them for cells."""
+    """Write cell maps and cells."""
     preview: bool = False
-    """Make ``preview.png``."""
+    """Write ``preview.png``."""
     overwrite: bool = False
-    """Replace a result that is there."""
+    """Replace an existing result."""
     resume: bool = False
-    """Keep a complete result of the same slide, model and options; make it again where anything differs."""
+    """Keep a complete result of the same slide, model and options; redo it if any of them differs."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -40,4 +40,4 @@ class StainingOptions:
         if self.in_flight < 1:
             raise ValueError(f"in_flight must be at least 1, not {self.in_flight}")
         if self.overwrite and self.resume:
-            raise ValueError("overwrite and resume exclude each other")
+            raise ValueError("overwrite and resume are mutually exclusive")

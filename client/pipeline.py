@@ -1,42 +1,43 @@
-"""Tiles to the server and back, and rows of the image to the writer, all at once.
+"""Reads tiles, has them stained, and yields the rows of the result as they are completed.
 
-``in_flight`` threads each read a batch, send it and wait for the answer: reading overlaps with the server's work. One
-writer thread takes the image's rows as their tiles are complete; tiles are let go once composed. So memory grows
+``in_flight`` threads each read a batch of tiles, send it and wait for the answer, so reading overlaps with the
+server's work. Batches are sent a few rows ahead of the row that the caller is writing, and no further: memory grows
 with the slide's width, not with its area.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 
 from staindiffuser.client.blending import Mosaic
 from staindiffuser.client.contract import ServedStain, Stainer
+from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.progress import Stopwatch
-from staindiffuser.client.resample import ModelView
 from staindiffuser.client.tiling import GridTile, TileGrid
 from staindiffuser.errors import ServerError
 from staindiffuser.imaging.ome_tiff import SIDE
 
-__all__ = ["WriteRow", "run_pipeline"]
+__all__ = ["stained_rows"]
 
-WriteRow = Callable[[int, Executor], None]
-"""(row of the image's file tiles, threads to use) → compose, encode and write it."""
 ROWS_AHEAD = 2
-"""Rows of the image that may wait for the writer before no more tiles are sent."""
-WRITER_THREADS = 2
+"""Rows of the result that are stained ahead of the one being written."""
+
+Batch = Sequence[GridTile]
 
 
-class _Stopped(Exception):  # noqa: N818 - not an error: the work ended elsewhere
-    """Work that is no longer wanted."""
+class _Stopped(Exception):  # noqa: N818 - not an error
+    """The result of a batch is no longer wanted, because another part of the work has failed."""
 
 
-def run_pipeline(
+@contextmanager
+def stained_rows(
     view: ModelView,
     grid: TileGrid,
     tiles: Sequence[GridTile],
@@ -44,118 +45,77 @@ def run_pipeline(
     stainer: Stainer,
     stains: tuple[ServedStain, ...],
     options: StainingOptions,
-    write_row: WriteRow,
     watch: Stopwatch,
     advance: Callable[[int], None],
-) -> None:
-    """ServedStain ``tiles`` (in the grid's order) into ``mosaic`` and have every row of the image written, in order.
+) -> Iterator[Iterator[int]]:
+    """Stain ``tiles`` into ``mosaic``; iterate over the rows of the result as the mosaic becomes able to compose them.
+
+    A row is ``SIDE`` pixels high; rows come in order. When the next one is requested, the mosaic drops the tiles that
+    only the previous rows needed. Leaving the context stops the work; no thread outlives it.
 
     Args:
-        view: the slide at the model's resolution.
-        grid: of the tiles.
-        tiles: those with tissue.
-        mosaic: takes them.
+        view: the slide at the model's pixel size.
+        grid: the grid of tiles.
+        tiles: the tiles to stain, in the grid's order.
+        mosaic: receives the stained tiles.
         stainer: the server.
-        stains: which.
-        options: seed, batch, requests in flight, cells.
-        write_row: called from one thread, row after row.
-        watch: counts the stages ``read`` and ``stain``.
-        advance: hears how many more tiles are done; called from this thread.
+        stains: the stains to request.
+        options: seed, batch size, concurrent requests, cells.
+        watch: times the stages ``read`` and ``stain``.
+        advance: called with the number of further tiles that are done, from the caller's thread.
 
     Raises:
-        Whatever reading, staining or writing raises; nothing runs any more then.
+        SlideError: part of the slide is damaged.
+        ServerError: the server failed or was lost.
     """
-    rows = _Rows(grid, tiles, mosaic)
-    batch = min(options.batch, stainer.contract.max_batch)
-    batches = iter([tiles[i : i + batch] for i in range(0, len(tiles), batch)])
+    size = min(options.batch, stainer.contract.max_batch)
+    batches = deque(tiles[i : i + size] for i in range(0, len(tiles), size))
     names = [stain.name for stain in stains]
     stop = threading.Event()
     view.expect(((tile.x, tile.y) for tile in tiles), grid.tile)
 
-    def stain(part: Sequence[GridTile]) -> Sequence[GridTile]:
+    def stain(batch: Batch) -> None:
         if stop.is_set():
             raise _Stopped
         with watch.stage("read"):
-            pixels_BTT3 = np.stack([view.read_tile(tile.x, tile.y, grid.tile) for tile in part])
-            for tile in part:
+            pixels_BTT3 = np.stack([view.read_tile(tile.x, tile.y, grid.tile) for tile in batch])
+            for tile in batch:
                 view.done(tile.x, tile.y, grid.tile)
         if stop.is_set():
             raise _Stopped
-        origins_B2 = np.array([(tile.x, tile.y) for tile in part], dtype=np.int64)
+        origins_B2 = np.array([(tile.x, tile.y) for tile in batch], dtype=np.int64)
         with watch.stage("stain"):
             outputs = stainer.stain_tiles(pixels_BTT3, origins_B2, options.seed, stains=names, cells=options.cells)
-        for index, tile in enumerate(part):
+        for index, tile in enumerate(batch):
             mosaic.add(tile, {name: tensor[index] for name, tensor in outputs.items()})
-        return part
 
-    def write(row: int) -> None:
-        if stop.is_set():
-            raise _Stopped
-        write_row(row, coders)
-        rows.written(row)
+    def rows(senders: ThreadPoolExecutor) -> Iterator[int]:
+        sent: deque[tuple[Batch, Future[None]]] = deque()
+        for row in range(-(-grid.height // SIDE)):
+            needed = _tile_rows(grid, row)
+            mosaic.forget_above(needed.start)
+            ahead = _tile_rows(grid, row + ROWS_AHEAD).stop
+            while batches and (batches[0][0].row < ahead or len(sent) < options.in_flight):
+                batch = batches.popleft()
+                sent.append((batch, senders.submit(stain, batch)))
+            while sent and sent[0][0][0].row < needed.stop:
+                batch, answer = sent.popleft()
+                answer.result()
+                advance(len(batch))
+            yield row
 
-    with (
-        ThreadPoolExecutor(options.in_flight, thread_name_prefix="stain") as senders,
-        ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
-        ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="code") as coders,
-    ):
-        staining: set[Future[Sequence[GridTile]]] = set()
-        writing: set[Future[None]] = set()
+    with ThreadPoolExecutor(options.in_flight, thread_name_prefix="stain") as senders:
         try:
-            while True:
-                for row in rows.ready():
-                    writing.add(writer.submit(write, row))
-                while (
-                    len(staining) < options.in_flight and len(writing) <= ROWS_AHEAD and (part := next(batches, None))
-                ):
-                    staining.add(senders.submit(stain, part))
-                if not staining and not writing:
-                    return
-                pending: list[Future[Any]] = [*staining, *writing]
-                done, _ = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done & staining:
-                    staining.discard(future)
-                    finished = future.result()
-                    rows.stained(finished)
-                    advance(len(finished))
-                for written in done & writing:
-                    writing.discard(written)
-                    written.result()
+            yield rows(senders)
         except BaseException as error:
             stop.set()
             if isinstance(error, KeyboardInterrupt | SystemExit | ServerError):
-                stainer.cancel()  # do not wait for answers that no one will use
-            for pool in (senders, writer):
-                pool.shutdown(wait=False, cancel_futures=True)
+                stainer.cancel()  # nobody will use the answers: do not wait for them
+            senders.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-class _Rows:
-    """Which rows of the image can be written, and which rows of tiles are no longer needed."""
-
-    def __init__(self, grid: TileGrid, tiles: Sequence[GridTile], mosaic: Mosaic) -> None:
-        self._grid, self._mosaic = grid, mosaic
-        self._missing = [0] * grid.rows
-        for tile in tiles:
-            self._missing[tile.row] += 1
-        self._next = 0
-        self._count = -(-grid.height // SIDE)
-
-    def stained(self, tiles: Sequence[GridTile]) -> None:
-        """These are in the mosaic."""
-        for tile in tiles:
-            self._missing[tile.row] -= 1
-
-    def ready(self) -> Iterator[int]:
-        """Rows of the image, in order, once each, whose tiles are all there."""
-        while self._next < self._count and not any(self._missing[row] for row in self._needed(self._next)):
-            yield self._next
-            self._next += 1
-
-    def written(self, row: int) -> None:
-        """A row of the image is done: forget what no later row needs."""
-        later = self._needed(row + 1) if row + 1 < self._count else range(self._grid.rows, self._grid.rows)
-        self._mosaic.forget_above(later.start)
-
-    def _needed(self, row: int) -> range:
-        return self._grid.rows_that_show(row * SIDE, min((row + 1) * SIDE, self._grid.height))
+def _tile_rows(grid: TileGrid, row: int) -> range:
+    """The rows of tiles that contribute to a row of the result; to the last row if there are fewer."""
+    y = min(row * SIDE, (grid.height - 1) // SIDE * SIDE)
+    return grid.rows_that_show(y, min(y + SIDE, grid.height))

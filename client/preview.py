@@ -1,4 +1,4 @@
-"""``preview.png``: H&E and every stain side by side, the whole slide above and a detail below."""
+"""``preview.png``: the H&E and every stain side by side, the whole slide above and a detail below."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from staindiffuser.client.contract import ModelContract, ServedStain
-from staindiffuser.client.resample import ModelView
-from staindiffuser.client.result import cell_map_file, image_file
-from staindiffuser.client.run import SYNTHETIC
+from staindiffuser.client.model_view import ModelView
+from staindiffuser.client.result_files import cell_map_file, image_file
+from staindiffuser.client.run_record import SYNTHETIC
 from staindiffuser.imaging.arrays import UInt8Array
 
 __all__ = ["PANEL", "round_length", "write_preview"]
 
 PANEL = 640
-"""Largest side of a panel, pixels."""
+"""Longer side of a panel, pixels."""
 DETAIL = 512
-"""Side of the detail, pixels at the model's resolution; of a small image, half its longer side."""
+"""Side of the detail, pixels at the model's pixel size; half the longer side of a small image."""
 GAP = 16
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 
@@ -40,15 +40,15 @@ def write_preview(
     Args:
         folder: holds the result's images.
         path: the PNG to write.
-        view: the slide at the model's resolution.
-        overview: the slide, small, uint8 [H, W, 3].
-        stains: those in the result.
-        contract: of the model: its notice is part of the image.
+        view: the slide at the model's pixel size.
+        overview: the whole slide at low resolution, uint8 [H, W, 3].
+        stains: the stains in the result.
+        contract: of the model; its notice is part of the image.
     """
     width, height = view.size
     factor = PANEL / max(width, height)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    x, y, side_x, side_y = _place_of_detail(folder, view, overview, stains)
+    x, y, side_x, side_y = _choose_detail(folder, view, overview, stains)
     whole = [Image.fromarray(overview).resize(size, Image.Resampling.LANCZOS)]
     detail = [Image.fromarray(view.read(x, y, side_x, side_y))]
     for stain in stains:
@@ -80,10 +80,10 @@ def round_length(longest: float) -> float:
     return float(max(step * power for step in (1, 2, 5) if step * power <= longest * (1 + 1e-9)))
 
 
-def _place_of_detail(
+def _choose_detail(
     folder: Path, view: ModelView, overview: UInt8Array, stains: tuple[ServedStain, ...]
 ) -> tuple[int, int, int, int]:
-    """Where most is to be seen: tissue, and the stains' cells where there are maps."""
+    """x, y, width and height of the region with the most tissue and stained cells."""
     width, height = view.size
     side = min(DETAIL, -(-max(width, height) // 2))
     side_x, side_y = min(side, width), min(side, height)
@@ -98,9 +98,9 @@ def _place_of_detail(
             with tifffile.TiffFile(path) as tiff:
                 smallest = tiff.series[0].levels[-1].asarray().astype(np.float32)
             cells = np.asarray(Image.fromarray(smallest).resize((64, 64), Image.Resampling.BOX))
-            # Places where a stain is rich, but not only that: a full field of it teaches nothing.
+            # The root favours a mixture of positive and negative cells over a region that is all positive.
             weights = weights + np.sqrt(cells / 255)
-    # Sums over the detail's extent, wherever it fits.
+    # Sums over every position of the detail.
     across, down = max(1, round(64 * side_x / width)), max(1, round(64 * side_y / height))
     total = np.pad(weights, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
     sums = total[down:, across:] - total[:-down, across:] - total[down:, :-across] + total[:-down, :-across]
@@ -109,7 +109,7 @@ def _place_of_detail(
 
 
 def _region(tiff: tifffile.TiffFile, x: int, y: int, width: int, height: int) -> UInt8Array:
-    """A region of level 0, decoding only its tiles."""
+    """A region of level 0; decodes only the tiles it needs."""
     page = tiff.pages.first
     side = page.tilewidth
     columns = -(-page.imagewidth // side)
@@ -130,7 +130,7 @@ def _region(tiff: tifffile.TiffFile, x: int, y: int, width: int, height: int) ->
 
 
 def _sheet(titles: list[str], rows: list[tuple[list[Image.Image], float]], footer: list[str]) -> Image.Image:
-    """Panels under their titles; per row of panels its pixel size in µm, for the scale bar."""
+    """Lay out the panels under their titles; each row comes with its pixel size in µm, for the scale bar."""
     title_font, text_font = ImageFont.load_default(22), ImageFont.load_default(15)
     panel_width = max(image.width for images, _ in rows for image in images)
     width = GAP + len(titles) * (panel_width + GAP)
@@ -167,9 +167,9 @@ def _scale_bar(draw: ImageDraw.ImageDraw, x: int, y: int, size: tuple[int, int],
 
 
 def _drawable(text: str) -> str:
-    """Pillow's own font has few signs beyond ASCII."""
-    for sign, plain in {"µ": "u", "μ": "u", "–": "-", "—": "-", "×": "x", "’": "'"}.items():
-        text = text.replace(sign, plain)
+    """Text in ASCII: Pillow's built-in font has few other characters."""
+    for character, plain in {"µ": "u", "μ": "u", "–": "-", "—": "-", "×": "x", "’": "'"}.items():
+        text = text.replace(character, plain)
     return text.encode("ascii", "replace").decode()
 
 

@@ -1,4 +1,4 @@
-"""What the command line shows while it works: on stderr, a bar on a terminal and plain lines elsewhere."""
+"""Messages and progress of the command line, on stderr: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ __all__ = ["QuietReporter", "Reporter", "Stopwatch", "TerminalReporter"]
 
 
 class Reporter(Protocol):
-    """Hears of a slide's progress; called from one thread."""
+    """Receives messages and the progress of a slide; called from one thread."""
 
     def say(self, line: str) -> None:
-        """A line for the user."""
+        """Show a line to the user."""
         ...
 
     def start(self, name: str, tiles: int) -> None:
-        """Tiles are about to be stained."""
+        """Staining of this many tiles begins."""
         ...
 
     def advance(self, tiles: int) -> None:
-        """So many more are done."""
+        """This many more tiles are done."""
         ...
 
     def stop(self) -> None:
-        """No more will come."""
+        """Staining has ended."""
         ...
 
 
 class QuietReporter:
-    """Says nothing."""
+    """Shows nothing."""
 
     def say(self, line: str) -> None:
         """Ignore."""
@@ -51,7 +51,7 @@ class QuietReporter:
 
 
 class TerminalReporter:
-    """A progress bar with rate and time left; where stderr is no terminal, only the lines."""
+    """A progress bar with rate and time left; if stderr is not a terminal, messages only."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -61,11 +61,11 @@ class TerminalReporter:
         self._since = 0.0
 
     def say(self, line: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         self._console.print(line, markup=False)
 
     def start(self, name: str, tiles: int) -> None:
-        """Show the bar."""
+        """Show the progress bar."""
         self._done, self._since = 0, time.perf_counter()
         if not self._console.is_terminal:
             return
@@ -81,21 +81,21 @@ class TerminalReporter:
         self._progress.start()
 
     def advance(self, tiles: int) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         self._done += tiles
         if self._progress is not None and self._task is not None:
             rate = self._done / max(1e-6, time.perf_counter() - self._since)
             self._progress.update(self._task, advance=tiles, rate=f"{rate:.1f} tiles/s")
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Remove the progress bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
 
 class Stopwatch:
-    """Seconds per stage, summed over threads: stages that overlap add up to more than the whole took."""
+    """Seconds per stage, summed over threads: stages that overlap add up to more than the total."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -104,7 +104,7 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the time inside towards ``name``."""
+        """Add the time spent inside the context to ``name``."""
         start = time.perf_counter()
         try:
             yield
@@ -114,7 +114,7 @@ class Stopwatch:
 
     @property
     def total(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the stopwatch was made."""
         return time.perf_counter() - self._start
 
     def seconds(self) -> dict[str, float]:

@@ -1,33 +1,34 @@
-"""One slide, from the file to the result: open → find tissue → stain and write → publish."""
+"""Stains one slide: open it, find the tissue, stain and write row by row, publish the result."""
 
 from __future__ import annotations
 
-import json
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Self
 
+from staindiffuser.client import run_record
 from staindiffuser.client.blending import Mosaic
 from staindiffuser.client.contract import ServedStain, Stainer
 from staindiffuser.client.errors import OutputError
+from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.options import StainingOptions
-from staindiffuser.client.output import RUN_JSON, ResultFolder, read_run
-from staindiffuser.client.pipeline import run_pipeline
+from staindiffuser.client.pipeline import stained_rows
 from staindiffuser.client.preview import PANEL, write_preview
 from staindiffuser.client.progress import QuietReporter, Reporter, Stopwatch
-from staindiffuser.client.resample import ModelView
-from staindiffuser.client.result import PREVIEW_FILE, ResultWriter, planes_of
-from staindiffuser.client.run import FORMAT, SYNTHETIC, model_record, now, versions
+from staindiffuser.client.result_files import PREVIEW_FILE, ResultFiles, output_images
+from staindiffuser.client.result_folder import ResultFolder
+from staindiffuser.client.run_record import RUN_JSON, Request, RunRecord
 from staindiffuser.client.tiling import GridTile, TileGrid
 from staindiffuser.files import file_sha256
-from staindiffuser.imaging.pixel_size import PixelSize
 from staindiffuser.imaging.slides import Slide, open_slide
 from staindiffuser.imaging.tissue import TissueMask, find_tissue, read_overview
 
-__all__ = ["StainingOptions", "stain_slide"]
+__all__ = ["SlideJob", "stain_slide"]
 
 COARSE = 1.5
-"""Input pixels larger than the model's by more than this deserve a warning."""
+"""A pixel size above the model's by this factor causes a warning."""
 
 
 def stain_slide(
@@ -36,127 +37,177 @@ def stain_slide(
     stainer: Stainer,
     options: StainingOptions | None = None,
     reporter: Reporter | None = None,
-) -> dict[str, Any]:
-    """ServedStain a slide or a tile into the folder ``output``.
+) -> RunRecord:
+    """Stain a slide or a tile and write the result to the folder ``output``.
 
     Args:
         path: the H&E slide or tile.
-        output: a folder; made where it is missing.
+        output: the result folder; created if missing.
         stainer: the server, usually a :class:`~staindiffuser.client.StainClient`.
-        options: what and how; by default all stains with seed 0.
-        reporter: hears of the progress.
+        options: by default, all stains with seed 0.
+        reporter: receives messages and progress.
 
     Returns:
-        What ``run.json`` says.
+        The contents of ``run.json``.
 
     Raises:
         SlideError: the input is missing, damaged or unsupported.
-        MissingPixelSizeError: it does not say how large its pixels are.
-        UnknownStainError: the model does not have a stain.
-        OutputError: the output cannot be written, or holds a result.
-        ServerError: the server failed or was lost. In all cases nothing new stands under a final name.
+        MissingPixelSizeError: the input does not state its pixel size.
+        UnknownStainError: the model does not have a requested stain.
+        OutputError: the output cannot be written, or already holds a result.
+        ServerError: the server failed or was lost. After any of these errors no new file has a final name.
     """
-    options, reporter = options or StainingOptions(), reporter or QuietReporter()
-    stains = stainer.contract.select(options.stains)
-    with open_slide(path) as slide:
-        mpp = slide.pixel_size(options.mpp)
-        if options.resume and (done := _finished(path, output, stainer, options, stains)):
-            reporter.say(f"{output} is complete already: kept")
-            return done
-        with ResultFolder(output, overwrite=options.overwrite or options.resume) as folder:
-            try:
-                return _stain(slide, mpp, stains, stainer, options, reporter, folder)
-            except OSError as error:  # readers and the client raise their own: this is a full or vanished disk
-                raise OutputError(f"the output {output} cannot be written: {error.strerror or error}") from error
+    with SlideJob(path, output, options or StainingOptions()) as job:
+        return job.stain(stainer, reporter or QuietReporter())
+
+
+class SlideJob:
+    """One slide and its result folder, both open; use it as a context manager.
+
+    Entering it finds out whether the input and the output are usable, before a server is needed.
+    """
+
+    def __init__(self, path: Path, output: Path, options: StainingOptions) -> None:
+        """Describe the job; arguments and errors are those of :func:`stain_slide`."""
+        self._path, self._output, self._options = path, output, options
+        self._open = ExitStack()
+        self._folder: ResultFolder | None = None
+        """None if a result that may be kept is there."""
+
+    def __enter__(self) -> Self:
+        try:
+            self._slide = self._open.enter_context(open_slide(self._path))
+            self._mpp = self._slide.pixel_size(self._options.mpp)
+            self._old = run_record.find_run(self._output) if self._options.resume else None
+            if self._old is None:
+                self._folder = self._enter_folder()
+        except BaseException:
+            self._open.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._open.close()
+
+    def stain(self, stainer: Stainer, reporter: Reporter) -> RunRecord:
+        """Stain the slide and publish the result, or keep the one that is there; see :func:`stain_slide`."""
+        stains = stainer.contract.select(self._options.stains)
+        request = Request(
+            model_version=stainer.contract.model_version,
+            stains=tuple(stain.name for stain in stains),
+            seed=self._options.seed,
+            mpp=self._options.mpp,
+            cells=self._options.cells,
+            preview=self._options.preview,
+        )
+        if self._old is not None and self._is_complete(self._old, request):
+            reporter.say(f"{self._output} is already complete: kept")
+            return self._old
+        folder = self._folder or self._enter_folder()
+        try:
+            with ThreadPoolExecutor(1, thread_name_prefix="hash") as hasher:
+                sha256 = hasher.submit(file_sha256, self._path)
+                record = _stain(
+                    self._slide, self._mpp, sha256, request, stains, stainer, self._options, reporter, folder
+                )
+            run_record.write_run(folder.staging, record)
+            folder.publish([*record.outputs, RUN_JSON])
+        except OSError as error:  # readers and the client raise their own: this is a full or vanished disk
+            raise OutputError(f"the output {self._output} cannot be written: {error.strerror or error}") from error
+        return record
+
+    def _enter_folder(self) -> ResultFolder:
+        overwrite = self._options.overwrite or self._options.resume
+        return self._open.enter_context(ResultFolder(self._output, overwrite=overwrite))
+
+    def _is_complete(self, run: RunRecord, request: Request) -> bool:
+        return (
+            run.request == request
+            and all((self._output / name).is_file() for name in run.outputs)
+            and run.input.sha256 == file_sha256(self._path)
+        )
 
 
 def _stain(
     slide: Slide,
-    mpp: PixelSize,
+    mpp: tuple[float, float],
+    sha256: Future[str],
+    request: Request,
     stains: tuple[ServedStain, ...],
     stainer: Stainer,
     options: StainingOptions,
     reporter: Reporter,
     folder: ResultFolder,
-) -> dict[str, Any]:
-    started, watch, contract = now(), Stopwatch(), stainer.contract
+) -> RunRecord:
+    """Write every file of the result but ``run.json`` to the staging folder."""
+    started, watch, contract = run_record.utc_now(), Stopwatch(), stainer.contract
     view = ModelView(slide, mpp, contract.mpp)
     grid = TileGrid.for_model(contract, *view.size)
-    with ThreadPoolExecutor(1, thread_name_prefix="hash") as hasher:
-        sha256 = hasher.submit(file_sha256, slide.path)
-        with watch.stage("tissue"):
-            overview = read_overview(slide, mpp)
-            mask = find_tissue(overview, view.mpp)
-            tiles = _tiles_with_tissue(grid, mask)
-        warnings = _warnings(slide, mpp, view, tiles, contract.mpp)
-        for line in [_announcement(slide, mpp, view, grid, tiles), *warnings]:
-            reporter.say(line)
-        mosaic = Mosaic(grid, planes_of(stains, cells=options.cells), mask)
-        with ResultWriter(
-            folder.staging, slide.path, view, contract, stains, seed=options.seed, cells=options.cells, watch=watch
-        ) as writer:
-
-            def write_row(row: int, workers: Executor) -> None:
-                writer.write_row(row, mosaic, workers)
-
-            reporter.start(slide.path.name, len(tiles))
-            try:
-                run_pipeline(view, grid, tiles, mosaic, stainer, stains, options, write_row, watch, reporter.advance)
-            finally:
-                reporter.stop()
-            names = writer.finish()
-            cell_counts = writer.cell_counts
-        if options.preview:
-            with watch.stage("preview"):
-                overview = read_overview(slide, mpp, PANEL)
-                write_preview(folder.staging, folder.staging / PREVIEW_FILE, view, overview.pixels, stains, contract)
-            names.append(PREVIEW_FILE)
-        record: dict[str, Any] = {
-            "format": FORMAT,
-            "notice": f"{SYNTHETIC} {contract.notice}",
-            "input": {
-                "path": str(slide.path.absolute()),
-                "sha256": sha256.result(),
-                "bytes": slide.path.stat().st_size,
-                "format": slide.format,
-                "size": list(slide.size),
-                "mpp": list(mpp),
-                "mpp_from": "--mpp" if options.mpp is not None else "file",
-                "level_read": view.level,
-            },
-            "model": model_record(contract),
-            "request": _request(stainer, options, stains),
-        }
-    record |= {
-        "stains": [{"name": stain.name, "label": stain.label} for stain in stains],
-        "seed": options.seed,
-        "steps": contract.steps,
-        "result": {"size": list(view.size), "mpp": list(view.mpp), "resampled": view.resampled},
-        "tiles": {
-            "total": grid.rows * grid.columns,
-            "stained": len(tiles),
-            "side": grid.tile,
-            "stride": grid.stride,
-            "margin": grid.margin,
-            "batch": min(options.batch, contract.max_batch),
-            "in_flight": options.in_flight,
-        },
-        "tissue_fraction": round(mask.fraction, 4),
-        "cells": cell_counts,
-        "warnings": warnings,
-        "server": {"url": stainer.url, "version": stainer.server_version},
-        "started": started,
-        "seconds": {"total": round(watch.total, 3), "stages_summed_over_threads": watch.seconds()},
-        "versions": versions(),
-        "outputs": {name: (folder.staging / name).stat().st_size for name in names},
-    }
-    text = json.dumps(record, indent=1, ensure_ascii=False)
-    (folder.staging / RUN_JSON).write_text(text + "\n", encoding="utf-8")
-    folder.publish([*names, RUN_JSON])
-    return record
+    with watch.stage("tissue"):
+        mask = find_tissue(read_overview(slide, mpp), view.mpp)
+        tiles = _tiles_with_tissue(grid, mask)
+    warnings = _warnings(slide, mpp, tiles, contract.mpp)
+    for line in [_announcement(slide, mpp, view, grid, tiles), *warnings]:
+        reporter.say(line)
+    mosaic = Mosaic(grid, output_images(stains, cells=options.cells), mask)
+    with ResultFiles(
+        folder.staging, slide.path, view, contract, stains, seed=options.seed, cells=options.cells, watch=watch
+    ) as files:
+        reporter.start(slide.path.name, len(tiles))
+        try:
+            with stained_rows(view, grid, tiles, mosaic, stainer, stains, options, watch, reporter.advance) as rows:
+                for row in rows:
+                    files.write_row(row, mosaic)
+        finally:
+            reporter.stop()
+        names = files.finish()
+        cell_counts = files.cell_counts
+    if options.preview:
+        with watch.stage("preview"):
+            overview = read_overview(slide, mpp, PANEL)
+            write_preview(folder.staging, folder.staging / PREVIEW_FILE, view, overview.pixels, stains, contract)
+        names.append(PREVIEW_FILE)
+    return RunRecord(
+        format=run_record.FORMAT,
+        notice=f"{run_record.SYNTHETIC} {contract.notice}",
+        input=run_record.InputRecord(
+            path=str(slide.path.absolute()),
+            sha256=sha256.result(),
+            bytes=slide.path.stat().st_size,
+            format=slide.format,
+            size=slide.size,
+            mpp=mpp,
+            mpp_from="--mpp" if options.mpp is not None else "file",
+            level_read=view.level,
+        ),
+        model=run_record.model_record(contract),
+        request=request,
+        stains=stains,
+        seed=options.seed,
+        steps=contract.steps,
+        result=run_record.ResultRecord(size=view.size, mpp=view.mpp, resampled=view.resampled),
+        tiles=run_record.TilesRecord(
+            total=grid.rows * grid.columns,
+            stained=len(tiles),
+            side=grid.tile,
+            stride=grid.stride,
+            margin=grid.margin,
+            batch=min(options.batch, contract.max_batch),
+            in_flight=options.in_flight,
+        ),
+        tissue_fraction=round(mask.fraction, 4),
+        cells=cell_counts,
+        warnings=tuple(warnings),
+        server=run_record.ServerRecord(url=stainer.url, version=stainer.server_version),
+        started=started,
+        seconds=run_record.Seconds(total=round(watch.total, 3), stages_summed_over_threads=watch.seconds()),
+        versions=run_record.library_versions(),
+        outputs={name: (folder.staging / name).stat().st_size for name in names},
+    )
 
 
 def _tiles_with_tissue(grid: TileGrid, mask: TissueMask) -> list[GridTile]:
+    """The tiles of which any part shows in the result, in the grid's order."""
     tiles = []
     for row in range(grid.rows):
         for column in range(grid.columns):
@@ -167,31 +218,9 @@ def _tiles_with_tissue(grid: TileGrid, mask: TissueMask) -> list[GridTile]:
     return tiles
 
 
-def _finished(
-    path: Path, output: Path, stainer: Stainer, options: StainingOptions, stains: tuple[ServedStain, ...]
-) -> dict[str, Any] | None:
-    """The run of a complete result of the same input and options."""
-    run = read_run(output)
-    if run is None or run.get("request") != _request(stainer, options, stains):
-        return None
-    if not all((output / name).is_file() for name in run.get("outputs", {})):
-        return None
-    return run if run.get("input", {}).get("sha256") == file_sha256(path) else None
-
-
-def _request(stainer: Stainer, options: StainingOptions, stains: tuple[ServedStain, ...]) -> dict[str, Any]:
-    """Everything that decides the result, beside the input's bytes."""
-    return {
-        "model_version": stainer.contract.model_version,
-        "stains": [stain.name for stain in stains],
-        "seed": options.seed,
-        "mpp": options.mpp,
-        "cells": options.cells,
-        "preview": options.preview,
-    }
-
-
-def _announcement(slide: Slide, mpp: PixelSize, view: ModelView, grid: TileGrid, tiles: list[GridTile]) -> str:
+def _announcement(
+    slide: Slide, mpp: tuple[float, float], view: ModelView, grid: TileGrid, tiles: list[GridTile]
+) -> str:
     resampled = f", resampled to {view.size[0]} × {view.size[1]} at {view.mpp[0]:.3f}" if view.resampled else ""
     return (
         f"{slide.path}: {slide.format}, {slide.size[0]} × {slide.size[1]} pixels of {mpp[0]:.3f} µm{resampled}; "
@@ -199,13 +228,13 @@ def _announcement(slide: Slide, mpp: PixelSize, view: ModelView, grid: TileGrid,
     )
 
 
-def _warnings(slide: Slide, mpp: PixelSize, view: ModelView, tiles: list[GridTile], model_mpp: float) -> list[str]:
+def _warnings(slide: Slide, mpp: tuple[float, float], tiles: list[GridTile], model_mpp: float) -> list[str]:
     found = []
     if max(mpp) > COARSE * model_mpp:
         found.append(
-            f"warning: {slide.path.name} has pixels of {max(mpp):.2f} µm, the model was made for {model_mpp:g} µm: "
-            "details it needs are not there"
+            f"warning: {slide.path.name} has pixels of {max(mpp):.2f} µm, but the model was trained at "
+            f"{model_mpp:g} µm and will lack details that it needs"
         )
     if not tiles:
-        found.append(f"warning: no tissue was found on {slide.path.name}: the result is empty")
+        found.append(f"warning: no tissue found on {slide.path.name}: the result is empty")
     return found

@@ -1,8 +1,7 @@
-"""Stand-ins for a server, for tests of the client and of programs that use it: no model, no Triton.
+"""Substitutes for a server, to test the client and programs that use it without a model or Triton.
 
-``FakeStainer`` answers in the same process, ``FakeTriton`` over gRPC as Triton does. Both "stain" with a function of
-tile and origin that is known exactly: by default the image is the H&E itself, so that a stained slide must equal the
-slide.
+``FakeStainer`` works in the same process, ``FakeTriton`` over gRPC like Triton. Both stain with a known function of
+tile and origin. By default the image is the H&E itself, so a stained slide must equal the slide.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from staindiffuser.client.contract import ENSEMBLE, ModelContract, ServedStain
-from staindiffuser.client.errors import ServerLostError
+from staindiffuser.errors import ServerLostError
 from staindiffuser.imaging.arrays import UInt8Array
 
 __all__ = ["FAKE_CONTRACT", "FakeStainer", "FakeTriton", "Paint", "identity"]
@@ -33,22 +32,22 @@ FAKE_CONTRACT = ModelContract(
     max_batch=8,
     model_name="fake",
     model_version="f" * 64,
-    notice="A stand-in without a model.",
+    notice="A substitute without a model.",
 )
 
 Paint = Callable[[str, UInt8Array, NDArray[np.int64]], UInt8Array]
-"""(tensor name, tiles [B,T,T,3], origins [B,2]) → that tensor."""
+"""(tensor name, tiles [B,T,T,3], origins [B,2]) → the tensor's value."""
 
 
 def identity(tensor: str, tiles_BTT3: UInt8Array, origins_B2: NDArray[np.int64]) -> UInt8Array:
-    """The image is the H&E; a cell is where it is dark."""
+    """The image is the H&E; dark pixels belong to cells."""
     if tensor.startswith("STAIN_"):
         return tiles_BTT3
     return np.where(tiles_BTT3.min(axis=-1, keepdims=True) < 100, 255, 0).astype(np.uint8)
 
 
 class FakeStainer:
-    """A :class:`~staindiffuser.client.contract.Stainer` in this process."""
+    """A :class:`~staindiffuser.client.contract.Stainer` in the same process."""
 
     url = "fake:0"
     server_version = "fake 0"
@@ -56,12 +55,12 @@ class FakeStainer:
     def __init__(
         self, paint: Paint = identity, contract: ModelContract = FAKE_CONTRACT, *, fail_after: int = -1
     ) -> None:
-        """Remember.
+        """Create a stainer.
 
         Args:
-            paint: what stains.
-            contract: what it says of itself.
-            fail_after: requests after which the server is "lost"; never for −1.
+            paint: stains the tiles.
+            contract: its contract.
+            fail_after: number of requests after which the server is "lost"; −1 for never.
         """
         self.contract = contract
         self.batches: list[int] = []
@@ -83,7 +82,7 @@ class FakeStainer:
         """See :meth:`staindiffuser.client.connection.StainClient.stain_tiles`."""
         with self._lock:
             if len(self.batches) == self._fail_after:
-                raise ServerLostError("the fake server was lost, as it was told to be")
+                raise ServerLostError("the fake server was lost, as requested")
             self.batches.append(len(tiles_BTT3))
         _check(tiles_BTT3, origins_B2, self.contract)
         selected = self.contract.select(stains)
@@ -91,23 +90,23 @@ class FakeStainer:
         return {name: self._paint(name, tiles_BTT3, origins_B2) for name in names}
 
     def cancel(self) -> None:
-        """Note it."""
+        """Record the call."""
         self.cancelled = True
 
 
 class FakeTriton:
-    """A gRPC server that answers what the client asks of Triton; use it as a context manager."""
+    """A gRPC server that implements the part of Triton that the client uses; use it as a context manager."""
 
     def __init__(
         self, paint: Paint = identity, contract: ModelContract = FAKE_CONTRACT, *, delay: float = 0.0, port: int = 0
     ) -> None:
-        """Describe it.
+        """Describe the server; entering the context starts it.
 
         Args:
-            paint: what stains.
-            contract: what the ensemble's parameters say.
+            paint: stains the tiles.
+            contract: published as the ensemble's parameters.
             delay: seconds that a request takes.
-            port: on 127.0.0.1; a free one for 0.
+            port: on 127.0.0.1; 0 for a free one.
         """
         self.requests = 0
         self.parameters = _parameters(contract)
@@ -116,7 +115,7 @@ class FakeTriton:
 
     @property
     def url(self) -> str:
-        """Its address."""
+        """``HOST:PORT``."""
         return f"127.0.0.1:{self._port}"
 
     def __enter__(self) -> Self:
@@ -135,7 +134,7 @@ class FakeTriton:
         self.kill()
 
     def kill(self) -> None:
-        """Be gone at once; requests that are under way end with an error."""
+        """Stop at once; pending requests fail."""
         self._server.stop(None).wait()
         self._pool.shutdown(wait=False)
 
@@ -185,9 +184,9 @@ class FakeTriton:
 
 def _check(tiles_BTT3: UInt8Array, origins_B2: NDArray[np.int64], contract: ModelContract) -> None:
     if not 1 <= len(tiles_BTT3) <= contract.max_batch or len(origins_B2) != len(tiles_BTT3):
-        raise ValueError(f"a batch of {len(tiles_BTT3)} tiles and {len(origins_B2)} origins is not served")
+        raise ValueError(f"{len(tiles_BTT3)} tiles with {len(origins_B2)} origins are not an accepted batch")
     if tiles_BTT3.shape[1:] != (contract.tile, contract.tile, 3) or tiles_BTT3.dtype != np.uint8:
-        raise ValueError(f"tiles are {tiles_BTT3.dtype} {tiles_BTT3.shape[1:]}")
+        raise ValueError(f"{tiles_BTT3.dtype} {tiles_BTT3.shape[1:]} is not an accepted tile")
     if (origins_B2 % contract.origin_multiple).any():
         raise ValueError(f"ORIGIN must be multiples of {contract.origin_multiple}")
 

@@ -1,18 +1,17 @@
-"""What can go wrong while serving::
+"""Errors of serving, with their exit codes. A Triton that ends is a :class:`staindiffuser.errors.ServerLostError`::
 
 StainDiffuserError
 ├── UsageError
 │   └── PortInUseError         2  another process listens on the port
 ├── ServerError
-│   ├── ServerStartError       3  Triton did not become ready; the message quotes its log
-│   └── ServerLostError        3  Triton ended by itself
+│   └── ServerStartError       3  Triton did not become ready; the message quotes its log
 └── DependencyError
     └── ServerMissingError     6  no tritonserver, no shared Python library, too little shared memory
 """
 
 from staindiffuser.errors import DependencyError, ServerError, UsageError
 
-__all__ = ["PortInUseError", "ServerLostError", "ServerMissingError", "ServerStartError"]
+__all__ = ["PortInUseError", "ServerMissingError", "ServerStartError"]
 
 
 class PortInUseError(UsageError):
@@ -21,10 +20,6 @@ class PortInUseError(UsageError):
 
 class ServerStartError(ServerError):
     """Triton did not become ready."""
-
-
-class ServerLostError(ServerError):
-    """Triton ended by itself."""
 
 
 class ServerMissingError(DependencyError):

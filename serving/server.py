@@ -23,9 +23,10 @@ from types import TracebackType
 
 import numpy as np
 
+from staindiffuser.errors import ServerLostError
 from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.serving import supervisor
-from staindiffuser.serving.errors import PortInUseError, ServerLostError, ServerMissingError, ServerStartError
+from staindiffuser.serving.errors import PortInUseError, ServerMissingError, ServerStartError
 from staindiffuser.serving.runtime import TritonRuntime, find_runtime
 
 __all__ = ["TritonServer"]

@@ -5,6 +5,7 @@
     StainDiffuserError
     ├── UsageError            2  wrong usage or configuration, unknown stain, unwritable output
     ├── ServerError           3  server unreachable or lost
+    │   └── ServerLostError   3  it went away, or did not answer in time, during the work
     ├── InputError            4  input missing, unreadable, unsupported, or without mpp
     ├── VerificationError     5  manifest, parity or stale engine
     └── DependencyError       6  a dependency or the hardware is missing
@@ -20,6 +21,7 @@ __all__ = [
     "DependencyError",
     "InputError",
     "ServerError",
+    "ServerLostError",
     "StainDiffuserError",
     "UsageError",
     "VerificationError",
@@ -45,6 +47,10 @@ class ServerError(StainDiffuserError):
     """The Triton server cannot be reached, or was lost while it worked."""
 
     exit_code = 3
+
+
+class ServerLostError(ServerError):
+    """The Triton server ended, became unreachable or did not answer in time while it was in use."""
 
 
 class InputError(StainDiffuserError):

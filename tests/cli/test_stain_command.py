@@ -127,9 +127,9 @@ def test_an_unknown_stain(tile: Path, tmp_path: Path, server: str) -> None:
     assert list(tmp_path.iterdir()) == [tile]
 
 
-@pytest.mark.parametrize("place", ["tile.tif/out", "/proc/out", "tile.tif"])
-def test_an_unwritable_output(tile: Path, tmp_path: Path, place: str) -> None:
-    refused(stain(tmp_path, tile, "--server", NOWHERE, "--output", place), 2, "cannot be written")
+@pytest.mark.parametrize("output", ["tile.tif/out", "/proc/out", "tile.tif"])
+def test_an_unwritable_output(tile: Path, tmp_path: Path, output: str) -> None:
+    refused(stain(tmp_path, tile, "--server", NOWHERE, "--output", output), 2, "cannot be written")
     assert list(tmp_path.iterdir()) == [tile]
 
 

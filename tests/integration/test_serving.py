@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 import tritonclient.grpc as triton
 
-from staindiffuser.errors import UsageError
+from staindiffuser.errors import ServerLostError, UsageError
 from staindiffuser.export.errors import ManifestError
 from staindiffuser.export.manifest import Manifest
 from staindiffuser.export.repository import build_repository
 from staindiffuser.serving import server as server_module
-from staindiffuser.serving.errors import PortInUseError, ServerLostError, ServerMissingError, ServerStartError
+from staindiffuser.serving.errors import PortInUseError, ServerMissingError, ServerStartError
 from staindiffuser.serving.runtime import find_runtime
 from staindiffuser.serving.server import RESTRICTED, TritonServer
 from tests.synthetic_graphs import write_graphs

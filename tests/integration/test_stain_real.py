@@ -57,7 +57,7 @@ def test_same_seed_same_pixels_whatever_the_batches(server: TritonServer, tile: 
             run = stain_slide(tile, tmp_path / name, client, options)
         maps[name] = np.stack([cell_map(tmp_path / name), cell_map(tmp_path / name, "ck818")])
         images[name] = tifffile.imread(tmp_path / name / "cd3.ome.tiff").astype(int)
-    assert run["tiles"]["stained"] > 8
+    assert run.tiles.stained > 8
     np.testing.assert_array_equal(maps["a"], maps["b"])
     np.testing.assert_array_equal(images["a"], images["b"])
     assert np.abs(maps["a"] - maps["c"]).max() <= 1
@@ -69,9 +69,9 @@ def test_the_pixels_are_the_tensors(server: TritonServer, tile: Path, tmp_path: 
     """Where only one tile contributes, the file holds what the server gave for it."""
     with StainClient(server.url) as client:
         run = stain_slide(tile, tmp_path / "out", client, StainingOptions(seed=9))
-        side, margin = run["tiles"]["side"], run["tiles"]["margin"]
+        side, margin = run.tiles.side, run.tiles.margin
         start = -(-margin // 16) * -16
-        x = y = start + run["tiles"]["stride"]
+        x = y = start + run.tiles.stride
         pixels = tifffile.imread(tile)[None, y : y + side, x : x + side]
         outputs = client.stain_tiles(np.ascontiguousarray(pixels), np.array([[x, y]]), 9)
     inner = slice(margin + 8, side - margin - 8)

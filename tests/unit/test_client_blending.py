@@ -1,4 +1,4 @@
-"""Tiles into images: exact where they agree, smooth where they do not, in any order."""
+"""Composing tiles: exact where they agree, smooth where they do not, in any order."""
 
 import dataclasses
 import random
@@ -11,8 +11,8 @@ from staindiffuser.client.testing import FAKE_CONTRACT
 from staindiffuser.client.tiling import GridTile, TileGrid
 from staindiffuser.imaging.tissue import TissueMask
 
-IMAGE = OutputImage(tensor="STAIN_CD3", channels=3, background=255)
-CELLS = OutputImage(tensor="CELLS_CD3", channels=1, background=0)
+IMAGE = OutputImage(tensor="STAIN_CD3", channels=3, glass=255)
+CELLS = OutputImage(tensor="CELLS_CD3", channels=1, glass=0)
 WIDTH, HEIGHT = 700, 533
 
 
@@ -33,7 +33,7 @@ def random_tiles(grid: TileGrid) -> dict[GridTile, dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("margin", [0, 8, 24, 32])
-def test_tiles_cut_from_a_image_give_the_image(margin: int) -> None:
+def test_tiles_cut_from_an_image_give_the_image(margin: int) -> None:
     grid = grid_of(margin)
     side = 2 * 256
     world = np.random.default_rng(0).integers(0, 256, (HEIGHT + 2 * side, WIDTH + 2 * side, 3), dtype=np.uint8)
@@ -81,7 +81,7 @@ def test_the_step_between_two_tiles_is_spread_over_the_ramp() -> None:
     assert np.abs(np.diff(whole[..., 0].astype(int), axis=0)).max() == 0
 
 
-def test_missing_tiles_are_background_and_leave_no_seam() -> None:
+def test_missing_tiles_are_glass_and_leave_no_seam() -> None:
     grid = grid_of()
     mosaic = Mosaic(grid, (IMAGE, CELLS))
     assert mosaic.compose(IMAGE, 0, 0, 64, 64) is None
@@ -100,7 +100,7 @@ def test_missing_tiles_are_background_and_leave_no_seam() -> None:
     assert cells.sum() == 7 * (x1 - x0) * (y1 - y0)
 
 
-def test_glass_fades_to_the_background() -> None:
+def test_the_stain_fades_to_glass() -> None:
     grid = grid_of()
     shown = np.zeros((HEIGHT // 16 + 1, WIDTH // 16 + 1), dtype=np.float32)
     shown[:, :20] = 1

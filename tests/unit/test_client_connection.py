@@ -11,11 +11,11 @@ from staindiffuser.client import StainClient
 from staindiffuser.client.errors import (
     ContractError,
     RefusedRequestError,
-    ServerLostError,
     ServerUnreachableError,
     UnknownStainError,
 )
 from staindiffuser.client.testing import FAKE_CONTRACT, FakeTriton
+from staindiffuser.errors import ServerLostError
 
 TILES = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
 ORIGINS = np.array([[-32, -32], [160, 16]], dtype=np.int64)

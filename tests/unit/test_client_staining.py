@@ -13,13 +13,15 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 
-from staindiffuser.client.contract import UInt8Array
-from staindiffuser.client.errors import OutputError, ServerLostError
+from staindiffuser.client.errors import OutputError
+from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.options import StainingOptions
-from staindiffuser.client.output import ResultFolder
-from staindiffuser.client.resample import ModelView
+from staindiffuser.client.result_folder import ResultFolder
+from staindiffuser.client.run_record import read_run
 from staindiffuser.client.staining import stain_slide
 from staindiffuser.client.testing import FAKE_CONTRACT, FakeStainer, identity
+from staindiffuser.errors import ServerLostError
+from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.errors import MissingPixelSizeError, SlideError
 from staindiffuser.imaging.slides import open_slide
 from staindiffuser.imaging.tissue import find_tissue, read_overview
@@ -66,17 +68,17 @@ def test_a_real_slide_comes_back(real_data: Path, tmp_path: Path) -> None:
     expected = np.where(source.min(axis=-1) < 100, 255, 0)
     np.testing.assert_array_equal(cells[opacity == 256], expected[opacity == 256])
     assert (cells[opacity == 0] == 0).all()
-    assert run["tiles"]["stained"] == sum(stainer.batches)
-    assert run["tiles"]["stained"] < run["tiles"]["total"]
-    assert run == json.loads((tmp_path / "out/run.json").read_text())
-    assert run["input"]["sha256"] == "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7"
-    assert run["seed"] == 0
-    assert run["steps"] == 2
-    assert run["model"]["version"] == FAKE_CONTRACT.model_version
-    assert {"python", "staindiffuser", "tifffile", "numpy"} <= run["versions"].keys()
-    assert run["seconds"]["stages_summed_over_threads"].keys() >= {"tissue", "read", "stain", "cells"}
+    assert run.tiles.stained == sum(stainer.batches)
+    assert run.tiles.stained < run.tiles.total
+    assert run == read_run(tmp_path / "out")
+    assert run.input.sha256 == "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7"
+    assert run.seed == 0
+    assert run.steps == 2
+    assert run.model.version == FAKE_CONTRACT.model_version
+    assert {"python", "staindiffuser", "tifffile", "numpy"} <= run.versions.keys()
+    assert run.seconds.stages_summed_over_threads.keys() >= {"tissue", "read", "stain", "cells"}
     collection = json.loads(gzip.decompress((tmp_path / "out/cells.geojson.gz").read_bytes()))
-    assert len(collection["features"]) == sum(run["cells"].values()) > 100
+    assert len(collection["features"]) == sum(run.cells.values()) > 100
     assert FAKE_CONTRACT.notice in collection["staindiffuser"]["notice"]
     with tifffile.TiffFile(tmp_path / "out/ck818.ome.tiff") as tiff:
         assert FAKE_CONTRACT.notice in (tiff.ome_metadata or "")
@@ -129,16 +131,16 @@ def test_a_plain_tile_goes_the_same_way(tmp_path: Path) -> None:
     run = stain_slide(tmp_path / "t.tif", tmp_path / "out", FakeStainer())
     assert names(tmp_path / "out") == FILES
     assert np.abs(tifffile.imread(tmp_path / "out/cd3.ome.tiff").astype(int) - tile).mean() < 2
-    assert run["tiles"]["stained"] == 4
-    assert run["cells"]["CD3"] > 5
+    assert run.tiles.stained == 4
+    assert run.cells["CD3"] > 5
 
 
 def test_input_is_resampled_to_the_model(real_data: Path, tmp_path: Path) -> None:
     path = real_data / "crops/OS-2-ndpi.ome.tif"
     run = stain_slide(path, tmp_path / "out", FakeStainer(), StainingOptions(stains=("cd3",)))
     assert names(tmp_path / "out") == ["cd3.cells.ome.tiff", "cd3.ome.tiff", "cells.geojson.gz", "run.json"]
-    assert run["result"]["resampled"] is True
-    assert run["result"]["mpp"] == pytest.approx([0.5, 0.5], rel=0.01)
+    assert run.result.resampled is True
+    assert run.result.mpp == pytest.approx([0.5, 0.5], rel=0.01)
     with open_slide(path) as slide:
         view = ModelView(slide, slide.pixel_size(), 0.5)
         expected = view.read(0, 0, *view.size)
@@ -164,7 +166,7 @@ def test_a_blank_slide_gives_an_empty_result(real_data: Path, tmp_path: Path) ->
         real_data / "crops/no-tissue.png", tmp_path / "out", stainer, StainingOptions(mpp=1.0, preview=True)
     )
     assert stainer.batches == []
-    assert "no tissue" in run["warnings"][0] or "no tissue" in run["warnings"][1]
+    assert "no tissue" in run.warnings[0] or "no tissue" in run.warnings[1]
     assert (tifffile.imread(tmp_path / "out/cd3.ome.tiff") == 255).all()
     assert (tifffile.imread(tmp_path / "out/cd3.cells.ome.tiff") == 0).all()
 
@@ -252,12 +254,12 @@ def test_results_are_kept_replaced_or_resumed(tmp_path: Path) -> None:
     assert stain_slide(tmp_path / "t.tif", tmp_path / "out", stainer, StainingOptions(resume=True)) == first
     assert stainer.batches == []
     again = stain_slide(tmp_path / "t.tif", tmp_path / "out", stainer, StainingOptions(resume=True, seed=1))
-    assert again["seed"] == 1
+    assert again.seed == 1
     assert stainer.batches
     replaced = stain_slide(
         tmp_path / "t.tif", tmp_path / "out", FakeStainer(), StainingOptions(overwrite=True, stains=("cd3",))
     )
-    assert sorted([*replaced["outputs"], "run.json"]) == names(tmp_path / "out")
+    assert sorted([*replaced.outputs, "run.json"]) == names(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -60,5 +60,5 @@ def test_brown_glass_is_found_out(slide: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_no_stain_wrote_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not a folder that `stain` wrote"):
+    with pytest.raises(InputError, match="does not hold a complete result"):
         judge(tmp_path)

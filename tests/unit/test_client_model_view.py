@@ -1,11 +1,11 @@
-"""The slide at the model's resolution: seam-free, unaliased, reflected at its edge, and only kept while needed."""
+"""The slide at the model's pixel size: no seams, no aliasing, reflected at the edges, in memory only while needed."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from staindiffuser.client.resample import ModelView, reflected
+from staindiffuser.client.model_view import ModelView, reflected
 from staindiffuser.imaging.pixel_size import PixelSize
 from staindiffuser.imaging.slides import Slide
 

@@ -1,4 +1,4 @@
-"""Which slide the demonstration stains: the one that is given, a well-known public one, or a simulated one."""
+"""Chooses the slide for the demonstration: the one that the user names, a public one, or a simulated one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHA256 = "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7"
 URL = f"https://openslide.cs.cmu.edu/download/openslide-testdata/Aperio/{NAME}"
 SLIDES_VARIABLE = "STAINDIFFUSER_SLIDES"
 DOWNLOAD_SECONDS = 10.0
-"""All that a download may take: without a network the demonstration must go on soon."""
+"""Limit for the whole download: without a network the demonstration must soon go on."""
 SIMULATED = "simulated-slide.ome.tiff"
 SIMULATED_SIZE = (2048, 1536)
 
@@ -32,24 +32,24 @@ class Sample:
 
     path: Path
     what: str
-    """For people: which it is and where it came from."""
+    """Which slide it is and where it comes from, for people."""
 
 
 def choose_slide(given: Path | None, output: Path, say: Callable[[str], None]) -> Sample:
-    """Find the slide.
+    """Choose the slide.
 
     Args:
-        given: what the user names.
-        output: folder in which a simulated slide is put.
-        say: hears why something was not used.
+        given: the slide that the user names, if any.
+        output: the folder for a simulated slide.
+        say: receives messages, such as why a file is not used.
 
     Raises:
-        SlideError: ``given`` is no file.
+        SlideError: ``given`` is not a file.
     """
     if given is not None:
         if not given.is_file():
             raise SlideError(f"{given} does not exist")
-        return Sample(path=given, what=f"the slide that you named, {given}")
+        return Sample(path=given, what=f"the given slide, {given}")
     for folder in _folders():
         path = folder / NAME
         if not path.is_file():
@@ -67,31 +67,31 @@ def choose_slide(given: Path | None, output: Path, say: Callable[[str], None]) -
 
 
 def _folders() -> list[Path]:
-    """Where the slide may lie; the last is where it is downloaded to."""
+    """Folders that may hold the slide; it is downloaded to the last one."""
     named = os.environ.get(SLIDES_VARIABLE)
     return [*([Path(named)] if named else []), cache_folder() / "slides"]
 
 
 class _DownloadError(Exception):
-    """There is no slide, and why."""
+    """The slide could not be downloaded."""
 
 
 def _download(folder: Path, seconds: float) -> Path:
-    """Fetch the slide with pooch, in a thread: no timeout of a request bounds name lookup or a trickling answer."""
+    """Download with pooch, in a thread: the request's own timeout bounds neither name lookup nor a slow transfer."""
     import pooch
 
     pooch.get_logger().setLevel(logging.ERROR)
     outcome: list[Path | BaseException] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=".download-", dir=folder))
+        temporary = Path(tempfile.mkdtemp(prefix=".download-", dir=folder))
     except OSError as error:
         raise _DownloadError(f"{folder} cannot be written ({error.strerror})") from error
 
     def fetch() -> None:
         try:
             downloader = pooch.HTTPDownloader(timeout=seconds / 2)
-            fetched = pooch.retrieve(URL, f"sha256:{SHA256}", fname=NAME, path=place, downloader=downloader)
+            fetched = pooch.retrieve(URL, f"sha256:{SHA256}", fname=NAME, path=temporary, downloader=downloader)
             outcome.append(Path(fetched))
         except BaseException as error:
             outcome.append(error)
@@ -106,13 +106,13 @@ def _download(folder: Path, seconds: float) -> Path:
             raise _DownloadError(_brief(outcome[0]))
         return outcome[0].replace(folder / NAME)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _brief(error: BaseException) -> str:
     kind = type(error).__name__
     if "hash" in str(error).lower():
-        return "what came is not the file that was expected (SHA-256)"
+        return "the downloaded file is not the expected one (SHA-256)"
     return {"ConnectionError": "no network", "ProxyError": "the proxy refuses", "ConnectTimeout": "no answer"}.get(
         kind, f"{kind}: {' '.join(str(error).split())[:100]}"
     )

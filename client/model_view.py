@@ -1,8 +1,8 @@
-"""A slide at the model's pixel size, as one plane that can be read anywhere.
+"""A slide at the model's pixel size, read by regions.
 
-Resampling is bicubic with the kernel widened by the reduction (Pillow's ``resize`` with ``box``), so that it does not
-alias. It is done in blocks of a fixed grid: a pixel does not depend on the region that is read. Beyond its edges the
-slide is reflected, as a tile's context must be.
+Resampling is bicubic, with the kernel widened by the reduction factor so that it does not alias (Pillow's ``resize``
+with ``box``). It works on the blocks of a fixed grid, so a pixel does not depend on the region that is read. Beyond
+its edges the slide is reflected, to give tiles at the edge their context.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from staindiffuser.imaging.slides import Slide
 __all__ = ["ModelView", "reflected"]
 
 TOLERANCE = 0.02
-"""Pixel sizes that differ by less are taken for the same (ours: a scanner's own calibration is no better)."""
+"""Pixel sizes that differ by less than this share count as equal (ours: scanners are not calibrated any better)."""
 BLOCK = 512
-"""Side of a block, pixels at the model's resolution, about."""
+"""Approximate side of a block, pixels at the model's pixel size."""
 BICUBIC_SUPPORT = 2
 
 Key = tuple[int, int]
 
 
 class ModelView:
-    """A slide at the model's pixel size; safe to read from many threads at once.
+    """A slide at the model's pixel size; thread-safe.
 
-    Blocks stay in memory only while tiles that :meth:`expect` announced still need them.
+    A block stays in memory only while tiles announced by :meth:`expect` still need it.
     """
 
     def __init__(self, slide: Slide, mpp: PixelSize, model_mpp: float) -> None:
         """Choose the level to read and the size of the result.
 
         Args:
-            slide: what to read.
-            mpp: its level-0 pixel size, µm.
-            model_mpp: the pixel size to give, µm.
+            slide: the slide.
+            mpp: its pixel size at level 0, µm per pixel.
+            model_mpp: the pixel size to produce, µm per pixel.
         """
         self._slide = slide
         self.level = _best_level(slide, mpp, model_mpp)
@@ -60,15 +60,15 @@ class ModelView:
             chunk = slide.chunk
             self._block = (max(1, round(BLOCK / chunk[0])) * chunk[0], max(1, round(BLOCK / chunk[1])) * chunk[1])
         self.mpp: PixelSize = (mpp[0] * slide.size[0] / self.size[0], mpp[1] * slide.size[1] / self.size[1])
-        """Pixel size of the result, µm: the model's, or the slide's own where they are close."""
+        """Pixel size of the result, µm per pixel: the model's, or the slide's own if it is close."""
         self.scale: tuple[float, float] = (slide.size[0] / self.size[0], slide.size[1] / self.size[1])
-        """Level-0 pixels of the slide per pixel of the result."""
+        """Level-0 pixels of the slide per pixel of the result, in x and y."""
         self._lock = threading.Lock()
         self._blocks: dict[Key, Future[UInt8Array]] = {}
         self._needed: dict[Key, int] = {}
 
     def read_tile(self, x: int, y: int, side: int) -> UInt8Array:
-        """A square region, uint8 [side, side, 3]; what lies outside of the slide is reflected at its edge.
+        """A square region, uint8 [side, side, 3], reflected at the slide's edges.
 
         Raises:
             SlideError: this part of the slide is damaged.
@@ -81,7 +81,7 @@ class ModelView:
         return np.ascontiguousarray(region[np.ix_(rows - top, columns - left)])
 
     def read(self, x: int, y: int, width: int, height: int) -> UInt8Array:
-        """A region inside the slide, uint8 [height, width, 3]."""
+        """A region that lies inside the slide, uint8 [height, width, 3]."""
         region = np.empty((height, width, 3), dtype=np.uint8)
         for key in self._keys(x, y, width, height):
             block = self._get(key)
@@ -92,13 +92,13 @@ class ModelView:
         return region
 
     def expect(self, tiles: Iterable[tuple[int, int]], side: int) -> None:
-        """Announce the tiles (x, y) that will be read, once each: their blocks are kept until the last of them."""
+        """Announce tiles (x, y) that will each be read once: blocks are kept until the last tile that needs them."""
         for x, y in tiles:
             for key in self._tile_keys(x, y, side):
                 self._needed[key] = self._needed.get(key, 0) + 1
 
     def done(self, x: int, y: int, side: int) -> None:
-        """A tile that was announced has been read: forget the blocks that no other will need."""
+        """Drop the blocks that no announced tile needs after this one."""
         with self._lock:
             for key in self._tile_keys(x, y, side):
                 self._needed[key] -= 1
@@ -132,7 +132,7 @@ class ModelView:
         return future.result()
 
     def _make(self, key: Key) -> UInt8Array:
-        """One block, from the slide."""
+        """Read or resample one block."""
         x0, y0 = key[0] * self._block[0], key[1] * self._block[1]
         x1, y1 = min(x0 + self._block[0], self.size[0]), min(y0 + self._block[1], self.size[1])
         if not self.resampled:
@@ -143,7 +143,7 @@ class ModelView:
         return np.asarray(source.resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC, box=box))
 
     def _source_span(self, axis: int, start: int, stop: int) -> tuple[int, int, tuple[float, float]]:
-        """What to read for [start, stop): with the kernel's support, and where the exact span lies in it."""
+        """The source pixels needed for [start, stop), kernel support included, and the exact span relative to them."""
         scale = self._source[axis] / self.size[axis]
         support = int(np.ceil(BICUBIC_SUPPORT * max(1.0, scale))) + 2
         first = max(0, int(np.floor(start * scale)) - support)
@@ -152,7 +152,7 @@ class ModelView:
 
 
 def reflected(start: int, count: int, size: int) -> NDArray[np.int64]:
-    """Indices of ``count`` pixels from ``start`` on, reflected into [0, size) without repeating the edge pixel."""
+    """Indices of ``count`` pixels from ``start``, reflected into [0, size) without repeating the edge pixel."""
     index = np.arange(start, start + count)
     if size == 1:
         return np.zeros_like(index)
@@ -162,7 +162,7 @@ def reflected(start: int, count: int, size: int) -> NDArray[np.int64]:
 
 
 def _best_level(slide: Slide, mpp: PixelSize, model_mpp: float) -> int:
-    """The smallest level that is still as fine as the model's pixels."""
+    """The smallest level whose pixels are not larger than the model's."""
     best = 0
     for level in slide.exact_levels:
         width, height = slide.level_sizes[level]

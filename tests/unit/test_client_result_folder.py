@@ -1,20 +1,22 @@
-"""A result is complete under its final names, or not there."""
+"""A result appears under its final names complete, or not at all."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from staindiffuser.client.command import Server, default_output, outputs_for
+from staindiffuser.client.command import default_output, outputs_for
 from staindiffuser.client.errors import OutputError
-from staindiffuser.client.output import ResultFolder, read_run
+from staindiffuser.client.result_folder import ResultFolder
+from staindiffuser.client.run_record import read_run, write_run
 from staindiffuser.errors import UsageError
+from tests.run_records import run_record
 
 
 def fill(folder: ResultFolder, *names: str) -> None:
     for name in names:
         (folder.staging / name).write_text("{}")
-    (folder.staging / "run.json").write_text(json.dumps({"outputs": dict.fromkeys(names, 1)}))
+    write_run(folder.staging, run_record(outputs=dict.fromkeys(names, 1)))
     folder.publish([*names, "run.json"])
 
 
@@ -51,24 +53,35 @@ def test_a_result_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
         pass
     (tmp_path / "out/notes.txt").write_text("mine")
     with ResultFolder(tmp_path / "out", overwrite=True) as folder:
-        assert read_run(tmp_path / "out") is not None, "the old result stands until the new one is complete"
+        assert read_run(tmp_path / "out").outputs, "the old result stays until the new one is complete"
         fill(folder, "cd3.ome.tiff")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cd3.ome.tiff", "notes.txt", "run.json"]
 
 
-def test_an_edited_run_cannot_delete_elsewhere(tmp_path: Path) -> None:
+def test_a_result_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    with ResultFolder(tmp_path / "out") as late:
+        with ResultFolder(tmp_path / "out") as early:
+            fill(early, "cd3.ome.tiff")
+        with pytest.raises(OutputError, match="another run"):
+            fill(late, "ck818.ome.tiff")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cd3.ome.tiff", "run.json"]
+
+
+@pytest.mark.parametrize("outputs", [{"../precious": 1}, {"": 1}])
+def test_an_edited_record_cannot_delete_elsewhere(tmp_path: Path, outputs: dict[str, int]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "precious").write_text("keep")
-    (tmp_path / "out/run.json").write_text(json.dumps({"outputs": {"../precious": 1}}))
+    data = {**run_record().to_dict(), "outputs": outputs}
+    (tmp_path / "out/run.json").write_text(json.dumps(data), encoding="utf-8")
     with ResultFolder(tmp_path / "out", overwrite=True) as folder:
         fill(folder, "a")
     assert (tmp_path / "precious").exists()
 
 
-@pytest.mark.parametrize("place", ["file/out", "/proc/out"])
-def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("output", ["file/out", "/proc/out"])
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, output: str) -> None:
     (tmp_path / "file").write_text("a file")
-    with pytest.raises(OutputError, match="cannot be written"), ResultFolder(tmp_path / place):
+    with pytest.raises(OutputError, match="cannot be written"), ResultFolder(tmp_path / output):
         pass
     with pytest.raises(OutputError, match="cannot be written"), ResultFolder(tmp_path / "file"):
         pass
@@ -86,12 +99,3 @@ def test_default_folders() -> None:
         outputs_for([one, Path("y/a.tif")], None)
     with pytest.raises(UsageError, match="twice"):
         outputs_for([one, one], None)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [{"address": "host"}, {"address": "http://host:1"}, {"address": "h:1", "repository": Path("r")}, {"timeout": 0.0}],
-)
-def test_a_server_that_cannot_be_meant(values: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="--"):
-        Server(**values)  # type: ignore[arg-type]

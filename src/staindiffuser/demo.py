@@ -1,4 +1,4 @@
-"""``python -m staindiffuser.client.demo``: what ``make demo`` runs."""
+"""``python -m staindiffuser.demo``, which ``make demo`` runs: stain a sample slide with the demonstration model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Stain a sample slide with the demonstration model, served for as long as that takes.
+    """Stain a sample slide with the demonstration model, which is served meanwhile.
 
     Returns:
-        DESIGN's exit code.
+        The exit code, as documented in :mod:`staindiffuser.errors`.
     """
     parser = argparse.ArgumentParser(prog="demo", description="Stain a slide with the demonstration model.")
-    parser.add_argument("--slide", type=Path, help="instead of a public or simulated one")
-    parser.add_argument("--mpp", type=float, help="µm per pixel, where the slide does not say")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder (default: %(default)s)")
+    parser.add_argument("--slide", type=Path, help="slide to stain, instead of a public or simulated one")
+    parser.add_argument("--mpp", type=float, help="pixel size in µm, if the slide has none")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="result folder (default: %(default)s)")
     chosen = parser.parse_args(arguments)
 
     from staindiffuser.errors import EXIT_INTERRUPTED, StainDiffuserError
@@ -34,24 +34,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _demonstrate(slide: Path | None, mpp: float | None, output: Path) -> int:
-    from staindiffuser.client.command import Server, run_command
+    from staindiffuser.client.command import run_command
     from staindiffuser.client.options import StainingOptions
-    from staindiffuser.client.output import ResultFolder
     from staindiffuser.client.progress import TerminalReporter
-    from staindiffuser.client.result import PREVIEW_FILE
-    from staindiffuser.client.sample import choose_slide
+    from staindiffuser.client.result_files import PREVIEW_FILE
+    from staindiffuser.client.result_folder import ResultFolder
+    from staindiffuser.client.target import Target
     from staindiffuser.errors import UsageError
+    from staindiffuser.sample_slide import choose_slide
 
     reporter = TerminalReporter()
     try:
         options = StainingOptions(mpp=mpp, preview=True, overwrite=True)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    with ResultFolder(output, overwrite=True):  # refuses an output that cannot be written, before anything is made
+    with ResultFolder(output, overwrite=True):  # refuse an unwritable output before a slide is downloaded or simulated
         pass
     sample = choose_slide(slide, output, reporter.say)
     reporter.say(f"staining {sample.what}")
-    code = run_command([sample.path], output, Server(), options)
+    code = run_command([sample.path], output, Target(), options)
     reporter.say(f"look at {output / PREVIEW_FILE}, then open {output} in QuPath or another slide viewer")
     return code
 

@@ -1,0 +1,164 @@
+"""The image and cell files of a slide's result, written row by row."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from staindiffuser.client.blending import Mosaic, OutputImage
+from staindiffuser.client.cells import BlockCells, CellsFile
+from staindiffuser.client.contract import ModelContract, ServedStain
+from staindiffuser.client.model_view import ModelView
+from staindiffuser.client.progress import Stopwatch
+from staindiffuser.client.run_record import SYNTHETIC, description
+from staindiffuser.imaging.ome_tiff import ImageInfo, PyramidWriter
+
+__all__ = ["CELLS_FILE", "PREVIEW_FILE", "ResultFiles", "cell_map_file", "image_file", "output_images"]
+
+CELLS_FILE = "cells.geojson.gz"
+PREVIEW_FILE = "preview.png"
+THREADS = 2
+"""Threads that compose, encode and find cells."""
+
+
+def image_file(stain: ServedStain) -> str:
+    """File name of a stain's image."""
+    return f"{stain.name}.ome.tiff"
+
+
+def cell_map_file(stain: ServedStain) -> str:
+    """File name of a stain's cell map."""
+    return f"{stain.name}.cells.ome.tiff"
+
+
+def output_images(stains: tuple[ServedStain, ...], *, cells: bool) -> tuple[OutputImage, ...]:
+    """The images to compose for these stains: first the stains, then the cell maps."""
+    images = [OutputImage(tensor=stain.image_tensor, channels=3, glass=255) for stain in stains]
+    maps = [OutputImage(tensor=stain.cells_tensor, channels=1, glass=0) for stain in stains]
+    return tuple(images + maps * cells)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ImageFile:
+    """An image file being written."""
+
+    name: str
+    image: OutputImage
+    writer: PyramidWriter
+    info: ImageInfo
+    cells: BlockCells | None
+    """Finds the cells, if the image is a cell map."""
+
+
+class ResultFiles:
+    """Writes every file of a result except ``run.json`` and ``preview.png``; use it as a context manager."""
+
+    def __init__(
+        self,
+        folder: Path,
+        source: Path,
+        view: ModelView,
+        contract: ModelContract,
+        stains: tuple[ServedStain, ...],
+        *,
+        seed: int,
+        cells: bool,
+        watch: Stopwatch,
+    ) -> None:
+        """Open the files.
+
+        Args:
+            folder: where to write.
+            source: the input slide, named in the files.
+            view: the slide at the model's pixel size.
+            contract: of the model that stains.
+            stains: the stains to write.
+            seed: named in the files.
+            cells: also write cell maps and cells.
+            watch: times the stages ``compose and encode``, ``cells`` and ``assemble``.
+        """
+        self._folder, self._watch = folder, watch
+        self._open = ExitStack()
+        self._workers: Executor = self._open.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="code"))
+        self._cells: CellsFile | None = None
+        about = description(contract, seed, source)
+        self._files = [
+            self._file(image, number % len(stains), stains, source, view, about)
+            for number, image in enumerate(output_images(stains, cells=cells))
+        ]
+        if cells:
+            collection = {
+                "notice": f"{SYNTHETIC} {contract.notice}",
+                "model": f"{contract.model_name} {contract.model_version}",
+                "steps": contract.steps,
+                "seed": seed,
+                "source": source.name,
+                "coordinates": "level-0 pixels of the source",
+            }
+            self._cells = self._open.enter_context(CellsFile(folder / CELLS_FILE, collection))
+
+    def _file(
+        self,
+        image: OutputImage,
+        number: int,
+        stains: tuple[ServedStain, ...],
+        source: Path,
+        view: ModelView,
+        about: str,
+    ) -> _ImageFile:
+        stain, is_map = stains[number], image.channels == 1
+        width, height = view.size
+        writer = PyramidWriter(self._folder, width, height, channels=image.channels, background=image.glass)
+        self._open.enter_context(writer)
+        mpp = math.sqrt(view.mpp[0] * view.mpp[1])
+        content = "probability of stained cells, 0 to 255" if is_map else "virtual immunohistochemistry"
+        return _ImageFile(
+            name=cell_map_file(stain) if is_map else image_file(stain),
+            image=image,
+            writer=writer,
+            info=ImageInfo(
+                name=f"{stain.label} {'cell map' if is_map else 'virtual stain'} of {source.name}",
+                description=f"{about} stain: {stain.label}; content: {content}",
+                mpp=view.mpp,
+                channel=stain.label,
+            ),
+            cells=BlockCells(stain, number, mpp, view.scale, writer.rows) if is_map else None,
+        )
+
+    @property
+    def cell_counts(self) -> dict[str, int]:
+        """Number of cells written so far, per stain label."""
+        return dict(self._cells.counts) if self._cells else {}
+
+    def write_row(self, row: int, mosaic: Mosaic) -> None:
+        """Compose and encode one row of every image, and find its cells."""
+        for file in self._files:
+
+            def compose(x: int, y: int, width: int, height: int, image: OutputImage = file.image) -> Any:
+                return mosaic.compose(image, x, y, width, height)
+
+            with self._watch.stage("compose and encode"):
+                blocks = file.writer.write_row(row, compose, self._workers)
+            if file.cells is not None and self._cells is not None:
+                with self._watch.stage("cells"):
+                    self._cells.write(file.cells.add_row(blocks, self._workers))
+
+    def finish(self) -> list[str]:
+        """Complete the files and return their names. Every row must have been written."""
+        with self._watch.stage("assemble"):
+            for file in self._files:
+                file.writer.finish(self._folder / file.name, file.info)
+            if self._cells is not None:
+                self._cells.finish()
+        return [file.name for file in self._files] + ([CELLS_FILE] if self._cells else [])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._open.close()

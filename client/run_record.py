@@ -1,0 +1,248 @@
+"""``run.json``: what was stained, with which model and options, how long it took, and what was written."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic.dataclasses import dataclass
+
+import staindiffuser
+from staindiffuser.client.contract import ModelContract, ServedStain
+from staindiffuser.client.errors import RunRecordError
+from staindiffuser.records import STRICT, RecordError, decode, read_json
+
+__all__ = [
+    "FORMAT",
+    "RUN_JSON",
+    "SYNTHETIC",
+    "InputRecord",
+    "ModelRecord",
+    "Request",
+    "ResultRecord",
+    "RunRecord",
+    "Seconds",
+    "ServerRecord",
+    "TilesRecord",
+    "description",
+    "find_run",
+    "library_versions",
+    "model_record",
+    "read_run",
+    "utc_now",
+    "write_run",
+]
+
+RUN_JSON = "run.json"
+FORMAT = 1
+SYNTHETIC = "Synthetic image, computed from H&E; research use only."
+_LIBRARIES = (
+    "imagecodecs",
+    "numpy",
+    "openslide-bin",
+    "openslide-python",
+    "pillow",
+    "scikit-image",
+    "scipy",
+    "tifffile",
+    "tritonclient",
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class InputRecord:
+    """The input slide or tile."""
+
+    path: str
+    sha256: str
+    bytes: int
+    format: str
+    """Its format and the library that read it, such as ``aperio (tifffile)``."""
+    size: tuple[int, int]
+    """Width and height at level 0, pixels."""
+    mpp: tuple[float, float]
+    """Pixel size at level 0, µm per pixel."""
+    mpp_from: str
+    """``file`` or ``--mpp``."""
+    level_read: int
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelRecord:
+    """The model; see :class:`~staindiffuser.client.contract.ModelContract` for the fields."""
+
+    name: str
+    version: str
+    notice: str
+    mpp: float
+    steps: int
+    tile: int
+    margin: int
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Request:
+    """Everything that determines the result, apart from the input's bytes."""
+
+    model_version: str
+    stains: tuple[str, ...]
+    seed: int
+    mpp: float | None
+    """The pixel size given instead of the file's, µm per pixel."""
+    cells: bool
+    preview: bool
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ResultRecord:
+    """The geometry of the stained images."""
+
+    size: tuple[int, int]
+    """Width and height, pixels."""
+    mpp: tuple[float, float]
+    """µm per pixel."""
+    resampled: bool
+    """Whether the input was resampled to the model's pixel size."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TilesRecord:
+    """The grid of tiles, and how they were sent."""
+
+    total: int
+    stained: int
+    side: int
+    stride: int
+    margin: int
+    batch: int
+    in_flight: int
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ServerRecord:
+    """The server."""
+
+    url: str
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Seconds:
+    """Wall-clock time of the run, and of its stages summed over threads: stages that overlap exceed the total."""
+
+    total: float
+    stages_summed_over_threads: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunRecord:
+    """The contents of ``run.json``."""
+
+    format: int
+    notice: str
+    """The statement that accompanies every output."""
+    input: InputRecord
+    model: ModelRecord
+    request: Request
+    stains: tuple[ServedStain, ...]
+    seed: int
+    steps: int
+    result: ResultRecord
+    tiles: TilesRecord
+    tissue_fraction: float
+    cells: dict[str, int]
+    """Number of cells per stain label."""
+    warnings: tuple[str, ...]
+    server: ServerRecord
+    started: str
+    """UTC, ISO 8601."""
+    seconds: Seconds
+    versions: dict[str, str]
+    """Of Python, this package and the libraries that touch the pixels."""
+    outputs: dict[str, int]
+    """Size in bytes of each other file of the result, by name."""
+
+    def __post_init__(self) -> None:
+        for name in self.outputs:
+            if not name or Path(name).name != name:  # an edited record must not make --overwrite delete files elsewhere
+                raise ValueError(f"outputs: {name!r} is not a plain file name")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as written to ``run.json``."""
+        return dataclasses.asdict(self)
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read the ``run.json`` of a complete result.
+
+    Raises:
+        RunRecordError: it is missing or malformed; the message names the file and the field.
+    """
+    path = folder / RUN_JSON
+    try:
+        return decode(RunRecord, read_json(path))
+    except FileNotFoundError:
+        raise RunRecordError(f"{path} does not exist: {folder} does not hold a complete result") from None
+    except RecordError as error:
+        raise RunRecordError(f"{path} is not a record that this version reads: {error}") from error
+
+
+def find_run(folder: Path) -> RunRecord | None:
+    """The ``run.json`` of a result, or None if the folder has none.
+
+    Raises:
+        RunRecordError: it is malformed.
+    """
+    return read_run(folder) if (folder / RUN_JSON).exists() else None
+
+
+def write_run(folder: Path, record: RunRecord) -> None:
+    """Write ``run.json`` into ``folder``."""
+    text = json.dumps(record.to_dict(), indent=1, ensure_ascii=False)
+    (folder / RUN_JSON).write_text(text + "\n", encoding="utf-8")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, this package and the libraries that touch the pixels."""
+    found = {"staindiffuser": staindiffuser.__version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # OpenSlide may come from the system instead of its wheel
+            found[name] = "not a package"
+    return found
+
+
+def utc_now() -> str:
+    """The current time in UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def model_record(contract: ModelContract) -> ModelRecord:
+    """The part of the contract that identifies the model."""
+    return ModelRecord(
+        name=contract.model_name,
+        version=contract.model_version,
+        notice=contract.notice,
+        mpp=contract.mpp,
+        steps=contract.steps,
+        tile=contract.tile,
+        margin=contract.margin,
+    )
+
+
+def description(contract: ModelContract, seed: int, source: Path) -> str:
+    """The statement embedded in each image file."""
+    parts = {
+        "model": f"{contract.model_name} {contract.model_version}",
+        "steps": contract.steps,
+        "seed": seed,
+        "source": source.name,
+        "software": f"StainDiffuser {staindiffuser.__version__}",
+    }
+    return " ".join([SYNTHETIC, contract.notice, *(f"{key}: {value};" for key, value in parts.items())])

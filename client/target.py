@@ -1,0 +1,66 @@
+"""Where tiles are stained: a server that is already running, or one started for the duration of the work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from staindiffuser.client.connection import StainClient
+
+__all__ = ["Target"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The server to use. Raises ValueError for a value that is out of range or contradicts another."""
+
+    address: str | None = None
+    """``HOST:PORT`` of a running server's gRPC endpoint."""
+    repository: Path | None = None
+    """A model repository to serve during the work; if there is no address either, the demonstration model is served."""
+    timeout: float = 300.0
+    """Seconds to wait for the answer to a request."""
+    use_proxy: bool = False
+    """Obey ``http_proxy``."""
+
+    def __post_init__(self) -> None:
+        if self.address is not None and self.repository is not None:
+            raise ValueError("--server and --repository are mutually exclusive: --server names a running server")
+        if self.address is not None and not re.fullmatch(r"[^\s/]+:\d{1,5}", self.address):
+            raise ValueError(f"--server must be HOST:PORT of the server's gRPC endpoint, not {self.address!r}")
+        if self.timeout <= 0:
+            raise ValueError(f"--timeout must be positive, not {self.timeout:g}")
+
+    @contextmanager
+    def connect(self, in_flight: int, say: Callable[[str], None]) -> Iterator[StainClient]:
+        """Connect; a server of our own runs as long as the context.
+
+        Args:
+            in_flight: concurrent requests.
+            say: receives messages for the user.
+
+        Raises:
+            ServerError: the server cannot be reached or started.
+            VerificationError: the model repository differs from its manifest.
+        """
+        if self.address is not None:
+            with self._client(self.address, in_flight) as client:
+                yield client
+            return
+        # Imported here, because a client of a remote server does not need the packages of the server.
+        from staindiffuser.serving.demo import demo_repository
+        from staindiffuser.serving.server import TritonServer
+
+        if self.repository is None:
+            say("serving the demonstration model, which is meant only for trying out the software")
+        with (
+            TritonServer(self.repository or demo_repository(say)) as server,
+            self._client(server.url, in_flight) as client,
+        ):
+            yield client
+
+    def _client(self, address: str, in_flight: int) -> StainClient:
+        return StainClient(address, in_flight=in_flight, deadline=self.timeout, use_proxy=self.use_proxy)

@@ -9,14 +9,14 @@ SLIDE ?=
 OUTPUT ?= demo-output
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format types demo-weights graphs verify-gpu clean
+.PHONY: help install demo test test-all lint format types docs demo-weights graphs verify-gpu clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip $(PIP_INSTALL) --editable '.[client,serve,train,dev]'
+	$(VENV)/bin/python -m pip $(PIP_INSTALL) --editable '.[client,serve,train,dev,docs]'
 	@touch $@
 
 .venv-serve/.installed: pyproject.toml constraints.txt
@@ -47,6 +47,9 @@ format: install  ## let ruff rewrite the formatting
 types: install  ## mypy, strict
 	$(VENV)/bin/mypy
 
+docs: install  ## the documentation's site, into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 demo-weights: install  ## train the demonstration model again (hours on two cores), into runs/
 	$(VENV)/bin/staindiffuser simulate tiles --output runs/demo-tiles --count 4000 --seed 11 --val-share 0.03 --test-share 0
 	$(VENV)/bin/staindiffuser train --data runs/demo-tiles --output runs/demo-first --preset demo --name demo --trained-on 'simulated tissue'
@@ -73,4 +76,4 @@ verify-gpu:  ## check and measure the engines on this NVIDIA GPU; PYTHON needs t
 	PYTHONPATH=src $(PYTHON) -m staindiffuser.benchmarks.verify_gpu
 
 clean:  ## remove the environments and what was built
-	rm -rf .venv .venv-serve build dist demo-output *.egg-info src/*.egg-info
+	rm -rf .venv .venv-serve build dist site demo-output *.egg-info src/*.egg-info

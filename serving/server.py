@@ -59,7 +59,8 @@ class TritonServer:
 
         Args:
             repository: what ``export build`` wrote.
-            grpc_port, metrics_port: on 127.0.0.1; free ones by default.
+            grpc_port: for clients, on 127.0.0.1; a free one by default.
+            metrics_port: for Prometheus, on 127.0.0.1; a free one by default.
             log: where Triton's log is appended; by default it is kept only while the server runs.
             threads: threads of each CPU engine instead of what the repository says; 0 for all.
             checkpoint: checkpoint folder that the engines must come from, or None.

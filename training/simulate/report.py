@@ -36,7 +36,7 @@ CEILING_OF_COLOUR = {"cd3": 0.45, "ck818": 0.65}
 def main(arguments: list[str] | None = None) -> int:
     """Compute all controls and write ``controls.md``, ``controls.json`` and images; 1 if a control fails."""
     parser = argparse.ArgumentParser(prog="python -m staindiffuser.training.simulate.report", description=main.__doc__)
-    parser.add_argument("--output", type=Path, default=Path("docs/simulator"), help="folder to write")
+    parser.add_argument("--output", type=Path, default=Path("docs/explanation/simulator"), help="folder to write")
     parser.add_argument("--real", type=Path, default=Path("../shared/data"), help="folder of real slides and tiles")
     parser.add_argument("--fields", type=int, default=300, help="simulated fields that are measured")
     parser.add_argument("--jobs", type=int, default=2, help="threads of the random forest")

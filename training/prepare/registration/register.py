@@ -50,7 +50,7 @@ WORKING_SIDE = 1000
 """Long side of the images registered, pixels, about."""
 LEAST_SCORE = 0.28
 """Registrations that score lower are refused: half way between the lowest right one and the highest wrong one of
-``bench registration`` (ours; ``docs/prepare.md``)."""
+``bench registration`` (ours; ``docs/explanation/registration.md``)."""
 FLOW_CAP = 0.015
 """Largest bend, as a share of the diagonal: more than this is not the same tissue any more."""
 

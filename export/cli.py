@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Turn a checkpoint into engines that are fast, checked and never stale.")
+app = typer.Typer(no_args_is_help=True, help="Export a checkpoint to verified engines and a model repository.")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -29,7 +29,7 @@ def graphs(
     sample: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Real H&E at the model's pixel size: the middle becomes a golden sample; several may be given."
+            help="Image of real H&E at the model's pixel size; its central tile becomes a golden sample. Repeatable."
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -58,14 +58,16 @@ def graphs(
 
 GraphsArgument = Annotated[Path, typer.Argument(help="Folder that `export graphs` wrote.")]
 BatchOption = Annotated[
-    str, typer.Option(help="Batches to be fast at, such as 1,8,32; the largest is the most a client may send.")
+    str, typer.Option(help="Batch sizes to optimise for, such as 1,8,32; clients may send at most the largest.")
 ]
 CapabilityOption = Annotated[
     str, typer.Option(help="GPUs to compile for ahead of time (tensorrt-rtx), such as 8.9,12.0.")
 ]
-WorkspaceOption = Annotated[int, typer.Option(help="Most scratch memory TensorRT may plan with, MiB; 0: no limit.")]
+WorkspaceOption = Annotated[
+    int, typer.Option(help="Scratch memory that TensorRT may use while building, MiB; 0: no limit.")
+]
 VerbosityOption = Annotated[
-    str, typer.Option(help="What TensorRT plans tell the inspector: none, names (of layers) or detailed.")
+    str, typer.Option(help="Layer information stored in TensorRT plans: none, names or detailed.")
 ]
 
 
@@ -94,17 +96,17 @@ def build(
     flavour: Annotated[
         str, typer.Option(help="python: Triton's Python backend; native: its TensorRT backend, in the container.")
     ] = "python",
-    max_batch: Annotated[int, typer.Option(help="Largest batch of tiles a client may send.")] = 8,
+    max_batch: Annotated[int, typer.Option(help="Largest batch of tiles that a client may send.")] = 8,
     batch: BatchOption = "",
-    threads: Annotated[int, typer.Option(help="Threads of a CPU engine; 0 for all that the server may use.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads of each CPU engine; 0: all cores that the server may use.")] = 0,
     compute_capability: CapabilityOption = "",
     workspace: WorkspaceOption = 0,
     verbosity: VerbosityOption = "names",
     version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Plans that later TensorRT releases run too.")
+        bool, typer.Option("--version-compatible", help="Build plans that later TensorRT releases can run.")
     ] = False,
     weight_stripped: Annotated[
-        bool, typer.Option("--weight-stripped", help="Plans without weights, which are put back when they are loaded.")
+        bool, typer.Option("--weight-stripped", help="Build plans without weights; they are refitted on loading.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -170,7 +172,7 @@ def compile(
     verbosity: VerbosityOption = "names",
     as_json: JsonOption = False,
 ) -> None:
-    """Compile TensorRT-RTX engines on a machine without a GPU: a check of the graphs, nothing that can be served."""
+    """Compile TensorRT-RTX engines without a GPU, to check the graphs; the result cannot be served."""
     from staindiffuser.export.builders import BuildOptions
     from staindiffuser.export.compiling import compile_engines
 
@@ -190,7 +192,7 @@ def compile(
     else:
         for name, path in engines.items():
             typer.echo(f"{name}: {path.stat().st_size / 1e6:.1f} MB")
-        typer.echo(f"{output}: not checked against the golden samples; that needs a GPU")
+        typer.echo(f"{output}: not checked against the golden samples, which needs a GPU")
 
 
 @app.command(
@@ -198,7 +200,9 @@ def compile(
 )
 def verify(
     repository: Annotated[Path, typer.Argument(help="Model repository that `export build` wrote.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Also require that it came from this checkpoint.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Also require that the engines come from this checkpoint.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check every file and field of a model repository against its manifest (no torch)."""

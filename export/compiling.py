@@ -1,6 +1,6 @@
-"""Compiling ahead of time on a machine without a GPU: the graphs are proven to compile, and nothing more.
+"""Ahead-of-time compilation on a machine without a GPU, which shows only that the graphs compile.
 
-What is written can be copied to a machine with a GPU, but a repository is published only there, after parity.
+The engines can be copied to a machine with a GPU, but a repository is published only there, after the parity gate.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def compile_engines(
 
     Args:
         graphs_dir: what ``export graphs`` wrote.
-        output: folder of engines; replaced as a whole if it holds nothing else.
+        output: folder of engines; replaced as a whole if it contains only engines.
         options: batches and compute capabilities.
-        progress: told what is being done.
+        progress: called with one line per engine.
 
     Returns:
         The engines' files by name.
@@ -46,7 +46,7 @@ def compile_engines(
     graphs = GraphSet.load(graphs_dir)
     output = output.resolve()
     if output.exists() and (not output.is_dir() or any(p.suffix != builder.suffix for p in output.iterdir())):
-        raise ExportUsageError(f"{output} holds something else than engines: choose another folder")
+        raise ExportUsageError(f"{output} contains files other than engines: choose another folder")
     try:
         with locked(output), staging_folder(output) as folder:
             for name, engine in graphs.engines.items():

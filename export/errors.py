@@ -7,7 +7,7 @@ StainDiffuserError
 │   ├── GraphsError            4  a graphs folder or checkpoint that is missing or unreadable
 │   └── BuildError             4  a graph that the target's compiler refuses
 ├── VerificationError
-│   ├── ManifestError          5  files and manifest disagree
+│   ├── ManifestError          5  files and manifest do not match
 │   └── ParityError            5  an engine's outputs are too far from the golden samples
 └── DependencyError
     └── BuilderMissingError    6  the builder of a target is not installed

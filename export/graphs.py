@@ -1,6 +1,6 @@
-"""A checkpoint → graphs: one ONNX file per engine, the whole few-step sampler unrolled inside, and golden samples.
+"""From a checkpoint to graphs: one ONNX file per engine, with the few-step sampler unrolled, and golden samples.
 
-Needs torch. Everything after it (:mod:`staindiffuser.export.repository`) does not.
+Needs torch; the next stage (:mod:`staindiffuser.export.repository`) does not.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def export_graphs(
 
     Args:
         checkpoint: checkpoint folder.
-        output: graphs folder; replaced if it is one already.
-        steps: sampler steps k; the checkpoint's own if None.
-        tile: height and width of a tile, a multiple of 16; the checkpoint's own if None.
+        output: graphs folder; an existing graphs folder is replaced as a whole.
+        steps: sampler steps k; the checkpoint's default if None.
+        tile: height and width of a tile, pixels, a multiple of 16; the checkpoint's default if None.
         precision: of the trunk: ``fp32``, ``fp16`` or ``bf16``.
-        samples: images of real H&E at the model's pixel size, whose middles are golden samples too.
+        samples: images of real H&E at the model's pixel size; the central tile of each becomes a golden sample.
 
     Raises:
         CheckpointError: unreadable checkpoint.
@@ -73,7 +73,7 @@ def export_graphs(
         raise ExportUsageError(f"--tile {tile}: must be a multiple of {2**LEVELS}, at least 64")
     if precision not in PRECISIONS:
         raise ExportUsageError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
-    tiles = np.concatenate([golden_tiles(tile), *(_middle(path, tile)[None] for path in samples)])
+    tiles = np.concatenate([golden_tiles(tile), *(_central_tile(path, tile)[None] for path in samples)])
     if output.exists() and not (output / "graphs.json").is_file() and any(output.iterdir()):
         raise UsageError(f"{output} is not empty and holds no graphs: choose another --output")
     try:
@@ -122,10 +122,15 @@ def write_engines(
     """Write the engines' ONNX files into a folder.
 
     Args:
-        sigmas: noise level per step.
+        network: the network whose encoder and branches are exported.
+        folder: an existing folder.
+        sigmas: noise level of each step of the image branches.
         tile: height and width, pixels.
-        trunk: what the convolutions compute in.
-        only: name of the one engine to write; None for all.
+        trunk: dtype of the convolutions.
+        only: name of a single engine to write; None for all.
+
+    Returns:
+        What was written, by engine name.
     """
     he = torch.zeros(2, tile, tile, 3, dtype=torch.uint8)
     names = [f"FEATURES_{level}" for level in range(LEVELS)]
@@ -163,14 +168,13 @@ def write_engines(
 def _export(
     module: EncoderEngine | BranchEngine, path: Path, inputs: dict[str, Tensor], outputs: list[str], weights: str
 ) -> EngineGraph:
-    """Write one engine's ONNX file; the batch is dynamic, everything else static."""
-    logging.getLogger("torch.onnx").setLevel(
-        logging.ERROR
-    )  # it warns that torchvision, which nothing here needs, is absent
+    """Write one engine's ONNX file: dynamic batch, all other dimensions static."""
+    # torch.onnx warns when torchvision is absent, which nothing here needs.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     batch = torch.export.Dim("batch", min=1, max=1024)
     example = tuple(inputs.values())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns of its own internals
+        warnings.simplefilter("ignore")  # the exporter warns about its own internals
         program = torch.onnx.export(
             module,
             example,
@@ -202,9 +206,9 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def _store_half(model: onnx.ModelProto) -> None:
-    """Store convolution weights in half precision behind a Cast, which every runtime folds when it loads the graph.
+    """Store convolution weights in half precision, followed by a Cast that every runtime folds when it loads the graph.
 
-    Half the bytes to ship. The rounding (2⁻¹¹ of each weight) is part of what the parity gate measures.
+    This halves the bytes to ship. The parity gate includes the rounding (a relative 2⁻¹¹ of each weight).
     """
     graph = model.graph
     casts = []
@@ -223,31 +227,31 @@ def _store_half(model: onnx.ModelProto) -> None:
     graph.node.extend(nodes)
     del model.metadata_props[:]
     for node in graph.node:
-        del node.metadata_props[:]  # stack traces with this machine's paths
+        del node.metadata_props[:]  # stack traces, which contain this machine's paths
         node.doc_string = ""
 
 
 def _golden(network: DualDiffusion, he: NDArray[np.uint8], *, sigmas: Sequence[float]) -> dict[str, NDArray[Any]]:
-    """Tiles that an engine must get right, and what float32 torch makes of them."""
+    """Golden inputs, and their outputs from float32 torch."""
     seeds = np.arange(len(he), dtype=np.int64)[:, None]
     origins = np.array([[16 * i * 37, -16 * i * 11] for i in range(len(he))], dtype=np.int64)
     results = stain_tiles(network, he, sigmas=sigmas, seeds=seeds, origins=origins)
     return {"HE": he, "ORIGIN": origins, "SEED": seeds, **results}
 
 
-def _middle(path: Path, tile: int) -> NDArray[np.uint8]:
-    """The middle of an image: uint8 [tile, tile, 3]."""
+def _central_tile(path: Path, tile: int) -> NDArray[np.uint8]:
+    """The central tile of an image: uint8 [tile, tile, 3]."""
     image = read_image(path)
     top, left = ((side - tile) // 2 for side in image.shape[:2])
     if min(top, left) < 0:
         height, width = image.shape[:2]
-        raise ExportUsageError(f"--sample {path}: {width} × {height} is smaller than the tile of {tile}")
+        raise ExportUsageError(f"--sample {path}: {width} × {height} is smaller than a tile ({tile} × {tile})")
     return image[top : top + tile, left : left + tile]
 
 
 def golden_tiles(tile: int) -> NDArray[np.uint8]:
-    """uint8 [2, tile, tile, 3]: simulated tissue; bare glass, a single colour, saturated squares and random pixels in
-    the quarters of the other."""
+    """uint8 [2, tile, tile, 3]: one tile of simulated tissue; one of four quarters: bare glass, a uniform colour,
+    saturated squares and random pixels."""
     rng = np.random.default_rng(0)
     tissue = simulate_tile(20, 0, size=tile, masks=False).he
     half = tile // 2

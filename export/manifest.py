@@ -1,7 +1,7 @@
-"""``manifest.json``: what a model repository holds, and the check that it still does.
+"""``manifest.json``: the contents of a model repository, and the check that they are unchanged.
 
-Every file's SHA-256, and per engine what it was made from, for what, by what, and how far it is from torch. A server
-is only started from a repository that :func:`verify` accepts.
+The manifest records every file's SHA-256 and, for each engine, its source graph, target, builder and measured parity
+with torch. A server starts only from a repository that :func:`verify` accepts.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic.dataclasses import dataclass
 
 from staindiffuser.export import builders
 from staindiffuser.export.builders import Device, Profile
@@ -20,8 +21,18 @@ from staindiffuser.export.description import ExportedStain, TensorSpec
 from staindiffuser.export.errors import ManifestError
 from staindiffuser.export.parity import EngineParity
 from staindiffuser.files import file_sha256
+from staindiffuser.records import STRICT, RecordError, decode, read_json
 
-__all__ = ["MANIFEST_JSON", "EngineRecord", "FileRecord", "Manifest", "PlanRecord", "hash_files", "verify"]
+__all__ = [
+    "MANIFEST_JSON",
+    "EngineRecord",
+    "FileRecord",
+    "Manifest",
+    "PlanRecord",
+    "content_sha256",
+    "hash_files",
+    "verify",
+]
 
 MANIFEST_JSON = "manifest.json"
 FORMAT = 2
@@ -29,7 +40,7 @@ SAMPLER = "few-step"
 """x_1 = sigma_1 z_1; x_{i+1} = D(x_i, sigma_i) + sigma_{i+1} z_{i+1}; cells take one step."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class FileRecord:
     """One file of the repository."""
 
@@ -37,9 +48,9 @@ class FileRecord:
     bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class PlanRecord:
-    """The same engine for another kind of GPU, built and checked there."""
+    """The same engine as a TensorRT plan for another kind of GPU, built and checked there."""
 
     file: str
     """Path relative to the repository."""
@@ -50,47 +61,47 @@ class PlanRecord:
     parity: tuple[EngineParity, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class EngineRecord:
-    """One engine: what it was made from, for what, by what, and how well it does."""
+    """One engine: its source graph, its target, its builder and its parity with torch."""
 
     file: str
     """Path relative to the repository."""
     sha256: str
     bytes: int
     key: str
-    """Hash of what decides the engine's bytes: an engine with the same key is not built again."""
+    """Hash of everything that determines the engine's bytes; an engine with the same key is reused."""
     weights_sha256: str
     graph_sha256: str
     sampler: str
-    """Empty for the encoder, which has no noise level."""
+    """Empty for the encoder, which has no sampler."""
     steps: int
     sigmas: tuple[float, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     profiles: tuple[Profile, ...]
-    """Smallest, preferred and largest batch of each optimisation profile."""
+    """Smallest, optimal and largest batch of each optimisation profile."""
     precision: str
     builder: str
     """Name and version, such as ``onnxruntime 1.22.0``."""
     device: Device
     parity: tuple[EngineParity, ...]
-    """Against torch in float32, one entry a checked batch size."""
+    """Against torch in float32, one entry per batch size checked."""
     others: tuple[PlanRecord, ...] = ()
     """Plans of other compute capabilities (native flavour only)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Manifest:
-    """Everything ``manifest.json`` says."""
+    """The contents of ``manifest.json``."""
 
     staindiffuser: str
-    """Version of this package that wrote the repository."""
+    """Version of the package that wrote the repository."""
     target: str
     flavour: str
     """``python``: Triton's Python backend runs the engines; ``native``: its TensorRT backend does."""
     fingerprint: str
-    """Hash of all that the repository was made from; the same fingerprint needs no second build."""
+    """Hash of everything the repository was built from; a repository with the same fingerprint is up to date."""
     model_name: str
     model_version: str
     notice: str
@@ -104,20 +115,20 @@ class Manifest:
     precision: str
     max_batch: int
     batches: tuple[int, ...]
-    """Batches that engines, CUDA graphs and queues are tuned for."""
+    """Batch sizes that engines, CUDA graphs and queues are tuned for."""
     threads: int
     cuda_pool_bytes: int
-    """What the server must be given (``--cuda-memory-pool-byte-size=<gpu>:<bytes>``), lest tensors between models fall
-    back to host memory; 0 for a CPU."""
+    """For the server's ``--cuda-memory-pool-byte-size=<gpu>:<bytes>``; with less, tensors between models silently fall
+    back to host memory. 0 for a CPU."""
     stains: tuple[ExportedStain, ...]
     engines: Mapping[str, EngineRecord]
     files: Mapping[str, FileRecord]
-    """Every file of the repository but this one, by its path with forward slashes."""
+    """Every file of the repository except the manifest, by relative path with forward slashes."""
 
     def save(self, repository: Path) -> None:
-        """Write ``manifest.json``, closed by a hash of its own content."""
+        """Write ``manifest.json``, sealed with a hash of its own content."""
         data = {"format": FORMAT, **dataclasses.asdict(self)}
-        data["content_sha256"] = _content_sha256(data)
+        data["content_sha256"] = content_sha256(data)
         text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
         (repository / MANIFEST_JSON).write_text(text, encoding="utf-8")
 
@@ -126,7 +137,7 @@ class Manifest:
         """Read ``manifest.json`` without checking any other file.
 
         Raises:
-            ManifestError: it is missing, malformed or of another format.
+            ManifestError: it is missing, malformed or in another format; names the file and the field.
         """
         manifest, _ = _read(repository)
         return manifest
@@ -148,34 +159,10 @@ def verify(repository: Path, *, checkpoint: Path | None = None, environment: boo
     """
     manifest, intact = _read(repository)
     _verify_files(repository, manifest.files)
-    for name, engine in manifest.engines.items():
-        _require(
-            repository, f"engines.{name}.file", engine.file, engine.file if engine.file in manifest.files else None
-        )
-        record = manifest.files[engine.file]
-        _require(repository, f"engines.{name}.sha256", engine.sha256, record.sha256)
-        _require(repository, f"engines.{name}.bytes", engine.bytes, record.bytes)
-        for other in engine.others:
-            found = manifest.files.get(other.file)
-            _require(repository, f"engines.{name}.others", other.sha256, found.sha256 if found else None)
-        for field in ("steps", "sigmas"):
-            if engine.sampler and name.startswith("stain_"):
-                _require(repository, f"engines.{name}.{field}", getattr(engine, field), getattr(manifest, field))
-        _require(repository, f"engines.{name}.precision", engine.precision, manifest.precision)
+    _verify_engines(repository, manifest)
     _verify_parameters(repository, manifest)
     if environment:
-        if manifest.target not in builders.TARGETS:
-            raise ManifestError(
-                f"{repository / MANIFEST_JSON}: target is {manifest.target}, but this version knows only "
-                f"{', '.join(builders.TARGETS)}: build the repository again"
-            )
-        builder = builders.get(manifest.target)
-        here = builder.device()
-        for name, engine in manifest.engines.items():
-            _require(repository, f"engines.{name}.builder", engine.builder, builder.version(), "here")
-            _require(repository, f"engines.{name}.device.kind", engine.device.kind, here.kind, "here")
-            if here.kind == "cuda" and here not in [other.device for other in engine.others]:
-                _require(repository, f"engines.{name}.device", engine.device, here, "here")
+        _verify_environment(repository, manifest)
     if checkpoint is not None:
         weights = checkpoint / "model.safetensors"
         if not weights.is_file():
@@ -187,7 +174,7 @@ def verify(repository: Path, *, checkpoint: Path | None = None, environment: boo
 
 
 def hash_files(repository: Path) -> dict[str, FileRecord]:
-    """Hash every file under a folder but the manifest, by relative path."""
+    """Hash every file under a folder except the manifest, by relative path."""
     return {
         path.relative_to(repository).as_posix(): FileRecord(sha256=file_sha256(path), bytes=path.stat().st_size)
         for path in sorted(repository.rglob("*"))
@@ -196,56 +183,22 @@ def hash_files(repository: Path) -> dict[str, FileRecord]:
 
 
 def _read(repository: Path) -> tuple[Manifest, bool]:
+    """The manifest, and whether its content has the hash that it was sealed with."""
     path = repository / MANIFEST_JSON
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
+        sealed = data.pop("content_sha256", None)
+        intact = sealed == content_sha256(data)
+        if data.pop("format", None) != FORMAT:
+            raise RecordError(f"format: this version reads format {FORMAT} only")
+        return decode(Manifest, data), intact
     except FileNotFoundError:
         raise ManifestError(
-            f"{repository} is no model repository ({MANIFEST_JSON} is missing): write one with "
+            f"{repository} is not a model repository ({MANIFEST_JSON} is missing): write one with "
             "`staindiffuser export build GRAPHS --output REPO`"
         ) from None
-    except (OSError, ValueError) as error:
-        raise ManifestError(f"{path} cannot be read: {error}: build the repository again") from error
-    try:
-        intact = data.pop("content_sha256") == _content_sha256(data)
-        if data.pop("format") != FORMAT:
-            raise ValueError("another format")
-        return _manifest(data), intact
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ManifestError(
-            f"{path} is not one this version reads (format {FORMAT}): {error}: build it again"
-        ) from error
-
-
-def _manifest(data: dict[str, Any]) -> Manifest:
-    data["stains"] = tuple(ExportedStain(**stain) for stain in data["stains"])
-    data["sigmas"] = tuple(data["sigmas"])
-    data["batches"] = tuple(data["batches"])
-    data["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
-    data["engines"] = {name: _engine(engine) for name, engine in data["engines"].items()}
-    return Manifest(**data)
-
-
-def _engine(data: dict[str, Any]) -> EngineRecord:
-    parsed: dict[str, Any] = {
-        "sigmas": tuple(data["sigmas"]),
-        "profiles": tuple((smallest, preferred, largest) for smallest, preferred, largest in data["profiles"]),
-        **_checked(data),
-        "others": tuple(PlanRecord(**{**other, **_checked(other)}) for other in data["others"]),
-    }
-    for side in ("inputs", "outputs"):
-        parsed[side] = tuple(
-            TensorSpec(name=tensor["name"], dtype=tensor["dtype"], shape=tuple(tensor["shape"]))
-            for tensor in data[side]
-        )
-    return EngineRecord(**{**data, **parsed})
-
-
-def _checked(data: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "device": Device(**data["device"]),
-        "parity": tuple(EngineParity(**entry) for entry in data["parity"]),
-    }
+    except RecordError as error:
+        raise ManifestError(f"{path}: {error}: build the repository again") from error
 
 
 def _verify_files(repository: Path, expected: Mapping[str, FileRecord]) -> None:
@@ -264,8 +217,41 @@ def _verify_files(repository: Path, expected: Mapping[str, FileRecord]) -> None:
             )
 
 
+def _verify_engines(repository: Path, manifest: Manifest) -> None:
+    for name, engine in manifest.engines.items():
+        record = manifest.files.get(engine.file)
+        if record is None:
+            _require(repository, f"engines.{name}.file", engine.file, None)
+            continue
+        _require(repository, f"engines.{name}.sha256", engine.sha256, record.sha256)
+        _require(repository, f"engines.{name}.bytes", engine.bytes, record.bytes)
+        for other in engine.others:
+            found = manifest.files.get(other.file)
+            _require(repository, f"engines.{name}.others", other.sha256, found.sha256 if found else None)
+        if engine.sampler and name.startswith("stain_"):
+            _require(repository, f"engines.{name}.steps", engine.steps, manifest.steps)
+            _require(repository, f"engines.{name}.sigmas", engine.sigmas, manifest.sigmas)
+        _require(repository, f"engines.{name}.precision", engine.precision, manifest.precision)
+
+
+def _verify_environment(repository: Path, manifest: Manifest) -> None:
+    """Builder and device are the ones that the engines were built and checked with."""
+    if manifest.target not in builders.TARGETS:
+        raise ManifestError(
+            f"{repository / MANIFEST_JSON}: target is {manifest.target}, but this version knows only "
+            f"{', '.join(builders.TARGETS)}: build the repository again"
+        )
+    builder = builders.get(manifest.target)
+    here = builder.device()
+    for name, engine in manifest.engines.items():
+        _require(repository, f"engines.{name}.builder", engine.builder, builder.version(), "here")
+        _require(repository, f"engines.{name}.device.kind", engine.device.kind, here.kind, "here")
+        if here.kind == "cuda" and here not in [other.device for other in engine.others]:
+            _require(repository, f"engines.{name}.device", engine.device, here, "here")
+
+
 def _verify_parameters(repository: Path, manifest: Manifest) -> None:
-    """What the server tells its clients is what the manifest says."""
+    """The ensemble's parameters, from which clients learn the contract, agree with the manifest."""
     from staindiffuser.export import triton_config
 
     path = repository / triton_config.ENSEMBLE / "config.pbtxt"
@@ -284,6 +270,7 @@ def _require(repository: Path, field: str, recorded: object, actual: object, whe
         )
 
 
-def _content_sha256(data: Mapping[str, Any]) -> str:
+def content_sha256(data: Mapping[str, Any]) -> str:
+    """The seal of a manifest: hash of its parsed JSON without the field ``content_sha256``."""
     content = {name: value for name, value in data.items() if name != "content_sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

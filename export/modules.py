@@ -1,6 +1,6 @@
-"""The engines as torch modules: what ``export graphs`` traces and what is measured against the compiled engines.
+"""The engines as torch modules, as ``export graphs`` traces them and as benchmarks compare them with compiled engines.
 
-Needs torch and nothing else: a machine with a GPU may have no ONNX.
+Needs only torch: a machine with a GPU may lack ONNX.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from staindiffuser.training.model.network import DualDiffusion, Task, he_to_netw
 __all__ = ["PRECISIONS", "BranchEngine", "EncoderEngine"]
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""What the trunk may compute in."""
+"""Dtypes of the trunk."""
 
 
 class EncoderEngine(nn.Module):
     """HE uint8 [B, T, T, 3] → four features, half precision.
 
     Args:
-        trunk: what the convolutions compute in.
+        trunk: dtype of the convolutions.
     """
 
     def __init__(self, network: DualDiffusion, trunk: torch.dtype = torch.float32) -> None:
@@ -43,7 +43,7 @@ class BranchEngine(nn.Module):
 
     Args:
         sigmas: noise level of each step; the cell branch has one, σ_max.
-        trunk: what the convolutions compute in; the preconditioning is float32.
+        trunk: dtype of the convolutions; the preconditioning is float32.
     """
 
     def __init__(

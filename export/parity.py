@@ -1,21 +1,23 @@
-"""The gate before publishing: engines, run without torch, against the golden samples that torch wrote in float32.
+"""The parity gate before publishing: engines, run without torch, against golden samples from float32 torch.
 
-The whole pipeline is run as the server runs it (noise from seed and origin, encoder, branches) at each corner of the
-batch profile. Grey levels are compared, since they are what a user gets.
+The whole pipeline is run as the server runs it (noise from seed and origin, encoder, branches), at each corner of the
+batch profiles. The comparison is in grey levels, which are what a user gets.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 from staindiffuser.export.builders.base import Engine
 from staindiffuser.export.description import GraphSet, TensorSpec
 from staindiffuser.export.errors import GraphsError, ParityError
+from staindiffuser.records import STRICT
 from staindiffuser.triton_models.noise import philox
 
 __all__ = ["MAX_LEVELS", "MAX_SHARE_OVER_ONE", "EngineParity", "Golden", "check_parity", "run_pipeline"]
@@ -37,9 +39,9 @@ class HasTensors(Protocol):
     def outputs(self) -> tuple[TensorSpec, ...]: ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class EngineParity:
-    """One engine's worst numbers over all samples at one batch size; for the encoder only ``max_feature``."""
+    """One engine's worst values over all samples at one batch size; for the encoder only ``max_feature``."""
 
     batch: int
     samples: int
@@ -50,12 +52,12 @@ class EngineParity:
     mean_levels: float = 0.0
     """Mean absolute difference, grey levels."""
     max_feature: float = 0.0
-    """Largest absolute value among an encoder's features (half precision ends at 65,504)."""
+    """Largest absolute value of the encoder's features (half precision overflows at 65,504)."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Golden:
-    """``golden.npz``: N tiles, their seeds and origins, and every output as torch made it in float32."""
+    """``golden.npz``: N tiles, their seeds and origins, and every output as computed by float32 torch."""
 
     inputs: Arrays
     """``HE`` uint8 [N, T, T, 3], ``ORIGIN`` int64 [N, 2], ``SEED`` int64 [N, 1]."""
@@ -88,7 +90,7 @@ class Golden:
 def run_pipeline(
     engines: Mapping[str, Engine], graphs: Mapping[str, HasTensors], *, steps: int, tile: int, inputs: Arrays
 ) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, np.ndarray[Any, Any]]]:
-    """What the server's ensemble computes for one batch, in this process.
+    """Compute in this process what the server's ensemble computes for one batch.
 
     Args:
         engines: by name, ``he_encoder`` and the branches to run.
@@ -117,10 +119,10 @@ def check_parity(
     """Run the golden samples at each batch size and compare.
 
     Returns:
-        Per engine, one result a batch size.
+        Per engine, one result per batch size.
 
     Raises:
-        ParityError: a difference over the limit, a feature that is not finite, or an output that golden lacks.
+        ParityError: a difference above the limit, a feature that is not finite, or an output without golden samples.
     """
     results: dict[str, list[EngineParity]] = {name: [] for name in engines}
     for batch in batches:
@@ -134,7 +136,7 @@ def _check_batch(
 ) -> dict[str, EngineParity]:
     samples = golden.samples
     largest_feature = 0.0
-    # histograms of the difference, 0..255 grey levels, over every full batch; the last batch wraps around
+    # histograms of the absolute difference, 0..255 grey levels; the last batch wraps around to be full
     counts = {name: np.zeros(256, dtype=np.int64) for name in engines if name != "he_encoder"}
     for first in range(0, samples, batch):
         rows = np.arange(first, first + batch) % samples
@@ -143,7 +145,7 @@ def _check_batch(
         for tensor, array in features.items():
             if not np.isfinite(array).all():
                 raise ParityError(
-                    f"he_encoder gives NaN or infinity in {tensor} at batch {batch}: nothing is published"
+                    f"he_encoder returns NaN or infinity in {tensor} at batch {batch}: nothing is published"
                 )
             largest_feature = max(largest_feature, float(np.abs(array).max()))
         for name in counts:

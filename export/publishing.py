@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, also when two processes write the same one, or one is killed."""
+"""Folders that appear complete or not at all, even if two processes write the same one or one of them is killed."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def locked(output: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staging_folder(output: Path) -> Iterator[Path]:
-    """A new folder beside ``output`` that takes its place if the block ends well, and is removed if not.
+    """A new folder beside ``output`` that replaces it if the block succeeds, and is removed otherwise.
 
-    Call it inside :func:`locked`.
+    Use it inside :func:`locked`.
     """
     folder = output.parent / f".{output.name}.building-{uuid.uuid4().hex[:12]}"
     folder.mkdir()
@@ -48,7 +48,7 @@ def staging_folder(output: Path) -> Iterator[Path]:
         yield folder
         _sync(folder)
         if output.is_dir() and any(output.iterdir()):
-            _exchange(folder, output)  # the old one is now under the hidden name
+            _exchange(folder, output)  # the old folder now has the hidden name
         else:
             folder.rename(output)  # an empty folder may be replaced
     finally:
@@ -63,7 +63,7 @@ def _exchange(new: Path, old: Path) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(code, os.strerror(code), str(old))
-    # A file system that cannot swap two names: for a moment there is no folder, never half of one.
+    # A file system that cannot exchange two names: for a moment there is no folder, but never an incomplete one.
     aside = new.with_name(f"{new.name}-old")
     old.rename(aside)
     try:

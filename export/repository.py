@@ -1,7 +1,7 @@
-"""From graphs to the model repository Triton loads: build, check, publish.
+"""From graphs to the model repository that Triton loads: build, check, publish.
 
-Nothing here imports torch. A repository appears under its name only when every engine passed parity, and is not built
-again when nothing changed.
+Nothing here imports torch. A repository appears under its name only after every engine has passed parity, and is not
+rebuilt when nothing has changed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from staindiffuser.export.parity import EngineParity, Golden, check_parity
 from staindiffuser.export.publishing import locked, staging_folder
 from staindiffuser.files import file_sha256
 
-__all__ = ["BuildReport", "RepositoryBuild", "build", "build_repository", "plan_repository"]
+__all__ = ["BuildReport", "RepositoryBuild", "build", "build_repository", "prepare_build"]
 
 TRITON_MODELS = Path(__file__).resolve().parent.parent / "triton_models"
 Progress = Callable[[str], None]
@@ -32,32 +32,33 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class RepositoryBuild:
-    """All that decides a repository, before anything is built."""
+    """Everything that determines a repository, before anything is built."""
 
     graphs_dir: Path
     graphs: GraphSet
     builder: Builder
     options: BuildOptions
     keys: Mapping[str, str]
-    """Engine key by engine name."""
+    """:func:`~staindiffuser.export.builders.engine_key` by engine name."""
     engine_files: Mapping[str, str]
-    """Engine file name, made from its key, by engine name."""
+    """File name of each engine, derived from its key, by engine name."""
     flavour: str
     configs: Mapping[str, str]
     """``config.pbtxt`` by model name."""
     sources: Mapping[str, tuple[Path, ...]]
     """Files copied into each model's version folder."""
     fingerprint: str
+    """Hash of all of the above."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
-    """What a build did."""
+    """The outcome of a build."""
 
     repository: Path
     manifest: Manifest
     built: tuple[str, ...]
-    """Engines that were built; empty when the repository was already what was asked for."""
+    """Engines that were built; empty if the repository was up to date."""
     up_to_date: bool
 
 
@@ -83,34 +84,31 @@ def build(
 
     Args:
         graphs_dir: what ``export graphs`` wrote.
-        output: the repository's folder; replaced as a whole if it holds another one.
+        output: folder of the repository; an existing repository is replaced as a whole.
         target: one of :data:`staindiffuser.export.builders.TARGETS`.
         flavour: one of :data:`staindiffuser.export.triton_config.FLAVOURS`.
-        options: batches, threads and what else the target takes.
-        progress: told what is being done, one line each.
-
-    Returns:
-        What was built; nothing when ``output`` already is what is asked for.
+        options: batch sizes, threads and the target's own options.
+        progress: called with one line per step.
 
     Raises:
-        GraphsError, ManifestError: the graphs are missing, damaged or do not fit together.
-        ExportUsageError: unknown target, an option it does not take, or an unwritable output.
+        GraphsError, ManifestError: the graphs are missing, damaged or inconsistent.
+        ExportUsageError: unknown target, an option that it does not take, or an unwritable output.
         BuilderMissingError: the target's builder is not installed.
         ParityError: an engine is too far from torch; ``output`` is untouched.
     """
-    plan = plan_repository(graphs_dir, target=target, flavour=flavour, options=options)
+    wanted = prepare_build(graphs_dir, target=target, flavour=flavour, options=options)
     output = output.resolve()
     _refuse_foreign_folder(output)
     try:
         with locked(output):
             current = _current(output)
-            if current is not None and current.fingerprint == plan.fingerprint:
+            if current is not None and current.fingerprint == wanted.fingerprint:
                 return BuildReport(repository=output, manifest=current, built=(), up_to_date=True)
             with staging_folder(output) as folder:
-                others = _carry_others(plan, folder, output)
-                built = _write_models(plan, folder, output, others, progress)
-                parity = _run_parity(plan, folder, progress)
-                _manifest(plan, folder, parity, others).save(folder)
+                others = _carry_others(wanted, folder, output)
+                built = _write_models(wanted, folder, output, others, progress)
+                parity = _run_parity(wanted, folder, progress)
+                _manifest(wanted, folder, parity, others).save(folder)
                 manifest = verify(folder)
             return BuildReport(repository=output, manifest=manifest, built=built, up_to_date=False)
     except OSError as error:
@@ -119,13 +117,17 @@ def build(
         ) from error
 
 
-def plan_repository(
+def prepare_build(
     graphs_dir: Path, *, target: str = "onnxruntime", flavour: str = "python", options: BuildOptions | None = None
 ) -> RepositoryBuild:
-    """Decide everything about a repository without building; fast."""
+    """Work out everything that determines a repository, without building it; fast.
+
+    Raises:
+        See :func:`build`.
+    """
     options = options or BuildOptions()
     builder = builders.get(target)
-    builder.version()  # a target that is not installed is refused before anything else
+    builder.version()  # refuse a target that is not installed before anything else
     builder.check(options)
     graphs = GraphSet.load(graphs_dir)
     if graphs.precision not in builder.precisions:
@@ -134,8 +136,9 @@ def plan_repository(
     keys = {name: engine_key(builder, engine, graphs.precision, options) for name, engine in graphs.engines.items()}
     files = {name: f"{key[:16]}{builder.suffix}" for name, key in keys.items()}
     capability = builder.device().compute_capability
-    plans = {name: {capability: file} for name, file in files.items()}
-    configs = triton_config.model_configs(graphs, builder, plans, options, flavour)
+    configs = triton_config.model_configs(
+        graphs, builder, {name: {capability: file} for name, file in files.items()}, options, flavour
+    )
     engine_sources: tuple[Path, ...] = ()
     if flavour == "python":
         engine_sources = (TRITON_MODELS / "engine" / "model.py", TRITON_MODELS / "engine" / f"{builder.runner}.py")
@@ -174,30 +177,30 @@ def _refuse_foreign_folder(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise ExportUsageError(f"{output} is a file: choose a folder for the model repository")
     if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST_JSON).is_file():
-        raise ExportUsageError(f"{output} is not empty and no model repository: choose another folder")
+        raise ExportUsageError(f"{output} is neither empty nor a model repository: choose another folder")
 
 
 def _current(output: Path, *, environment: bool = True) -> Manifest | None:
-    """The manifest of what stands there, if it is intact."""
+    """The manifest of an intact repository at ``output``, or None."""
     try:
         return verify(output, environment=environment)
     except ManifestError:
         return None
 
 
-def _carry_others(plan: RepositoryBuild, folder: Path, output: Path) -> dict[str, tuple[PlanRecord, ...]]:
-    """Keep the plans that the repository which is replaced has for other kinds of GPU (native flavour)."""
-    others: dict[str, tuple[PlanRecord, ...]] = dict.fromkeys(plan.graphs.engines, ())
-    old = _current(output, environment=False) if plan.flavour == "native" else None
-    if old is None or old.flavour != plan.flavour:
+def _carry_others(wanted: RepositoryBuild, folder: Path, output: Path) -> dict[str, tuple[PlanRecord, ...]]:
+    """Copy the TensorRT plans for other kinds of GPU from the repository being replaced (native flavour)."""
+    others: dict[str, tuple[PlanRecord, ...]] = dict.fromkeys(wanted.graphs.engines, ())
+    old = _current(output, environment=False) if wanted.flavour == "native" else None
+    if old is None or old.flavour != wanted.flavour:
         return others
-    here = plan.builder.device()
-    for name, graph in plan.graphs.engines.items():
+    here = wanted.builder.device()
+    for name, graph in wanted.graphs.engines.items():
         record = old.engines.get(name)
         if record is None or (record.graph_sha256, record.builder, record.profiles) != (
             graph.graph_sha256,
-            plan.builder.version(),
-            plan.builder.profiles(plan.options),
+            wanted.builder.version(),
+            wanted.builder.profiles(wanted.options),
         ):
             continue
         found = {field.name: getattr(record, field.name) for field in dataclasses.fields(PlanRecord)}
@@ -211,46 +214,50 @@ def _carry_others(plan: RepositoryBuild, folder: Path, output: Path) -> dict[str
 
 
 def _write_models(
-    plan: RepositoryBuild, folder: Path, output: Path, others: Mapping[str, tuple[PlanRecord, ...]], progress: Progress
+    wanted: RepositoryBuild,
+    folder: Path,
+    output: Path,
+    others: Mapping[str, tuple[PlanRecord, ...]],
+    progress: Progress,
 ) -> tuple[str, ...]:
     built = []
-    configs = plan.configs
+    configs = wanted.configs
     if any(others.values()):
-        here = plan.builder.device().compute_capability
-        plans = {
+        here = wanted.builder.device().compute_capability
+        files = {
             name: {here: file, **{o.device.compute_capability: Path(o.file).name for o in others[name]}}
-            for name, file in plan.engine_files.items()
+            for name, file in wanted.engine_files.items()
         }
-        configs = triton_config.model_configs(plan.graphs, plan.builder, plans, plan.options, plan.flavour)
+        configs = triton_config.model_configs(wanted.graphs, wanted.builder, files, wanted.options, wanted.flavour)
     for model, text in configs.items():
         version = folder / model / "1"
         version.mkdir(parents=True, exist_ok=True)
         (folder / model / "config.pbtxt").write_text(text, encoding="utf-8")
-        for source in plan.sources.get(model, ()):
+        for source in wanted.sources.get(model, ()):
             shutil.copyfile(source, version / source.name)
-        if model not in plan.graphs.engines:
+        if model not in wanted.graphs.engines:
             if model == triton_config.ENSEMBLE:
-                (version / ".keep").touch()  # Triton wants the folder; archives and object stores drop empty ones
+                (version / ".keep").touch()  # Triton needs the folder, and archives drop empty ones
             continue
-        target = version / plan.engine_files[model]
-        if not _reuse(plan, model, output, target):
-            progress(f"building {model} ({plan.builder.target})")
-            graph = plan.graphs.engines[model]
-            plan.builder.build(plan.graphs_dir / graph.file, graph, target, plan.options)
+        target = version / wanted.engine_files[model]
+        if not _reuse(wanted, model, output, target):
+            progress(f"building {model} ({wanted.builder.target})")
+            graph = wanted.graphs.engines[model]
+            wanted.builder.build(wanted.graphs_dir / graph.file, graph, target, wanted.options)
             built.append(model)
-        if plan.options.weight_stripped:
-            shutil.copyfile(plan.graphs_dir / plan.graphs.engines[model].file, version / "weights.onnx")
+        if wanted.options.weight_stripped:
+            shutil.copyfile(wanted.graphs_dir / wanted.graphs.engines[model].file, version / "weights.onnx")
     return tuple(built)
 
 
-def _reuse(plan: RepositoryBuild, name: str, output: Path, target: Path) -> bool:
-    """Take an engine with the same key from the repository that is being replaced, if its bytes are intact."""
+def _reuse(wanted: RepositoryBuild, name: str, output: Path, target: Path) -> bool:
+    """Copy an intact engine with the same key from the repository being replaced, if it has one."""
     try:
         old = Manifest.load(output).engines.get(name)
     except ManifestError:
         return False
     records: list[EngineRecord | PlanRecord] = [old, *old.others] if old is not None else []
-    same = [record for record in records if record.key == plan.keys[name]]
+    same = [record for record in records if record.key == wanted.keys[name]]
     if not same:
         return False
     source = output / same[0].file
@@ -260,32 +267,32 @@ def _reuse(plan: RepositoryBuild, name: str, output: Path, target: Path) -> bool
     return True
 
 
-def _run_parity(plan: RepositoryBuild, folder: Path, progress: Progress) -> dict[str, list[EngineParity]]:
-    golden = Golden.load(plan.graphs_dir / plan.graphs.golden)
-    batches = plan.options.corners(plan.builder.profiles(plan.options))
+def _run_parity(wanted: RepositoryBuild, folder: Path, progress: Progress) -> dict[str, list[EngineParity]]:
+    golden = Golden.load(wanted.graphs_dir / wanted.graphs.golden)
+    batches = wanted.options.corners(wanted.builder.profiles(wanted.options))
     progress(f"checking {golden.samples} golden samples at batch {', '.join(map(str, batches))}")
     engines = {
-        name: plan.builder.load(folder / name / "1" / file, threads=plan.options.threads)
-        for name, file in plan.engine_files.items()
+        name: wanted.builder.load(folder / name / "1" / file, threads=wanted.options.threads)
+        for name, file in wanted.engine_files.items()
     }
     try:
-        return check_parity(engines, plan.graphs, golden, batches)
+        return check_parity(engines, wanted.graphs, golden, batches)
     finally:
         for engine in engines.values():
             engine.close()
 
 
 def _manifest(
-    plan: RepositoryBuild,
+    wanted: RepositoryBuild,
     folder: Path,
     parity: Mapping[str, list[EngineParity]],
     others: Mapping[str, tuple[PlanRecord, ...]],
 ) -> Manifest:
-    graphs = plan.graphs
+    graphs = wanted.graphs
     files = hash_files(folder)
     engines = {}
     for name, graph in graphs.engines.items():
-        file = f"{name}/1/{plan.engine_files[name]}"
+        file = f"{name}/1/{wanted.engine_files[name]}"
         sampled = name != triton_config.ENCODER
         # A cell map takes one step, from the highest noise level.
         steps = 0 if not sampled else 1 if name.startswith("cells_") else graphs.steps
@@ -293,7 +300,7 @@ def _manifest(
             file=file,
             sha256=files[file].sha256,
             bytes=files[file].bytes,
-            key=plan.keys[name],
+            key=wanted.keys[name],
             weights_sha256=graph.weights_sha256,
             graph_sha256=graph.graph_sha256,
             sampler=SAMPLER if sampled else "",
@@ -301,18 +308,18 @@ def _manifest(
             sigmas=graphs.sigmas[:steps],
             inputs=graph.inputs,
             outputs=graph.outputs,
-            profiles=plan.builder.profiles(plan.options),
+            profiles=wanted.builder.profiles(wanted.options),
             precision=graphs.precision,
-            builder=plan.builder.version(),
-            device=plan.builder.device(),
+            builder=wanted.builder.version(),
+            device=wanted.builder.device(),
             parity=tuple(parity[name]),
             others=others[name],
         )
     return Manifest(
         staindiffuser=staindiffuser.__version__,
-        target=plan.builder.target,
-        flavour=plan.flavour,
-        fingerprint=plan.fingerprint,
+        target=wanted.builder.target,
+        flavour=wanted.flavour,
+        fingerprint=wanted.fingerprint,
         model_name=graphs.name,
         model_version=graphs.model_version,
         notice=graphs.notice,
@@ -324,12 +331,12 @@ def _manifest(
         steps=graphs.steps,
         sigmas=graphs.sigmas,
         precision=graphs.precision,
-        max_batch=plan.options.max_batch,
-        batches=plan.options.preferred,
-        threads=plan.options.threads,
+        max_batch=wanted.options.max_batch,
+        batches=wanted.options.preferred,
+        threads=wanted.options.threads,
         cuda_pool_bytes=0
-        if plan.builder.device().kind == "cpu"
-        else triton_config.cuda_pool_bytes(graphs, plan.options.max_batch),
+        if wanted.builder.device().kind == "cpu"
+        else triton_config.cuda_pool_bytes(graphs, wanted.options.max_batch),
         stains=graphs.stains,
         engines=engines,
         files=files,

@@ -1,16 +1,16 @@
-"""Triton's ``config.pbtxt`` of every model, from one description of the ensemble.
+"""``config.pbtxt`` of every Triton model, generated from one description of the ensemble.
 
-The messages are built with the protobuf classes Triton's client ships, so that a field that does not exist is an error
-here; each text is parsed back, and the tensors are checked across the whole ensemble before anything is written::
+The messages are built with the protobuf classes that Triton's client ships, so that an unknown field is an error here.
+Each text is parsed back, and tensors are checked across the whole ensemble before anything is written::
 
     HE ─► he_encoder ─┬─ FEATURES_0..3 ─────────────────┬──► stain_<name> ─► STAIN_<NAME>
                       └─ AFTER ─► noise ─┬─ NOISE ──────┤
     ORIGIN, SEED ─────────────────►      └─ NOISE_CELLS ┴──► cells_<name> ─► CELLS_<NAME>
 
-The ensemble has one first step, the encoder: ``noise`` waits for its coarsest features and does not read them. With two
-first steps, a failure of the one that Triton schedules earlier freezes the whole server (24.10): gRPC's thread still
-schedules the other step under its request's lock and waits for the ensemble's, while the failing step's thread holds
-the ensemble's lock and waits for the request's to send the error. Later steps are scheduled without that lock.
+The encoder is the ensemble's only first step: ``noise`` takes the coarsest features as an input that it does not read.
+With two first steps, a failure of the one scheduled earlier deadlocks the whole server (24.10): the gRPC thread, still
+scheduling the other step under the request's lock, waits for the ensemble's lock, which the failing step's thread holds
+while it waits for the request's lock to send the error. Later steps are scheduled without the request's lock.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ENSEMBLE",
     "FLAVOURS",
-    "Plans",
+    "EngineFiles",
     "check_ensemble",
     "contract_parameters",
     "cuda_pool_bytes",
@@ -49,15 +49,15 @@ ENSEMBLE = "staindiffuser"
 NOISE_MODEL = "noise"
 ENCODER = "he_encoder"
 AFTER = "AFTER"
-"""Input of the noise model that only orders it after the encoder."""
+"""Input of the noise model whose only purpose is to order it after the encoder."""
 _TYPES = {"uint8": pb.TYPE_UINT8, "float16": pb.TYPE_FP16, "float32": pb.TYPE_FP32, "int64": pb.TYPE_INT64}
 FLAVOURS = ("python", "native")
 """``python``: Triton's Python backend runs the engines, anywhere. ``native``: its TensorRT backend does, in the
 vendor's container."""
-Plans = Mapping[str, str]
+EngineFiles = Mapping[str, str]
 """Compute capability ("8.9"; "" on a CPU) to file name."""
 IN_FLIGHT = 4
-"""Requests whose tensors are on the GPU at once; decides the CUDA pool's size (ours)."""
+"""Requests whose tensors are on the GPU at once; determines the size of the CUDA pool (ours)."""
 QUEUE_LENGTH = 64
 """Requests that may wait for a model; the next one is refused (ours)."""
 QUEUE_TIMEOUT_US = 30_000_000
@@ -65,7 +65,7 @@ QUEUE_TIMEOUT_US = 30_000_000
 
 
 class Contract(Protocol):
-    """What a client must know; :class:`GraphSet` and :class:`Manifest` both have it."""
+    """What a client must know, as both :class:`GraphSet` and :class:`Manifest` provide it."""
 
     @property
     def stains(self) -> tuple[ExportedStain, ...]: ...
@@ -84,7 +84,7 @@ class Contract(Protocol):
 
 
 def contract_parameters(contract: Contract, model_name: str) -> dict[str, str]:
-    """The ensemble's ``parameters``: a client learns all it needs from the server."""
+    """The ensemble's ``parameters``, from which a client learns everything it needs."""
     return {
         "stains": json.dumps([{"name": s.name, "label": s.label} for s in contract.stains], ensure_ascii=False),
         "tile": str(contract.tile),
@@ -99,7 +99,7 @@ def contract_parameters(contract: Contract, model_name: str) -> dict[str, str]:
 
 
 def wire_inputs(tile: int) -> tuple[TensorSpec, ...]:
-    """What a client sends."""
+    """The ensemble's inputs."""
     return (
         TensorSpec(name="HE", dtype="uint8", shape=(tile, tile, 3)),
         TensorSpec(name="ORIGIN", dtype="int64", shape=(2,)),
@@ -108,7 +108,7 @@ def wire_inputs(tile: int) -> tuple[TensorSpec, ...]:
 
 
 def noise_outputs(tile: int, steps: int) -> tuple[TensorSpec, ...]:
-    """What the noise model gives."""
+    """Outputs of the noise model."""
     return (
         TensorSpec(name="NOISE", dtype="float16", shape=(steps, IMAGE_CHANNELS, tile, tile)),
         TensorSpec(name="NOISE_CELLS", dtype="float16", shape=(1, tile, tile)),
@@ -116,7 +116,7 @@ def noise_outputs(tile: int, steps: int) -> tuple[TensorSpec, ...]:
 
 
 def wire_outputs(graphs: GraphSet) -> tuple[TensorSpec, ...]:
-    """What a client may ask for."""
+    """The ensemble's outputs."""
     specs = []
     for stain in graphs.stains:
         name = stain.name.upper()
@@ -126,7 +126,7 @@ def wire_outputs(graphs: GraphSet) -> tuple[TensorSpec, ...]:
 
 
 def check_ensemble(graphs: GraphSet) -> None:
-    """Check that every engine finds its inputs, with dtype and shape, and that the wire's outputs all exist.
+    """Check that every engine's inputs exist with their dtype and shape, and that every wire output is produced.
 
     Raises:
         GraphsError: names the engine and the tensor.
@@ -151,7 +151,7 @@ def check_ensemble(graphs: GraphSet) -> None:
 
 
 def cuda_pool_bytes(graphs: GraphSet, max_batch: int) -> int:
-    """Bytes of all that lies between the ensemble's models, and of its results, for the requests that are in flight."""
+    """Bytes of intermediate tensors and results for all requests in flight."""
     engines = graphs.engines.values()
     between = [*noise_outputs(graphs.tile, graphs.steps), *(spec for engine in engines for spec in engine.outputs)]
     each = sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in between)
@@ -161,22 +161,21 @@ def cuda_pool_bytes(graphs: GraphSet, max_batch: int) -> int:
 def model_configs(
     graphs: GraphSet,
     builder: Builder,
-    engine_files: Mapping[str, Plans],
+    engine_files: Mapping[str, EngineFiles],
     options: BuildOptions,
     flavour: str = "python",
 ) -> dict[str, str]:
     """The text of every model's ``config.pbtxt``, by model name.
 
     Args:
-        graphs: what is served.
-        builder: the engines' target.
-        engine_files: files of each engine inside its model's version folder, by compute capability ("" on a CPU); the
-            first is the one that was built here.
-        options: batches and threads.
+        graphs: the graphs that the engines are built from.
+        builder: of the engines.
+        engine_files: by engine name; the first file of each is the one built on this machine.
+        options: batch sizes and threads.
         flavour: ``python`` or ``native``.
 
     Raises:
-        GraphsError: the engines' tensors do not fit together.
+        GraphsError: the engines' tensors are inconsistent.
         ExportUsageError: the flavour does not exist or cannot run the target's engines.
     """
     check_ensemble(graphs)
@@ -206,7 +205,7 @@ def model_configs(
 
 
 def to_text(message: ModelConfig) -> str:
-    """Protobuf text, proven to parse back to the same message."""
+    """Protobuf text that is checked to parse back to the same message."""
     text = text_format.MessageToString(message, as_utf8=True)
     if parse(text) != message:
         raise AssertionError(f"config.pbtxt of {message.name} does not parse back to itself")
@@ -239,28 +238,29 @@ def _python_model(
     for key, value in parameters.items():
         message.parameters[key].string_value = value
     if gpu:
-        # Without it the Python backend copies every input to the host first.
+        # By default, the Python backend copies every input to the host first.
         message.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "no"
-    # No dynamic batching: merging requests by chance would let the same request meet different batch sizes, and with
-    # them results a grey level apart. Clients choose their batch.
+    # No dynamic batching: the same request would meet different batch sizes by chance, and results may then differ by a
+    # grey level. Clients choose their batch size.
     _finish(message, inputs, options)
     return message
 
 
 def _native_model(
-    name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], options: BuildOptions, plans: Plans
+    name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], options: BuildOptions, plans: EngineFiles
 ) -> ModelConfig:
     """One engine for Triton's TensorRT backend.
 
-    That server is shared by many clients, so requests are merged: to the batches that the plan has profiles and CUDA
-    graphs for, never waiting for more. A queue that is full, or a request that waited too long, is refused.
+    That server is shared by many clients, so waiting requests are merged into the batch sizes that the plan has
+    profiles and CUDA graphs for, without any delay. A request that finds the queue full, or that waits too long, is
+    refused.
     """
     message = pb.ModelConfig(name=name, platform="tensorrt_plan", backend="tensorrt", max_batch_size=options.max_batch)
     _add_tensors(message, inputs, outputs)
     message.default_model_filename = next(iter(plans.values()))
     for capability, file in plans.items():
         message.cc_model_filenames[capability] = file
-    # One instance: with dynamic shapes each would hold the weights again.
+    # One instance: with dynamic shapes, each instance would hold its own copy of the weights.
     group = message.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_GPU)
     group.profile.extend(str(index) for index in range(len(options.profiles)))
     batching = message.dynamic_batching
@@ -281,8 +281,8 @@ def _native_model(
 
 
 def _finish(message: ModelConfig, inputs: Iterable[TensorSpec], options: BuildOptions) -> None:
-    """What every model gets: no response cache, and a warm-up with the shapes it will meet."""
-    message.response_cache.enable = False  # its key ignores shape, dtype and requested outputs
+    """Settings of every model: no response cache, and warm-up at the preferred batch sizes."""
+    message.response_cache.enable = False  # its key ignores shapes, dtypes and requested outputs
     for batch in options.preferred:
         warmup = message.model_warmup.add(name=f"batch_{batch}", batch_size=batch, count=1)
         for spec in inputs:

@@ -1,4 +1,4 @@
-"""``staindiffuser serve``: start the embedded server and watch it until it is told to stop."""
+"""``staindiffuser serve``: start the embedded server and watch it until it is stopped."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ __all__ = ["serve"]
 def serve(
     repository: Annotated[
         Path | None,
-        typer.Argument(help="Model repository that `export build` wrote; the shipped demonstration if absent."),
+        typer.Argument(help="Model repository from `export build`; the demonstration model by default."),
     ] = None,
-    grpc_port: Annotated[int, typer.Option(help="Port for clients, on 127.0.0.1; 0 for a free one.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(help="Port for Prometheus, on 127.0.0.1; 0 for a free one.")] = 8002,
-    threads: Annotated[int | None, typer.Option(help="Threads of each CPU engine; 0 for all cores.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Serve only engines that come from this checkpoint.")] = None,
+    grpc_port: Annotated[int, typer.Option(help="gRPC port on 127.0.0.1; 0: a free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="Prometheus metrics port on 127.0.0.1; 0: a free one.")] = 8002,
+    threads: Annotated[int | None, typer.Option(help="Threads of each CPU engine; 0: all cores.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Refuse engines that do not come from this checkpoint.")
+    ] = None,
     log: Annotated[Path | None, typer.Option(help="Append Triton's log to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ready line as one JSON object.")] = False,
 ) -> None:
@@ -84,7 +86,7 @@ def serve(
 
 
 class _Stop(BaseException):
-    """A signal that asks the server to end; not an error, so nothing on the way may catch it as one."""
+    """A signal to stop; not an Exception, so that no handler of errors catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

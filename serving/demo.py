@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from staindiffuser.export.errors import GraphsError
-from staindiffuser.export.repository import Progress, build, plan_repository
+from staindiffuser.export.repository import Progress, build, prepare_build
 from staindiffuser.files import cache_folder
 
 __all__ = ["demo_graphs", "demo_repository"]
@@ -14,10 +14,10 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def demo_graphs() -> Path:
-    """The graphs that ship with the package.
+    """Folder of the graphs that ship with the package.
 
     Raises:
-        GraphsError: this installation has none.
+        GraphsError: this installation lacks them.
     """
     import staindiffuser
 
@@ -28,15 +28,15 @@ def demo_graphs() -> Path:
 
 
 def demo_repository(progress: Progress = lambda message: None) -> Path:
-    """Build the demonstration's repository once, in the cache folder, and return it.
+    """The demonstration's repository, built in the cache folder on first use.
 
-    Its name holds the hash of all that it is made from: another version of the model, of this package or of ONNX
-    Runtime has another folder, and the same one is not built again.
+    The folder's name contains the repository's fingerprint, so that another version of the model, of this package or of
+    ONNX Runtime gets its own folder.
 
     Raises:
         StainDiffuserError: see :func:`staindiffuser.export.repository.build`.
     """
     graphs = demo_graphs()
-    plan = plan_repository(graphs)
-    output = cache_folder() / "repositories" / f"{plan.graphs.name}-{plan.fingerprint[:16]}"
+    wanted = prepare_build(graphs)
+    output = cache_folder() / "repositories" / f"{wanted.graphs.name}-{wanted.fingerprint[:16]}"
     return build(graphs, output, progress=progress).repository

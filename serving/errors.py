@@ -2,7 +2,7 @@
 
 StainDiffuserError
 ├── UsageError
-│   └── PortInUseError         2  another process listens on the port
+│   └── PortInUseError         2  another process uses the port
 ├── ServerError
 │   └── ServerStartError       3  Triton did not become ready; the message quotes its log
 └── DependencyError
@@ -15,7 +15,7 @@ __all__ = ["PortInUseError", "ServerMissingError", "ServerStartError"]
 
 
 class PortInUseError(UsageError):
-    """Another process listens on a port that was asked for."""
+    """Another process uses a requested port."""
 
 
 class ServerStartError(ServerError):
@@ -23,4 +23,4 @@ class ServerStartError(ServerError):
 
 
 class ServerMissingError(DependencyError):
-    """What the embedded server needs is not on this machine."""
+    """This machine lacks something that the embedded server needs."""

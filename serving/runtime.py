@@ -1,7 +1,7 @@
-"""The Triton server inside the ``nvidia-pytriton`` wheel: where it is, and the environment it needs.
+"""The Triton server inside the ``nvidia-pytriton`` wheel: its location and the environment it needs.
 
 The wheel holds tritonserver, the Python backend and one stub per Python version, in places where tritonserver does not
-look. A backend directory of links puts them together; nothing is copied and the wheel is not touched.
+look. A backend directory of links brings them together; nothing is copied and the wheel is left unchanged.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _INSTALL = "install it with: pip install 'staindiffuser[serve]'"
 
 @dataclass(frozen=True, kw_only=True)
 class TritonRuntime:
-    """Files of one tritonserver."""
+    """Locations of one tritonserver's files."""
 
     server: Path
     python_backend: Path
     stub: Path
-    """The Python backend's process, built for this interpreter's version."""
+    """Executable of the Python backend's processes, built for this interpreter's version."""
     libraries: Path
 
     def prepare_backends(self, folder: Path) -> Path:
-        """Make a backend directory of links in an empty folder; returns it."""
+        """Make a backend directory of links in ``folder``; returns ``folder``."""
         python = folder / "python"
         python.mkdir(parents=True)
         for source in (*self.python_backend.iterdir(), self.stub):
@@ -40,18 +40,18 @@ class TritonRuntime:
         return folder
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
-        """The environment tritonserver and its stubs run in."""
+        """The environment that tritonserver and its stubs run in."""
         environment = dict(base)
         libraries = [str(self.libraries), base.get("LD_LIBRARY_PATH", ""), sysconfig.get_config_var("LIBDIR") or ""]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(path for path in libraries if path)
-        # A stub finds its packages through the interpreter that is first on the path.
+        # A stub finds its packages through the first interpreter on the path.
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
         environment.pop("PYTHONHOME", None)
         return environment
 
 
 def find_runtime() -> TritonRuntime:
-    """Find the wheel's files without importing it.
+    """Locate the wheel's files without importing it.
 
     Raises:
         ServerMissingError: the wheel is missing or has no stub for this Python.

@@ -1,15 +1,14 @@
-"""An embedded Triton server for one model repository: gRPC and metrics on loopback, nothing else.
+"""An embedded Triton server for one model repository, with gRPC and metrics on loopback only.
 
-The server of the ``nvidia-pytriton`` wheel is old and its HTTP front end can be crashed from outside, so it is never
-exposed: HTTP is off, gRPC and metrics listen on 127.0.0.1, models cannot be loaded or unloaded, the protocols for
-repository, shared memory, tracing and logging are refused, and the response cache is off.
+The server in the ``nvidia-pytriton`` wheel is old and its HTTP front end can be crashed remotely, so it is never
+exposed: HTTP is off, gRPC and metrics listen on 127.0.0.1, models cannot be loaded or unloaded, the repository,
+shared-memory, trace and logging protocols are refused, and the response cache is off.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -17,24 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-
-import numpy as np
 
 from staindiffuser.errors import ServerLostError
 from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.serving import supervisor
 from staindiffuser.serving.errors import PortInUseError, ServerMissingError, ServerStartError
+from staindiffuser.serving.preflight import require_shared_memory
 from staindiffuser.serving.runtime import TritonRuntime, find_runtime
+from staindiffuser.serving.triton_log import likely_reason, start_error
 
 __all__ = ["TritonServer"]
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT = 180.0
 RESTRICTED = ("model-repository", "shared-memory", "trace", "logging")
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 class TritonServer:
@@ -55,14 +52,14 @@ class TritonServer:
         threads: int | None = None,
         checkpoint: Path | None = None,
     ) -> None:
-        """Describe a server; entering the context starts it.
+        """Configure a server; entering the context starts it.
 
         Args:
-            repository: what ``export build`` wrote.
-            grpc_port: for clients, on 127.0.0.1; a free one by default.
-            metrics_port: for Prometheus, on 127.0.0.1; a free one by default.
-            log: where Triton's log is appended; by default it is kept only while the server runs.
-            threads: threads of each CPU engine instead of what the repository says; 0 for all.
+            repository: model repository from ``export build``.
+            grpc_port: for clients, on 127.0.0.1; a free port by default.
+            metrics_port: for Prometheus, on 127.0.0.1; a free port by default.
+            log: file to append Triton's log to; by default the log is kept only while the server runs.
+            threads: threads of each CPU engine, overriding the repository; 0 for all cores.
             checkpoint: checkpoint folder that the engines must come from, or None.
         """
         self.repository = repository.resolve()
@@ -78,12 +75,12 @@ class TritonServer:
 
     @property
     def url(self) -> str:
-        """Host and port for gRPC clients."""
+        """``HOST:PORT`` for gRPC clients."""
         return f"{LOOPBACK}:{self._grpc_port}"
 
     @property
     def metrics_url(self) -> str:
-        """Where Prometheus scrapes."""
+        """URL for Prometheus to scrape."""
         return f"http://{LOOPBACK}:{self._metrics_port}/metrics"
 
     @property
@@ -93,33 +90,33 @@ class TritonServer:
 
     @property
     def manifest(self) -> Manifest:
-        """What is served."""
+        """Manifest of the repository being served."""
         if self._manifest is None:
             raise ServerLostError("the server was not started")
         return self._manifest
 
     @property
     def alive(self) -> bool:
-        """Whether tritonserver still runs."""
+        """Whether tritonserver is running."""
         return self._supervisor is not None and self._supervisor.poll() is None
 
     def __enter__(self) -> TritonServer:
         """Verify the repository, start the server and wait until it is ready.
 
         Raises:
-            VerificationError: files, builder or device differ from the manifest.
-            PortInUseError: a port that was asked for is taken.
-            ServerMissingError: there is no tritonserver here, or too little shared memory.
-            ServerStartError: it did not become ready; quotes its log.
+            VerificationError: files, builder or device do not match the manifest.
+            PortInUseError: a requested port is in use.
+            ServerMissingError: no tritonserver on this machine, or too little shared memory.
+            ServerStartError: the server did not become ready; quotes its log.
         """
         self._manifest = verify(self.repository, checkpoint=self._checkpoint)
         if self._manifest.flavour != "python":
             raise ServerMissingError(
-                f"{self.repository} is for Triton's TensorRT backend, which the embedded server lacks: serve it in the "
+                f"{self.repository} needs Triton's TensorRT backend, which the embedded server lacks: serve it in the "
                 "container, or build it with --flavour python"
             )
         runtime = find_runtime()
-        _require_shared_memory(self._manifest)
+        require_shared_memory(self._manifest)
         for port in self._ports:
             if port is not None:
                 _require_free(port)
@@ -137,11 +134,11 @@ class TritonServer:
         self.stop()
 
     def stop(self) -> None:
-        """End the server and everything it started; does nothing if it does not run."""
+        """Stop the server and everything it started; does nothing if it is not running."""
         if self._supervisor is not None:
             assert self._supervisor.stdin is not None
             with contextlib.suppress(OSError):
-                self._supervisor.stdin.close()  # the supervisor takes this as the order to stop
+                self._supervisor.stdin.close()  # tells the supervisor to stop
             try:
                 self._supervisor.wait(supervisor.GRACE_SECONDS + 5)
             except subprocess.TimeoutExpired:
@@ -155,7 +152,7 @@ class TritonServer:
             self._folder = None
 
     def wait(self, seconds: float) -> None:
-        """Wait while the server runs.
+        """Wait for at most ``seconds`` while the server is running.
 
         Raises:
             ServerLostError: it ended by itself.
@@ -202,7 +199,7 @@ class TritonServer:
             "model-repository": str(models),
             "backend-directory": str(backends),
             "model-control-mode": "none",
-            "disable-auto-complete-config": "",  # a configuration is complete or refused
+            "disable-auto-complete-config": "",  # an incomplete configuration is refused
             "strict-readiness": "true",
             "exit-on-error": "true",
             "exit-timeout-secs": "5",
@@ -213,7 +210,7 @@ class TritonServer:
             "metrics-port": str(self._metrics_port),
             "allow-metrics": "true",
             "log-format": "ISO8601",
-            # Nobody knows this key, not even we: these protocols are closed, not protected by a secret.
+            # The key is thrown away: these protocols are closed, not protected by a secret.
             "grpc-restricted-protocol": f"{','.join(RESTRICTED)}:closed={secrets.token_hex(32)}",
             "backend-config": f"python,shm-region-prefix-name={self._prefix}",
         }
@@ -221,7 +218,7 @@ class TritonServer:
             arguments["pinned-memory-pool-byte-size"] = "0"
             arguments["allow-gpu-metrics"] = "false"
         else:
-            # The features live here between models; a full pool silently falls back to host memory.
+            # Holds the features between models; Triton silently falls back to host memory when it is full.
             arguments["cuda-memory-pool-byte-size"] = f"0:{self.manifest.cuda_pool_bytes}"
         return [f"--{name}={value}" if value else f"--{name}" for name, value in arguments.items()]
 
@@ -229,11 +226,11 @@ class TritonServer:
         import tritonclient.grpc as triton
 
         deadline = time.monotonic() + START_TIMEOUT
-        # gRPC obeys http_proxy even for loopback; hospitals have one.
+        # By default gRPC obeys http_proxy even for loopback, and hospitals set it.
         with triton.InferenceServerClient(self.url, channel_args=[("grpc.enable_http_proxy", 0)]) as client:
             while time.monotonic() < deadline:
                 if not self.alive:
-                    raise _start_error(self._reason())
+                    raise start_error(self._reason())
                 with contextlib.suppress(triton.InferenceServerException):
                     if client.is_server_ready(client_timeout=5):
                         return
@@ -241,20 +238,13 @@ class TritonServer:
         raise ServerStartError(f"Triton was not ready after {START_TIMEOUT:.0f} s: {self._reason()}")
 
     def _reason(self) -> str:
-        """The line of this run's log that most likely says why it ended."""
-        try:
-            with self._log_path().open("rb") as log:
-                log.seek(self._log_start)
-                lines = log.read().decode(errors="replace").splitlines()
-        except OSError:
-            return "its log cannot be read"
-        return _pick(lines) or "its log is empty"
+        return likely_reason(self._log_path(), self._log_start)
 
 
 def _link_models(repository: Path, manifest: Manifest, folder: Path) -> Path:
-    """A repository of links to the files that were verified, and to no others.
+    """A repository of links to exactly the files that were verified.
 
-    The Python backend writes compiled files beside its models and would run ones it finds there; this way the
+    The Python backend writes compiled files beside its models and would run any it finds there. With links, the
     repository stays as it was built, may be read-only, and nothing unverified is executed.
     """
     for name in manifest.files:
@@ -282,41 +272,3 @@ def _reserve(port: int | None) -> tuple[socket.socket, int]:
         held.bind((LOOPBACK, 0))
         port = held.getsockname()[1]
     return held, port
-
-
-def _model_bytes(manifest: Manifest) -> list[int]:
-    """Bytes of inputs and outputs of each engine at the largest batch."""
-    return [
-        manifest.max_batch
-        * sum(int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for t in (*engine.inputs, *engine.outputs))
-        for engine in manifest.engines.values()
-    ]
-
-
-def _require_shared_memory(manifest: Manifest) -> None:
-    """The Python backend hands tensors over through /dev/shm, which containers make small."""
-    if not _SHARED_MEMORY.is_dir():
-        raise ServerMissingError(f"{_SHARED_MEMORY} is missing: Triton's Python backend needs it")
-    needed = int(1.25 * sum(_model_bytes(manifest))) + (1 << 20) * (len(manifest.engines) + 1)
-    free = shutil.disk_usage(_SHARED_MEMORY).free
-    if free < needed:
-        raise ServerMissingError(
-            f"{_SHARED_MEMORY} has {free >> 20} MiB free, this repository needs {needed >> 20} MiB at batch "
-            f"{manifest.max_batch}: give the container more (docker run --shm-size) or build with a smaller --max-batch"
-        )
-
-
-def _start_error(reason: str) -> Exception:
-    if "error while loading shared libraries: libpython" in reason:
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        return ServerMissingError(f"Triton's Python backend needs libpython{version}.so: install libpython{version}")
-    return ServerStartError(f"Triton did not start: {reason}")
-
-
-def _pick(lines: Sequence[str]) -> str:
-    patterns = (r"error while loading shared libraries", r"failed to load '.*' version", r"^error: ", r"^\S+Z E ")
-    for pattern in patterns:
-        for line in lines:
-            if re.search(pattern, line):
-                return re.sub(r"^\S+Z [EWI] \d+ (\S+:\d+\] )?", "", line).strip(' "')[:500]
-    return lines[-1].strip() if lines else ""

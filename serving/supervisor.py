@@ -1,15 +1,15 @@
-"""Runs one Triton server and makes sure that nothing of it outlives whoever started it.
+"""Runs one Triton server and makes sure that nothing of it outlives the process that started it.
 
-Started as its own process (``python supervisor.py SHM_PREFIX FOLDER COMMAND...``), standard library only. It ends the
-server
+Runs as a process of its own (``python supervisor.py SHM_PREFIX FOLDER COMMAND...``) and uses the standard library only.
+It stops the server
 
-- when its standard input closes: the starting process stopped it, or died in whatever way;
-- when it is told to terminate;
-- and, should it be killed itself, through the kernel (``PR_SET_PDEATHSIG``).
+- when its standard input closes, because the parent closed it or died;
+- when it receives SIGTERM;
+- through the kernel (``PR_SET_PDEATHSIG``) if it is killed itself.
 
-Afterwards it kills what is left of the server's process group (Python backend stubs) and removes the shared memory that
-a killed server leaves behind. Unless the server ended by itself, it removes ``FOLDER`` too (whoever started it then
-wants to read the log there). Its first line on standard output is the server's process id.
+It then kills the rest of the server's process group (Python backend stubs) and removes the shared memory that a killed
+server leaves behind. It also removes ``FOLDER``, unless the server ended by itself and the parent is to read its log.
+The first line on standard output is the server's process id.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> int:
-    """Run ``COMMAND`` until it ends or the supervisor is told to stop; returns the server's exit status."""
+    """Run ``COMMAND`` until it ends or is stopped; returns the server's exit status."""
     prefix, folder, *command = arguments
     ordered = False
     libc = ctypes.CDLL(None)
     signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the process that started us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is handled by the parent
     server = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

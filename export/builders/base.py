@@ -1,58 +1,60 @@
-"""What every target's builder offers; one file per target implements it.
+"""The interface of a target's builder; each target implements it in its own file.
 
-A builder turns one ONNX graph into one engine file and knows how that engine is run: here, for parity and benchmarks,
-and in Triton, by naming the runner that the Python backend loads.
+A builder turns one ONNX graph into one engine file, and knows how to run it: in this process, for parity and
+benchmarks, and in Triton, by naming the runner that the Python backend loads.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 from staindiffuser.export.description import EngineGraph
 from staindiffuser.export.errors import ExportUsageError
+from staindiffuser.records import STRICT
 
 __all__ = ["BuildOptions", "Builder", "Device", "Engine", "HostEngine", "Profile", "engine_key", "refuse_unused"]
 
 Profile = tuple[int, int, int]
-"""Smallest, preferred and largest batch of an optimisation profile."""
+"""Smallest, optimal and largest batch of an optimisation profile."""
 
 
 VERBOSITIES = ("none", "names", "detailed")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """What may be chosen when engines are built. A field a target has no use for is refused by that target."""
+    """Options for building engines. A target refuses options that it does not use."""
 
     max_batch: int = 8
     """Largest batch of tiles that the engines and Triton accept."""
     threads: int = 0
-    """A CPU engine's threads; 0 for as many as the serving process may use."""
+    """Threads of each CPU engine; 0 for all cores that the serving process may use."""
     batches: tuple[int, ...] = ()
-    """Batches that clients prefer, such as (1, 8, 32); the largest is ``max_batch``. Empty: 1 and ``max_batch``."""
+    """Batch sizes to optimise for, such as (1, 8, 32); the largest is ``max_batch``. Empty: 1 and ``max_batch``."""
     compute_capabilities: tuple[str, ...] = ()
     """GPUs to compile for ahead of time, such as ``("8.9", "12.0")``; empty for the target's default."""
     workspace_mib: int = 0
-    """Most scratch memory that TensorRT may plan with, MiB; 0 for all of the GPU's."""
+    """Scratch memory that TensorRT may use while building, MiB; 0 for all of the GPU's memory."""
     verbosity: str = "names"
-    """What a TensorRT plan tells the inspector about itself: ``none``, ``names`` (of layers) or ``detailed``."""
+    """Layer information stored in TensorRT plans: ``none``, ``names`` or ``detailed``."""
     version_compatible: bool = False
-    """Plans that later TensorRT versions of the same major run too (somewhat slower)."""
+    """Plans that later TensorRT releases of the same major version can run (somewhat slower)."""
     weight_stripped: bool = False
-    """Plans without weights: these are put back from the graph, which lies beside the plan, when it is loaded."""
+    """Plans without weights, refitted on loading from the graph that is stored beside the plan."""
 
     def __post_init__(self) -> None:
         if self.batches:
             if min(self.batches) < 1 or len(set(self.batches)) != len(self.batches):
-                raise ExportUsageError(f"batches {list(self.batches)}: must be different numbers from 1")
+                raise ExportUsageError(f"batches {list(self.batches)}: must be distinct and at least 1")
             object.__setattr__(self, "batches", tuple(sorted(self.batches)))
             object.__setattr__(self, "max_batch", self.batches[-1])
         if not 1 <= self.max_batch <= 1024:
@@ -76,19 +78,19 @@ class BuildOptions:
 
     @property
     def profiles(self) -> tuple[Profile, ...]:
-        """A profile per preferred batch, best at its largest: (1, 8, 32) gives 1..1, 2..8 and 9..32."""
+        """One profile per preferred batch size, optimal at its largest: (1, 8, 32) gives 1..1, 2..8 and 9..32."""
         return tuple((low + 1, high, high) for low, high in pairwise((0, *self.preferred)))
 
     def corners(self, profiles: Sequence[Profile]) -> tuple[int, ...]:
-        """Batch sizes at which parity is checked: both ends of every profile, what is preferred, and an odd one."""
+        """Batch sizes at which parity is checked: the ends of every profile, the preferred sizes, and an odd one."""
         odd = self.max_batch // 2 if (self.max_batch // 2) % 2 else self.max_batch // 2 + 1
         ends = {batch for smallest, preferred, largest in profiles for batch in (smallest, preferred, largest)}
         return tuple(sorted({1, min(odd, self.max_batch), *self.preferred, *ends}))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Device:
-    """What an engine was built for, and checked on."""
+    """The device that an engine was built for and checked on."""
 
     kind: str
     """``cpu`` or ``cuda``."""
@@ -105,7 +107,7 @@ class Engine(Protocol):
         """Run one batch of NumPy arrays, batch dimension first; returns the outputs named."""
 
     def close(self) -> None:
-        """Free what the engine holds."""
+        """Release the engine's resources."""
 
 
 class Builder(Protocol):
@@ -135,23 +137,23 @@ class Builder(Protocol):
         """
 
     def check(self, options: BuildOptions) -> None:
-        """Refuse options that this target has no use for.
+        """Refuse options that this target does not use.
 
         Raises:
             ExportUsageError: names the option.
         """
 
     def profiles(self, options: BuildOptions) -> tuple[Profile, ...]:
-        """Optimisation profiles that an engine gets."""
+        """Optimisation profiles of the engines."""
 
     def settings(self, options: BuildOptions) -> Mapping[str, Any]:
-        """What else of the options decides an engine's bytes."""
+        """Options, apart from the profiles, that determine an engine's bytes."""
 
     def build(self, graph: Path, description: EngineGraph, output: Path, options: BuildOptions) -> None:
         """Write one engine file."""
 
     def load(self, path: Path, *, threads: int) -> Engine:
-        """Load an engine as the server does, to run it in this process; NumPy arrays in and out.
+        """Load an engine as the server does, to run it in this process with NumPy inputs and outputs.
 
         Raises:
             BuilderMissingError: this machine cannot run it.
@@ -159,7 +161,7 @@ class Builder(Protocol):
 
 
 class HostEngine:
-    """An engine of a GPU, with NumPy arrays in and out: what parity and benchmarks call."""
+    """A GPU engine with NumPy inputs and outputs, for parity and benchmarks."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -167,17 +169,17 @@ class HostEngine:
     def run(self, inputs: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
         """Run one batch and copy the outputs to the host."""
         results = self._engine.run(inputs, outputs)
-        # CuPy arrays refuse to become NumPy's unasked; torch tensors have to be moved first.
+        # CuPy arrays need an explicit copy to NumPy; torch tensors have to be moved to the host first.
         copies = {n: a.get() if hasattr(a, "get") else a.cpu() if hasattr(a, "cpu") else a for n, a in results.items()}
         return {name: np.asarray(array) for name, array in copies.items()}
 
     def close(self) -> None:
-        """Free what the engine holds."""
+        """Release the engine's resources."""
         self._engine.close()
 
 
 def refuse_unused(target: str, options: BuildOptions, *used: str) -> None:
-    """Refuse every option that was chosen and that the target has no use for.
+    """Refuse every option that was chosen but that the target does not use.
 
     Args:
         target: as on the command line.
@@ -187,15 +189,15 @@ def refuse_unused(target: str, options: BuildOptions, *used: str) -> None:
     Raises:
         ExportUsageError: names the option.
     """
-    for field in fields(options):
+    for field in dataclasses.fields(options):
         if field.name not in ("max_batch", "batches", *used) and getattr(options, field.name) != field.default:
-            raise ExportUsageError(f"target {target} has no use for --{field.name.replace('_', '-')}: leave it out")
+            raise ExportUsageError(f"target {target} does not use --{field.name.replace('_', '-')}: leave it out")
 
 
 def engine_key(builder: Builder, graph: EngineGraph, precision: str, options: BuildOptions) -> str:
-    """What decides an engine's bytes, hashed: the same key needs no second build."""
+    """Hash of everything that determines an engine's bytes; an engine with the same key is reused."""
     device = builder.device()
-    built_for = asdict(device) if device.kind == "cuda" else {"kind": device.kind}
+    built_for = dataclasses.asdict(device) if device.kind == "cuda" else {"kind": device.kind}
     parts: Mapping[str, Any] = {
         "graph": graph.graph_sha256,
         "target": builder.target,

@@ -1,4 +1,4 @@
-"""What every target asks of a graph before it builds."""
+"""Validation of a graph before a target builds it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["check_graph"]
 
 
 def check_graph(graph: Path, description: EngineGraph) -> None:
-    """Check that a file is a valid ONNX model with the tensors that were described.
+    """Check that a file is a valid ONNX model with the tensors of its description.
 
     Raises:
         GraphsError: names the file and the tensor.
@@ -21,7 +21,7 @@ def check_graph(graph: Path, description: EngineGraph) -> None:
     try:
         model = onnx.load(graph, load_external_data=False)
         onnx.checker.check_model(model)
-    except Exception as error:  # protobuf's and the checker's errors share no base
+    except Exception as error:  # the errors of protobuf and of the checker have no common base
         raise GraphsError(f"{graph} is not a valid ONNX model: {str(error).splitlines()[0]}") from error
     for side, tensors, described in (
         ("input", model.graph.input, description.inputs),

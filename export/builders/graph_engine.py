@@ -1,4 +1,4 @@
-"""What targets share whose engine file is the graph itself: the runtime optimises it when it loads it."""
+"""Base of targets whose engine file is the graph itself, which the runtime optimises when it loads it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class GraphEngineBuilder:
     suffix = ".onnx"
 
     def check(self, options: BuildOptions) -> None:
-        """Only threads and batches mean something here."""
+        """Only threads and batch sizes are used."""
         refuse_unused(self.target, options, "threads")
 
     def profiles(self, options: BuildOptions) -> tuple[Profile, ...]:
@@ -36,7 +36,7 @@ class GraphEngineBuilder:
         """Check the graph and copy it.
 
         Raises:
-            GraphsError: the file is not a valid ONNX model, or its tensors are not those described.
+            GraphsError: the file is not a valid ONNX model, or its tensors do not match the description.
         """
         check_graph(graph, description)
         shutil.copyfile(graph, output)

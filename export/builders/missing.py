@@ -1,4 +1,4 @@
-"""The one line for a target that cannot be used here: why, and which ones can."""
+"""The error for a target that cannot be used on this machine: why, and which targets can."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def working_targets() -> list[str]:
     from staindiffuser.export import builders
 
     working = []
-    token = _asking.set(True)  # a target that fails meanwhile must not ask the others in turn
+    token = _asking.set(True)  # a target that fails here must not query the others in turn
     try:
         for target in builders.TARGETS:
             with contextlib.suppress(DependencyError):
@@ -32,7 +32,7 @@ def working_targets() -> list[str]:
 
 
 def missing(target: str, reason: str) -> BuilderMissingError:
-    """The error to raise."""
+    """The error for a target that cannot be used, for the caller to raise."""
     if _asking.get():
         return BuilderMissingError(f"target {target}: {reason}")
     return BuilderMissingError(

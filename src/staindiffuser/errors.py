@@ -44,7 +44,7 @@ class UsageError(StainDiffuserError):
 
 
 class ServerError(StainDiffuserError):
-    """The Triton server cannot be reached, or was lost while it worked."""
+    """The Triton server cannot be reached or failed."""
 
     exit_code = 3
 

@@ -64,7 +64,7 @@ def test_version() -> None:
         (["train", "--data", "missing", "--output", "x"], 4, "is not a folder of paired tiles"),
         (["train", "--data", "missing", "--output", "x", "--crop", "100"], 2, "crop is 100"),
         (["export", "build", "missing", "--output", "x"], 4, "graphs.json is missing"),
-        (["serve", "missing"], 5, "is no model repository"),
+        (["serve", "missing"], 5, "is not a model repository"),
     ],
 )
 def test_failures_end_with_their_exit_code_and_one_line(

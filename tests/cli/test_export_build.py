@@ -67,6 +67,6 @@ def test_failures_are_one_line_with_their_code(graphs: Path, tmp_path: Path) -> 
     refused(run("export", "build", graphs, "--output", output, "--target", "abacus"), 2, "unknown target 'abacus'")
     refused(run("export", "build", graphs, "--output", output, "--max-batch", 0), 2, "max batch 0: must be between")
     refused(run("export", "build", graphs, "--output", "/proc/repository"), 2, "cannot be written")
-    refused(run("export", "verify", tmp_path), 5, "is no model repository")
+    refused(run("export", "verify", tmp_path), 5, "is not a model repository")
     assert not output.exists()
     assert [path.name for path in tmp_path.iterdir()] == []

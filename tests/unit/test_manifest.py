@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from staindiffuser.errors import VerificationError
-from staindiffuser.export import manifest as manifests
 from staindiffuser.export.errors import ManifestError
-from staindiffuser.export.manifest import MANIFEST_JSON, Manifest, verify
+from staindiffuser.export.manifest import MANIFEST_JSON, Manifest, content_sha256, verify
 from staindiffuser.export.repository import build_repository
 from tests.synthetic_graphs import write_graphs
 
@@ -35,7 +34,7 @@ def edit(repository: Path, *path: str, value: Any, reseal: bool = True) -> None:
         target = target[key]
     target[path[-1]] = value
     if reseal:
-        data["content_sha256"] = manifests._content_sha256({k: v for k, v in data.items() if k != "content_sha256"})
+        data["content_sha256"] = content_sha256({k: v for k, v in data.items() if k != "content_sha256"})
     file.write_text(json.dumps(data))
 
 
@@ -132,11 +131,26 @@ def test_another_checkpoint_is_refused(repository: Path, tmp_path: Path) -> None
 
 
 def test_missing_and_malformed_manifests(repository: Path, tmp_path: Path) -> None:
-    assert "is no model repository" in refusal(tmp_path / "nowhere")
+    assert "is not a model repository" in refusal(tmp_path / "nowhere")
     file = repository / MANIFEST_JSON
-    file.write_text("{")
-    assert "cannot be read" in refusal(repository)
-    file.write_text("{}")
-    assert "is not one this version reads" in refusal(repository)
-    file.write_text("[]")
-    assert "is not one this version reads" in refusal(repository)
+    file.write_text("{", encoding="utf-8")
+    assert f"{file}: cannot be read" in refusal(repository)
+    file.write_text("{}", encoding="utf-8")
+    assert f"{file}: format: this version reads format 2 only" in refusal(repository)
+    file.write_text("[]", encoding="utf-8")
+    assert f"{file}: holds list where an object is expected" in refusal(repository)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("colour",), "red", "colour: unknown field"),
+        (("engines", "stain_cd3", "colour"), "red", "engines.stain_cd3.colour: unknown field"),
+        (("tile",), "32", 'tile: input should be a valid integer, not "32"'),
+        (("engines", "he_encoder", "inputs", 0, "shape"), [32, 32, 3.5], "engines.he_encoder.inputs.0.shape.2: "),
+        (("engines", "he_encoder", "device"), {"kind": "cpu"}, "engines.he_encoder.device.name: missing"),
+    ],
+)
+def test_a_malformed_field_is_named(repository: Path, path: tuple[str, ...], value: Any, words: str) -> None:
+    edit(repository, *path, value=value)
+    assert f"{repository / MANIFEST_JSON}: {words}" in refusal(repository)

@@ -152,7 +152,7 @@ def test_the_embedded_server_refuses_what_it_cannot_run(graphs: Path, tmp_path: 
         ("onnxruntime", "vendor", BuildOptions(), "flavour 'vendor': choose python, native"),
         ("tensorrt", "native", BuildOptions(weight_stripped=True), "cannot put weights back"),
         ("tensorrt", "python", BuildOptions(compute_capabilities=("8.9",)), "builds for the GPU of this machine"),
-        ("tensorrt", "python", BuildOptions(threads=3), "has no use for --threads"),
+        ("tensorrt", "python", BuildOptions(threads=3), "does not use --threads"),
     ],
 )
 def test_combinations_that_do_not_exist(

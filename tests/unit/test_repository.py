@@ -203,7 +203,7 @@ def test_unknown_target_and_precision(graphs: Path, tmp_path: Path) -> None:
 def test_a_folder_that_is_no_repository_is_left_alone(graphs: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_bytes(b"precious")
-    with pytest.raises(ExportUsageError, match="is not empty and no model repository"):
+    with pytest.raises(ExportUsageError, match="is neither empty nor a model repository"):
         build(graphs, tmp_path / "photos")
     assert (tmp_path / "photos" / "one.jpg").read_bytes() == b"precious"
     with pytest.raises(ExportUsageError, match="is a file"):

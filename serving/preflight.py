@@ -1,0 +1,41 @@
+"""Checks of this machine before a server is started."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from staindiffuser.export.manifest import Manifest
+from staindiffuser.serving.errors import ServerMissingError
+
+__all__ = ["require_shared_memory"]
+
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+def _tensor_bytes(manifest: Manifest) -> list[int]:
+    """Bytes of the inputs and outputs of each engine at the largest batch."""
+    return [
+        manifest.max_batch
+        * sum(int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for t in (*engine.inputs, *engine.outputs))
+        for engine in manifest.engines.values()
+    ]
+
+
+def require_shared_memory(manifest: Manifest) -> None:
+    """Check that /dev/shm is large enough: the Python backend passes tensors through it, and containers make it small.
+
+    Raises:
+        ServerMissingError: there is none, or too little is free.
+    """
+    if not _SHARED_MEMORY.is_dir():
+        raise ServerMissingError(f"{_SHARED_MEMORY} is missing: Triton's Python backend needs it")
+    needed = int(1.25 * sum(_tensor_bytes(manifest))) + (1 << 20) * (len(manifest.engines) + 1)
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if free < needed:
+        raise ServerMissingError(
+            f"{_SHARED_MEMORY} has {free >> 20} MiB free, this repository needs {needed >> 20} MiB at batch "
+            f"{manifest.max_batch}: give the container more (docker run --shm-size) or build with a smaller --max-batch"
+        )

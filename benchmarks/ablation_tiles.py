@@ -12,7 +12,9 @@ import numpy as np
 
 from staindiffuser.training.data.dataset import load_tile
 from staindiffuser.training.errors import DataError
-from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, PairedTilesWriter, check_one_split
+from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles
+from staindiffuser.training.tiles.reading import check_one_split
+from staindiffuser.training.tiles.writing import PairedTilesWriter
 
 if TYPE_CHECKING:
     from staindiffuser.benchmarks.ablations import AblationStudy

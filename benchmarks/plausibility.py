@@ -18,15 +18,13 @@ from skimage.filters import threshold_otsu
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.run_record import read_run
 from staindiffuser.imaging.arrays import UInt8Array
-from staindiffuser.imaging.optical_density import dab_density, hematoxylin_density, optical_density
+from staindiffuser.imaging.optical_density import HE_MATRIX, dab_density, hematoxylin_density, optical_density
 from staindiffuser.imaging.slides import open_slide
 
 __all__ = ["Plausibility", "judge"]
 
 GLASS = 0.04
 """Optical density, mean over the channels, below which a smoothed H&E pixel is bare glass."""
-NUCLEUS_HE = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
-"""Colour vectors of hematoxylin, eosin and a residual (Ruifrok and Johnston 2001), to find nuclei in the H&E."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +76,7 @@ def _glass(he: UInt8Array) -> npt.NDArray[np.bool_]:
 
 
 def _he_hematoxylin(he: UInt8Array) -> npt.NDArray[np.float32]:
-    unit = NUCLEUS_HE / np.linalg.norm(NUCLEUS_HE, axis=1, keepdims=True)
-    amount = optical_density(he) @ np.linalg.inv(unit)[:, 0].astype(np.float32)
+    amount = optical_density(he) @ np.linalg.inv(HE_MATRIX)[:, 0].astype(np.float32)
     smooth: npt.NDArray[np.float32] = ndimage.gaussian_filter(amount, 1)
     return smooth
 

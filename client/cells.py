@@ -18,22 +18,14 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
-from skimage.feature import peak_local_max
-from skimage.segmentation import watershed
 
 from staindiffuser.client.contract import ServedStain
 from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.instances import find_instances
 from staindiffuser.imaging.ome_tiff import SIDE
 
 __all__ = ["BlockCells", "Cell", "CellsFile", "find_cells"]
 
-PROBABILITY = 128
-"""Of 255, from which a pixel belongs to a cell."""
-SMALLEST_UM2 = 12.0
-"""A lymphocyte's nucleus has about 30 µm²; below this it is a speck."""
-APART_UM = 3.0
-"""Two cells' middles are at least this far apart."""
 OVERLAP = 64
 """Surroundings that a block is worked on with, pixels: two or three cells."""
 COLOURS = ((150, 75, 0), (0, 120, 160), (170, 30, 90), (60, 130, 40))
@@ -44,9 +36,9 @@ class Cell:
     """One cell, in pixels of the map."""
 
     outline: NDArray[np.float64]
-    """[N, 2] x, y of its outline, closed, counted from the block's corner; a pixel's middle is at + 0.5."""
+    """[N, 2] x, y of its outline, closed, counted from the block's corner; a pixel's centre is at + 0.5."""
     centroid: tuple[float, float]
-    """x, y of its middle."""
+    """x, y."""
     area: int
     """Pixels."""
     probability: float
@@ -61,34 +53,19 @@ def find_cells(map_HW: UInt8Array, mpp: float, within: tuple[int, int, int, int]
         mpp: its pixel size, µm.
         within: only cells whose centroid lies in x0 ≤ x < x1, y0 ≤ y < y1.
     """
-    positive = map_HW >= PROBABILITY
-    if not positive.any():
-        return []
-    distance = ndimage.gaussian_filter(ndimage.distance_transform_edt(positive).astype(np.float32), 1.0)
-    apart = max(1, round(APART_UM / mpp))
-    peaks_N2 = peak_local_max(distance, min_distance=apart, labels=positive.astype(np.int32), exclude_border=False)
-    markers = np.zeros(map_HW.shape, dtype=np.int32)
-    # Sorted by place: the labels must not depend on which peak is higher in another part of the block.
-    order = np.lexsort((peaks_N2[:, 1], peaks_N2[:, 0]))
-    markers[tuple(peaks_N2[order].T)] = np.arange(1, len(peaks_N2) + 1)
-    labels = watershed(-distance, markers, mask=positive)
-    rows, columns = np.nonzero(labels)
-    label_N = labels[rows, columns]
-    areas = np.maximum(1, np.bincount(label_N, minlength=len(peaks_N2) + 1))
-    x = np.bincount(label_N, columns, minlength=len(areas)) / areas + 0.5
-    y = np.bincount(label_N, rows, minlength=len(areas)) / areas + 0.5
-    probabilities = np.bincount(label_N, map_HW[rows, columns], minlength=len(areas)) / areas / 255
-    keep = areas * mpp * mpp >= SMALLEST_UM2
+    found = find_instances(map_HW, mpp)
+    keep = found.is_cell
     if within is not None:
-        keep &= (x >= within[0]) & (x < within[2]) & (y >= within[1]) & (y < within[3])
+        x, y = found.centroids.T
+        keep = keep & (x >= within[0]) & (x < within[2]) & (y >= within[1]) & (y < within[3])
     return [
         Cell(
             outline=outline,
-            centroid=(float(x[label]), float(y[label])),
-            area=int(areas[label]),
-            probability=float(probabilities[label]),
+            centroid=(float(found.centroids[label, 0]), float(found.centroids[label, 1])),
+            area=int(found.areas[label]),
+            probability=float(found.probabilities[label]),
         )
-        for label, outline in _Outlines(labels).follow(keep).items()
+        for label, outline in _Outlines(found.labels).follow(keep).items()
     ]
 
 

@@ -1,8 +1,8 @@
 """Optical density, colour deconvolution, and what counts as positive.
 
-Beer–Lambert: a stain of concentration ``c`` and colour vector ``v`` adds ``c v`` to the optical density, so an image's
-densities are linear in the stains and a 3 × 3 matrix takes them apart (Ruifrok and Johnston 2001). ``dab_mask`` is the
-definition that every DAB-Dice of this project uses.
+Beer–Lambert: a stain of concentration ``c`` and colour vector ``v`` adds ``c v`` to the optical density. Densities are
+therefore linear in the stains, and a 3 × 3 matrix separates them (Ruifrok and Johnston 2001). ``dab_mask`` defines
+positive for every DAB-Dice of this project.
 
 Shapes: ``...`` is any leading shape, H and W an image's height and width in pixels.
 """
@@ -13,12 +13,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from staindiffuser.imaging.arrays import BoolArray, FloatArray, UInt8Array
+from staindiffuser.imaging.morphology import without_small
 
 __all__ = [
+    "DAB",
     "DAB_THRESHOLD",
+    "EOSIN",
+    "HEMATOXYLIN",
+    "HE_MATRIX",
     "STAIN_MATRIX",
     "coarse_mask",
     "dab_density",
@@ -35,16 +39,24 @@ _SMOOTHING = 1.0
 """Standard deviation of the Gaussian before the threshold, pixels."""
 
 
-def _stain_matrix() -> npt.NDArray[np.float64]:
-    hematoxylin = np.array([0.650, 0.704, 0.286])
-    dab = np.array([0.268, 0.570, 0.776])
-    rows = np.stack([hematoxylin, dab, np.cross(hematoxylin, dab)])
-    matrix: npt.NDArray[np.float64] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return matrix
+Matrix = npt.NDArray[np.float64]
+
+HEMATOXYLIN = (0.650, 0.704, 0.286)
+EOSIN = (0.072, 0.990, 0.105)
+DAB = (0.268, 0.570, 0.776)
+"""Colour vectors of the stains: red, green and blue optical density (Ruifrok and Johnston 2001)."""
 
 
-STAIN_MATRIX = _stain_matrix()
-"""Rows: the colour vectors of hematoxylin, DAB and the residual (their cross product), each of length 1."""
+def _unit_rows(*rows: npt.ArrayLike) -> Matrix:
+    matrix = np.stack([np.asarray(row, np.float64) for row in rows])
+    unit: Matrix = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+    return unit
+
+
+STAIN_MATRIX = _unit_rows(HEMATOXYLIN, DAB, np.cross(HEMATOXYLIN, DAB))
+"""Of IHC. Rows: the colour vectors of hematoxylin, DAB and the residual (their cross product), each of length 1."""
+HE_MATRIX = _unit_rows(HEMATOXYLIN, EOSIN, DAB)
+"""Of H&E. Rows: hematoxylin, eosin and Ruifrok and Johnston's third vector, which takes what is neither."""
 _UNMIX = np.linalg.inv(STAIN_MATRIX)
 _DENSITY_OF_VALUE = (-np.log10((np.arange(256) + 1.0) / 256.0)).astype(np.float32)
 # One table per colour channel and stain: unmixing a byte image to one stain is three look-ups and two sums.
@@ -65,7 +77,7 @@ def optical_density(rgb: UInt8Array) -> FloatArray:
 
 
 def unmix(density: npt.NDArray[np.floating[Any]]) -> FloatArray:
-    """Take optical densities apart into hematoxylin, DAB and residual.
+    """Separate the optical densities of an IHC image into hematoxylin, DAB and residual.
 
     Args:
         density: optical density [..., 3] (red, green, blue).
@@ -119,8 +131,8 @@ def coarse_mask(positive: BoolArray, *, smallest: int = 24, largest_hole: int = 
     if not positive.any():
         return np.zeros(positive.shape, np.uint8)
     closed = ~_grown(~_grown(np.asarray(positive, bool)))
-    filled = ~_without_small(~closed, largest_hole + 1)
-    cleaned = _without_small(filled, smallest)
+    filled = ~without_small(~closed, largest_hole + 1)
+    cleaned = without_small(filled, smallest)
     blurred = _smoothed(cleaned.astype(np.float32), 1.5)
     coarse: UInt8Array = np.rint(blurred * 255.0).astype(np.uint8)
     return coarse
@@ -154,16 +166,6 @@ def _grown(mask: BoolArray) -> BoolArray:
     grown[:, 1:] |= mask[:, :-1]
     grown[:, :-1] |= mask[:, 1:]
     return grown
-
-
-def _without_small(mask: BoolArray, smallest: int) -> BoolArray:
-    labels, count = ndimage.label(mask)
-    if count == 0:
-        return mask
-    large = np.bincount(labels.ravel(), minlength=count + 1) >= smallest
-    large[0] = False
-    kept: BoolArray = large[labels]
-    return kept
 
 
 def _one_stain(rgb: UInt8Array, stain: int) -> FloatArray:

@@ -6,13 +6,27 @@ import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 
-__all__ = ["PixelSize", "from_dpi", "from_ome_xml", "from_openslide", "from_resolution", "plausible"]
+from staindiffuser.errors import UsageError
+
+__all__ = [
+    "LARGEST_GIVEN",
+    "SMALLEST",
+    "PixelSize",
+    "check_given",
+    "from_dpi",
+    "from_ome_xml",
+    "from_openslide",
+    "from_resolution",
+    "plausible",
+]
 
 PixelSize = tuple[float, float]
 """Width and height of a pixel at level 0, µm."""
 
 SMALLEST, LARGEST = 0.05, 10.0
-"""Outside of these a number is a screen's or a printer's resolution, or a mistake; not a microscope's."""
+"""Outside of these, what a file states is the resolution of a screen or a printer, or a mistake."""
+LARGEST_GIVEN = 100.0
+"""A user may name larger pixels than a file is believed: an overview image's."""
 
 _UNIT_IN_UM = {"m": 1e6, "dm": 1e5, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "in": 25400.0}
 _INCH, _CENTIMETRE = 2, 3
@@ -22,6 +36,16 @@ def plausible(mpp_x: float, mpp_y: float) -> PixelSize | None:
     """The pair, or None where it cannot be a microscope's."""
     fits = all(math.isfinite(mpp) and SMALLEST <= mpp <= LARGEST for mpp in (mpp_x, mpp_y))
     return (mpp_x, mpp_y) if fits and max(mpp_x, mpp_y) <= 2 * min(mpp_x, mpp_y) else None
+
+
+def check_given(mpp: float | None, name: str) -> None:
+    """Check a pixel size that a user gives, µm; None passes.
+
+    Raises:
+        UsageError: it is no number from 0.05 to 100; the message names ``name``.
+    """
+    if mpp is not None and not SMALLEST <= mpp <= LARGEST_GIVEN:
+        raise UsageError(f"{name} is {mpp:g}; it must be µm per pixel, between {SMALLEST:g} and {LARGEST_GIVEN:g}")
 
 
 def from_openslide(properties: Mapping[str, str]) -> PixelSize | None:

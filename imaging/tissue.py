@@ -15,6 +15,8 @@ from PIL import Image
 from scipy import ndimage
 
 from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.glass import UNSCANNED, glass_colour, texture
+from staindiffuser.imaging.morphology import without_small
 from staindiffuser.imaging.pixel_size import PixelSize
 from staindiffuser.imaging.slides import Slide
 
@@ -28,10 +30,8 @@ COLOUR = 10
 """Grey levels of (largest − smallest channel) above the glass's from which a pixel counts as coloured."""
 TEXTURE = 6.0
 """Standard deviation in 3 × 3 pixels, grey levels, from which it counts as structured."""
-SMOOTH = 2.0
-"""Below this standard deviation a bright place may be scanned glass."""
-BLACK, WHITE = 12, 254
-"""A pixel with no channel above the first or below the second was not scanned: no tissue is like that."""
+BLACK = 12
+"""A pixel with no channel above this was not scanned: no tissue is so dark."""
 SMALLEST_UM2 = 2500.0
 """Specks below this area are dust."""
 CLOSE_UM = 40.0
@@ -125,15 +125,15 @@ def find_tissue(overview: Overview, pixel: PixelSize) -> TissueMask:
     """
     image = overview.pixels.astype(np.float32)
     mpp = float(np.sqrt(overview.mpp[0] * overview.mpp[1]))
-    glass = _glass(overview.pixels, _texture(image))
+    glass = glass_colour(overview.pixels)
     # What was not scanned is filled with white or black, and its border is no structure: lay glass there.
-    unscanned = (image.min(axis=-1) >= WHITE) | (image.max(axis=-1) <= BLACK)
+    unscanned = (image.min(axis=-1) >= UNSCANNED) | (image.max(axis=-1) <= BLACK)
     image[ndimage.binary_dilation(unscanned, np.ones((3, 3)))] = glass
     absorbance = np.log((glass + 1) / (image + 1)).max(axis=-1)
     colour = np.ptp(image, axis=-1) - np.ptp(glass)
-    tissue = (absorbance > ABSORBANCE) | (colour > COLOUR) | (_texture(image) > TEXTURE)
+    tissue = (absorbance > ABSORBANCE) | (colour > COLOUR) | (texture(image) > TEXTURE)
     tissue &= ndimage.uniform_filter(tissue.astype(np.float32), 3) > 2.5 / 9  # single pixels are noise
-    tissue = _without_specks(tissue, min(SMALLEST_UM2, 0.02 * tissue.size * mpp * mpp) / (mpp * mpp))
+    tissue = without_small(tissue, min(SMALLEST_UM2, 0.02 * tissue.size * mpp * mpp) / (mpp * mpp), diagonal=True)
     tissue |= ~_near(~_near(tissue, CLOSE_UM / mpp), CLOSE_UM / mpp)
     near = _near(tissue, GROW_UM / mpp)
     # A soft edge inside what was grown: the step from painted glass to white glass must not draw a line.
@@ -143,47 +143,12 @@ def find_tissue(overview: Overview, pixel: PixelSize) -> TissueMask:
     return TissueMask(tissue=tissue, shown=opacity, cell=cell)
 
 
-def _texture(image_HW3: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Standard deviation of the grey level in 3 × 3 pixels."""
-    grey = image_HW3.mean(axis=-1)
-    mean = ndimage.uniform_filter(grey, 3)
-    texture: NDArray[np.float32] = np.sqrt(np.maximum(ndimage.uniform_filter(grey * grey, 3) - mean * mean, 0))
-    return texture
-
-
-def _glass(image_HW3: UInt8Array, texture_HW: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Colour of the glass: the commonest bright, colourless grey level; 245 where there is hardly any."""
-    darkest, brightest = image_HW3.min(axis=-1), image_HW3.max(axis=-1)
-    bright = (darkest > 200) & (brightest - darkest < 20)
-    # Scanners fill what they did not scan with pure white, and glass that they did scan is darker than that.
-    scanned = bright & (darkest < WHITE) & (texture_HW < SMOOTH)
-    if scanned.mean() >= 0.01:
-        bright = scanned
-    if bright.mean() < 0.002:
-        return np.full(3, 245.0, dtype=np.float32)
-    commonest = int(np.bincount(darkest[bright], minlength=256).argmax())
-    peak = image_HW3[bright & (np.abs(darkest.astype(np.int16) - commonest) <= 2)]
-    colour: NDArray[np.float32] = peak.mean(axis=0, dtype=np.float64).astype(np.float32)
-    # Pale tissue can be commoner than glass in a crop: glass is as bright as the brightest of them.
-    high = np.percentile(image_HW3[bright], 90, axis=0)
-    return np.maximum(colour, high - 8).astype(np.float32)
-
-
 def _near(mask: NDArray[np.bool_], distance: float) -> NDArray[np.bool_]:
     """Pixels within ``distance`` pixels of the mask."""
     if distance <= 0 or not mask.any() or mask.all():
         return mask
     near: NDArray[np.bool_] = ndimage.distance_transform_edt(~mask) <= distance
     return near
-
-
-def _without_specks(mask: NDArray[np.bool_], smallest: float) -> NDArray[np.bool_]:
-    """The mask without connected parts of fewer than ``smallest`` pixels."""
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-    keep = np.bincount(labels.ravel(), minlength=count + 1) >= smallest
-    keep[0] = False
-    kept: NDArray[np.bool_] = keep[labels]
-    return kept
 
 
 def _cells(start: int, count: int, cell: float, size: int) -> tuple[int, int]:

@@ -79,7 +79,8 @@ def tiny_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def tiles_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Paired tiles of 64 pixels: blobs, brown in the IHC; two slides to train on, one each for val and test."""
-    from staindiffuser.training.tiles.paired_tiles import PairedTilesWriter, Split
+    from staindiffuser.training.tiles.paired_tiles import Split
+    from staindiffuser.training.tiles.writing import PairedTilesWriter
 
     folder = tmp_path_factory.mktemp("tiles")
     rng = np.random.default_rng(0)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from staindiffuser.imaging.arrays import UInt8Array
-from staindiffuser.imaging.errors import SlideError
+from staindiffuser.imaging.errors import ImageError, SlideError
+from staindiffuser.imaging.image_files import require_8_bits, rgb_of
 from staindiffuser.imaging.pixel_size import from_dpi
 from staindiffuser.imaging.slides.slide import Slide
 
-__all__ = ["ImageSlide", "on_white"]
-
-WHITE = 255
+__all__ = ["ImageSlide"]
 
 
 class ImageSlide(Slide):
@@ -37,6 +35,8 @@ class ImageSlide(Slide):
                     self._pixels_HW3 = _rgb(image, path)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise SlideError(f"{path} is too large for a PNG or JPEG ({error}): make it a tiled TIFF") from error
+        except ImageError as error:
+            raise SlideError(str(error)) from error
         except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all of these for damaged files
             raise SlideError(f"{path} is damaged or incomplete: {error}") from error
         height, width = self._pixels_HW3.shape[:2]
@@ -53,19 +53,7 @@ class ImageSlide(Slide):
 
 
 def _rgb(image: Image.Image, path: Path) -> UInt8Array:
-    if image.mode == "P":
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-    if image.mode == "RGBA":
-        return on_white(np.asarray(image))
-    if image.mode != "RGB":
+    require_8_bits(image, path)
+    if image.mode not in ("RGB", "RGBA", "P"):
         raise SlideError(f"{path} is an image of mode {image.mode}: H&E must be 8-bit RGB")
-    return np.asarray(image)
-
-
-def on_white(rgba_HW4: UInt8Array) -> UInt8Array:
-    """Lay an image with transparency on white, as glass is."""
-    alpha_HW1 = rgba_HW4[..., 3:].astype(np.uint16)
-    if alpha_HW1.min(initial=255) == 255:
-        return np.ascontiguousarray(rgba_HW4[..., :3])
-    blended = rgba_HW4[..., :3] * alpha_HW1 + WHITE * (255 - alpha_HW1)
-    return ((blended + 127) // 255).astype(np.uint8)
+    return rgb_of(image)

@@ -13,8 +13,8 @@ import openslide
 
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.errors import IncompleteSlideError, SlideError
+from staindiffuser.imaging.image_files import on_white
 from staindiffuser.imaging.pixel_size import from_openslide
-from staindiffuser.imaging.slides.image_file import on_white
 from staindiffuser.imaging.slides.slide import Slide
 from staindiffuser.imaging.slides.tiff_file import TiffLevels
 

@@ -53,8 +53,12 @@ class Slide(ABC):
         """(width, height) at level 0."""
         return self.level_sizes[0]
 
-    def pixel_size(self, override: float | None = None) -> PixelSize:
+    def pixel_size(self, override: float | None = None, *, option: str = "--mpp") -> PixelSize:
         """The pixel size to work with: ``override`` where given, else the file's own.
+
+        Args:
+            override: µm.
+            option: name of the caller's option for it, for the error's text.
 
         Raises:
             MissingPixelSizeError: neither is there.
@@ -63,7 +67,7 @@ class Slide(ABC):
             return (override, override)
         if self.mpp is None:
             raise MissingPixelSizeError(
-                f"{self.path} does not say how large its pixels are: give µm per pixel as --mpp"
+                f"{self.path} does not say how large its pixels are: give µm per pixel as {option}"
             )
         return self.mpp
 

@@ -15,8 +15,8 @@ import tifffile
 
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.errors import IncompleteSlideError, SlideError
+from staindiffuser.imaging.image_files import on_white
 from staindiffuser.imaging.pixel_size import PixelSize, from_ome_xml, from_resolution
-from staindiffuser.imaging.slides.image_file import on_white
 from staindiffuser.imaging.slides.slide import Slide
 
 __all__ = ["TiffLevels", "TiffSlide"]

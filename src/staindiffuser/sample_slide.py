@@ -119,7 +119,7 @@ def _brief(error: BaseException) -> str:
 
 
 def _simulate(output: Path) -> Sample:
-    from staindiffuser.training.simulate.pyramid import SlideRequest, write_slide
+    from staindiffuser.training.simulate.slide_file import SlideRequest, write_slide
 
     width, height = SIMULATED_SIZE
     output.mkdir(parents=True, exist_ok=True)

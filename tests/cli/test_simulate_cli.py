@@ -10,11 +10,12 @@ import tifffile
 from typer.testing import CliRunner
 
 from staindiffuser.errors import UsageError
+from staindiffuser.imaging.image_files import read_image
 from staindiffuser.training.errors import ConfigError
 from staindiffuser.training.simulate.cli import app
 from staindiffuser.training.simulate.slide import SimulatedSlide
 from staindiffuser.training.simulate.tiles import simulate_tile
-from staindiffuser.training.tiles.paired_tiles import PairedTiles, read_image
+from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
 runner = CliRunner()
 

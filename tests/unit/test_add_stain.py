@@ -13,13 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from staindiffuser.errors import UsageError
+from staindiffuser.imaging.image_files import read_image
 from staindiffuser.training.add_stain import add_stain
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint
 from staindiffuser.training.errors import ConfigError, DataError
 from staindiffuser.training.infer import stain_tiles
 from staindiffuser.training.loop import RunOptions
 from staindiffuser.training.module import TASKS
-from staindiffuser.training.tiles.paired_tiles import PairedTilesWriter, Split, read_image
+from staindiffuser.training.tiles.paired_tiles import Split
+from staindiffuser.training.tiles.writing import PairedTilesWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 

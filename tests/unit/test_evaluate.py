@@ -29,7 +29,8 @@ from staindiffuser.training.evaluation.report import figure, write_report
 from staindiffuser.training.evaluation.scoring import ScoredTile, score_tiles
 from staindiffuser.training.evaluation.tile_metrics import Reference, measure_cells, measure_image
 from staindiffuser.training.infer import stain_tiles, stain_tiles_with
-from staindiffuser.training.tiles.paired_tiles import PairedTiles, PairedTilesWriter
+from staindiffuser.training.tiles.paired_tiles import PairedTiles
+from staindiffuser.training.tiles.writing import PairedTilesWriter
 
 STAINS = ("cd3", "ck818")
 

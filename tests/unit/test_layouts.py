@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from staindiffuser.errors import UsageError
+from staindiffuser.errors import InputError, UsageError
+from staindiffuser.imaging.errors import ImageError
+from staindiffuser.imaging.image_files import read_image
 from staindiffuser.imaging.optical_density import DAB_THRESHOLD, dab_density
-from staindiffuser.training.errors import ConfigError, DataError
+from staindiffuser.training.errors import DataError
 from staindiffuser.training.prepare.importing import ImportRequest, ImportResult, brightfield, grid, import_tiles
 from staindiffuser.training.prepare.layouts import LAYOUTS, Asked
-from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, read_image
+from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles
 
 SIDE = 64
 PINK, BLUE, BROWN = (225, 170, 205), (150, 150, 210), (130, 80, 45)
@@ -270,7 +272,7 @@ def test_slides_in_two_splits_are_refused_and_can_be_dealt_anew(tmp_path: Path) 
 def test_what_is_refused(tmp_path: Path, layout: str, change: Callable[[Path], object], words: list[str]) -> None:
     source = MAKERS[layout](tmp_path / "s")
     change(source)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(InputError) as caught:
         run(layout, source, tmp_path / "t")
     assert "\n" not in str(caught.value)
     for word in words:
@@ -282,7 +284,7 @@ def test_a_truncated_image_is_found_while_reading(tmp_path: Path) -> None:
     source = bci(tmp_path / "s")
     path = source / "HE/train/00005_train_1+.png"
     path.write_bytes(path.read_bytes()[:-400])
-    with pytest.raises(DataError, match="00005_train"):
+    with pytest.raises(ImageError, match="00005_train"):
         run("bci", source, tmp_path / "t")
     assert not (tmp_path / "t/tiles.csv").exists()
     save(path, he(5))
@@ -355,7 +357,7 @@ def test_another_source_is_not_mixed_in(tmp_path: Path, change: str) -> None:
 )
 def test_settings_that_cannot_be(tmp_path: Path, change: dict[str, Any]) -> None:
     request = ImportRequest(layout="bci", source=tmp_path, output=tmp_path)
-    with pytest.raises(ConfigError, match=next(iter(change)).replace("_", ".")):
+    with pytest.raises(UsageError, match=next(iter(change)).replace("_", ".")):
         dataclasses.replace(request, **change)
 
 

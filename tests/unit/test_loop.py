@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from staindiffuser.errors import UsageError
+from staindiffuser.imaging.image_files import read_image
 from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.config import PRESETS, ModelConfig, Preset, TrainConfig
 from staindiffuser.training.curves import read_curves
@@ -25,7 +26,7 @@ from staindiffuser.training.evaluation.evaluate import evaluate
 from staindiffuser.training.loop import RunOptions, fit, train
 from staindiffuser.training.model.layers import normalize_weight_
 from staindiffuser.training.module import DivergedError, TeacherModule, learning_rate
-from staindiffuser.training.tiles.paired_tiles import PairedTiles, read_image
+from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 

@@ -10,7 +10,8 @@ from staindiffuser.errors import UsageError
 from staindiffuser.training.data.dataset import CropDataset, measure_stains
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.tiles.mixed_tiles import BLOCK, MixedTiles, Schedule, open_tiles
-from staindiffuser.training.tiles.paired_tiles import PairedTiles, PairedTilesWriter, Split
+from staindiffuser.training.tiles.paired_tiles import PairedTiles, Split
+from staindiffuser.training.tiles.writing import PairedTilesWriter
 
 SPLITS: list[Split] = ["train", "train", "train", "val"]
 

@@ -12,11 +12,12 @@ from PIL import Image
 from scipy import ndimage
 
 from staindiffuser.benchmarks.registration import SIDES, bench_registration, find_section_pairs, rotated_and_erased
+from staindiffuser.imaging.glass import glass_colour
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.prepare import registration
 from staindiffuser.training.prepare.quality import Fit, fit_of, present, sharpness
 from staindiffuser.training.prepare.registration.candidates import DISTINCT_ANGLE, find_candidates
-from staindiffuser.training.prepare.registration.features import Structure, glass_colour, structure
+from staindiffuser.training.prepare.registration.features import Structure, structure
 from staindiffuser.training.prepare.registration.matching import Blocks, BlockSearch, fit_affine, match_blocks
 from staindiffuser.training.prepare.registration.mutual_information import maximise
 from staindiffuser.training.prepare.registration.register import LEAST_SCORE, bend, realign, register, warped

@@ -1,4 +1,4 @@
-"""Sections are read by physical position, and landmarks by their index; what cannot be read is named."""
+"""Sections are read by physical position; what cannot be read is named."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 import tifffile
 from PIL import Image
 
+from staindiffuser.errors import InputError, UsageError
+from staindiffuser.imaging.errors import MissingPixelSizeError
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.prepare.overview import overviews
-from staindiffuser.training.prepare.registration.landmarks import read_pair, target_error
 from staindiffuser.training.prepare.sections import Section
 
 
@@ -38,13 +39,13 @@ def test_sections_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "text.svs").write_text("no slide")
     for path, words in (
         ("glass.png", "give µm per pixel as --he-mpp"),
-        ("text.svs", "cannot be read"),
+        ("text.svs", "no slide or image"),
         ("no", "not exist"),
     ):
-        with pytest.raises(DataError, match=words) as caught:
+        with pytest.raises(InputError, match=words) as caught:
             Section(tmp_path / path, option="--he-mpp")
         assert path in str(caught.value)
-    with pytest.raises(DataError, match="between"):
+    with pytest.raises(UsageError, match=r"--mpp is 0.001; it must be .* between"):
         Section(tmp_path / "glass.png", mpp=0.001)
     with Section(tmp_path / "glass.png", mpp=0.5) as section, pytest.raises(DataError, match="no tissue"):
         overviews(section, {"cd3": section})
@@ -65,37 +66,5 @@ def test_the_resolution_of_a_screen_is_no_pixel_size(tmp_path: Path) -> None:
     path = tmp_path / "tiled.tif"
     pixels = np.full((512, 512, 3), 200, np.uint8)
     tifffile.imwrite(path, pixels, photometric="rgb", tile=(256, 256), resolution=(72, 72), resolutionunit="inch")
-    with pytest.raises(DataError, match=r"does not say how large.*--he-mpp"):
+    with pytest.raises(MissingPixelSizeError, match=r"does not say how large.*--he-mpp"):
         Section(path, option="--he-mpp")
-
-
-def test_landmarks(tmp_path: Path) -> None:
-    he, ihc = tmp_path / "he.csv", tmp_path / "ihc.csv"
-    he.write_text(",X,Y\n1,10,20\n2,30,40\n7,5,5\n")
-    ihc.write_text(",X,Y\n2,33,44\n1,10,20\n3,9,9\n")
-    fixed, moving = read_pair(he, ihc)
-    assert fixed.tolist() == [[10, 20], [30, 40]]
-    error = target_error(fixed, moving, fixed + 100, diagonal=50.0)
-    assert (error.median, error.maximum, error.landmarks) == pytest.approx((0.05, 0.1, 2))
-    assert error.before > 2
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "three columns"),
-        ("index,a,b\n1,2,3\n", "three columns"),
-        (",X,Y\n1,2,east\n", "row 2"),
-        (",X,Y\n1,2,3\n1,4,5\n", "row 3: index '1' appears twice"),
-        (",X,Y\n9,2,3\n", "no landmark in common"),
-    ],
-)
-def test_landmarks_that_cannot_be_read(tmp_path: Path, text: str, words: str) -> None:
-    good, bad = tmp_path / "good.csv", tmp_path / "bad.csv"
-    good.write_text(",X,Y\n1,2,3\n")
-    bad.write_text(text)
-    with pytest.raises(DataError, match=words) as caught:
-        read_pair(good, bad)
-    assert "bad.csv" in str(caught.value)
-    with pytest.raises(DataError, match="cannot be read"):
-        read_pair(good, tmp_path / "none.csv")

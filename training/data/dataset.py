@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.image_files import read_image
 from staindiffuser.imaging.optical_density import coarse_mask, dab_mask
 from staindiffuser.training.config import StainConfig
 from staindiffuser.training.data.cache import TileCache
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.tiles.mixed_tiles import MixedTiles, Schedule
-from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, read_image, spread
+from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, spread
 from staindiffuser.training.tiles.stain_names import stain_label
 from staindiffuser.triton_models.noise.philox import quantiles
 

@@ -10,8 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from staindiffuser.files import replacing
 from staindiffuser.imaging.arrays import FloatArray, UInt8Array
+from staindiffuser.imaging.glass import glass_colour
 from staindiffuser.training.prepare.quality import Reason
-from staindiffuser.training.prepare.registration.features import glass_colour, structure
+from staindiffuser.training.prepare.registration.features import structure
 from staindiffuser.training.prepare.registration.register import Registration
 from staindiffuser.training.prepare.registration.resampling import WHITE, sampled
 from staindiffuser.training.prepare.sections import SectionImage

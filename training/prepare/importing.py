@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,14 @@ from staindiffuser.files import write_json
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.image_files import image_size, read_image, write_png
 from staindiffuser.imaging.optical_density import STAIN_MATRIX, coarse_mask, dab_mask
-from staindiffuser.training.config import ModelConfig
+from staindiffuser.imaging.pixel_size import check_given
+from staindiffuser.parallel import in_order, process_pool
 from staindiffuser.training.errors import ConfigError, DataError
 from staindiffuser.training.prepare.layouts import LAYOUTS, Asked, Pair, Panel, find_pairs
-from staindiffuser.training.simulate.folder import one_thread_each
 from staindiffuser.training.tiles.description import check_described
-from staindiffuser.training.tiles.paired_tiles import MPP_TOLERANCE, SPLITS, PairedTilesWriter, Split
+from staindiffuser.training.tiles.paired_tiles import Split
+from staindiffuser.training.tiles.tile import MODEL_MPP, MPP_TOLERANCE, SPLITS
+from staindiffuser.training.tiles.writing import PairedTilesWriter
 
 __all__ = ["IMPORT_JSON", "ImportRequest", "ImportResult", "brightfield", "deal_splits", "grid", "import_tiles"]
 
@@ -47,7 +47,7 @@ class ImportRequest:
     asked: Asked = dataclasses.field(default_factory=Asked)
     mpp: float | None = None
     """The source's pixel size, µm; by default its publication's."""
-    target_mpp: float = ModelConfig.mpp
+    target_mpp: float = MODEL_MPP
     tile: int = 256
     """Edge of a tile, pixels."""
     val_share: float = 0.1
@@ -69,9 +69,7 @@ class ImportRequest:
                 f"val-share {self.val_share} and test-share {self.test_share} must be at least 0 and sum to at most 0.6"
             )
         for name in ("mpp", "target_mpp"):
-            value = getattr(self, name)
-            if value is not None and not 0.05 <= value <= 20:
-                raise ConfigError(f"{name} is {value}; it must be µm per pixel, between 0.05 and 20")
+            check_given(getattr(self, name), name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,9 +264,8 @@ def _converted(jobs: Sequence[_Job], processes: int) -> Iterator[_Job]:
         for job in jobs:
             yield _convert(job)
         return
-    # Spawned, not forked: the caller may hold threads.
-    with one_thread_each(), ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_convert, jobs)
+    with process_pool(processes) as pool:
+        yield from in_order(pool, _convert, jobs, ahead=4 * processes)
 
 
 def _convert(job: _Job) -> _Job:

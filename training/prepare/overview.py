@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 from scipy import ndimage
 
+from staindiffuser.imaging.glass import glass_colour
 from staindiffuser.training.errors import DataError
-from staindiffuser.training.prepare.registration.features import glass_colour, structure
+from staindiffuser.training.prepare.registration.features import structure
 from staindiffuser.training.prepare.registration.register import WORKING_SIDE
 from staindiffuser.training.prepare.sections import Section, SectionImage
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from staindiffuser.training.config import ModelConfig
+from staindiffuser.imaging.pixel_size import check_given
 from staindiffuser.training.errors import ConfigError, DataError
 from staindiffuser.training.prepare.registration.register import WORKING_SIDE
 from staindiffuser.training.tiles.paired_tiles import Split
 from staindiffuser.training.tiles.stain_names import is_stain_name
+from staindiffuser.training.tiles.tile import MODEL_MPP
 
 __all__ = ["PairRequest", "split_of"]
 
@@ -37,7 +38,7 @@ class PairRequest:
     """Name of the slide in the tiles; the H&E's file name by default."""
     tile: int = 256
     """Edge of a tile, pixels."""
-    mpp: float = ModelConfig.mpp
+    mpp: float = MODEL_MPP
     """Pixel size of the tiles, µm."""
     he_mpp: float | None = None
     """Pixel size of the H&E's level 0, µm, where its file does not say."""
@@ -72,9 +73,7 @@ class PairRequest:
         if self.tile < 16 or self.tile % 16:
             raise ConfigError(f"tile is {self.tile}; it must be a positive multiple of 16 pixels")
         for name in ("mpp", "he_mpp", "ihc_mpp"):
-            value = getattr(self, name)
-            if value is not None and not 0.05 <= value <= 100:
-                raise ConfigError(f"{name} is {value}; it must be µm per pixel, between 0.05 and 100")
+            check_given(getattr(self, name), name)
         if min(self.val_share, self.test_share) < 0 or self.val_share + self.test_share > 0.6:
             raise ConfigError(
                 f"val-share {self.val_share} and test-share {self.test_share} must be at least 0 and sum to at most 0.6"

@@ -15,19 +15,20 @@ from typing import Any
 import numpy as np
 
 from staindiffuser.files import write_json
+from staindiffuser.imaging.glass import glass_colour
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.prepare.figures import registration_image, tiles_image
 from staindiffuser.training.prepare.overview import overviews
 from staindiffuser.training.prepare.quality import Reason
 from staindiffuser.training.prepare.records import Record, Records, check_settings
 from staindiffuser.training.prepare.regions import FACTOR, Grid, RegionReader
-from staindiffuser.training.prepare.registration.features import glass_colour
 from staindiffuser.training.prepare.registration.landmarks import Points, TargetError, read_pair, target_error
 from staindiffuser.training.prepare.registration.register import LEAST_SCORE, Registration, register
 from staindiffuser.training.prepare.request import PairRequest
 from staindiffuser.training.prepare.sections import Section, SectionImage
 from staindiffuser.training.tiles.description import check_described
-from staindiffuser.training.tiles.paired_tiles import PairedTilesWriter, Split
+from staindiffuser.training.tiles.paired_tiles import Split
+from staindiffuser.training.tiles.writing import PairedTilesWriter
 
 __all__ = ["PREPARE_JSON", "REPORTS", "PairResult", "StainResult", "prepare_pair"]
 

@@ -89,7 +89,7 @@ def slide(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from staindiffuser.training.simulate.pyramid import SlideRequest, write_slide
+    from staindiffuser.training.simulate.slide_file import SlideRequest, write_slide
 
     request = SlideRequest(
         output=output, width=width, height=height, seed=seed, ihc=ihc, jobs=jobs or os.cpu_count() or 1

@@ -9,11 +9,9 @@ Uses scikit-learn and scikit-image, which the simulator itself does not.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +21,12 @@ from PIL import Image
 from scipy import ndimage
 
 from staindiffuser.imaging.arrays import UInt8Array
-from staindiffuser.imaging.optical_density import dab_mask, optical_density
+from staindiffuser.imaging.image_files import read_image
+from staindiffuser.imaging.optical_density import HE_MATRIX, dab_mask, optical_density
+from staindiffuser.parallel import process_pool
 from staindiffuser.training.simulate.config import STAINS
-from staindiffuser.training.simulate.folder import one_thread_each
 from staindiffuser.training.simulate.render import Rule
 from staindiffuser.training.simulate.tiles import simulate_tile
-from staindiffuser.training.tiles.paired_tiles import read_image
 
 __all__ = [
     "FIELD",
@@ -145,8 +143,7 @@ def oracle_ceiling(*, tiles: int = 200, seed: int = 910, rule: Rule = "context")
 
 FIELD = 144
 """Edge of a field that is measured, pixels of 0.5 µm: the smallest real tile gives one."""
-_HE = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
-_HE_UNMIX = np.linalg.inv(_HE / np.linalg.norm(_HE, axis=1, keepdims=True)).astype(np.float32)
+_HE_UNMIX = np.linalg.inv(HE_MATRIX).astype(np.float32)
 _SMALLEST_NUCLEUS = 24
 """Area from which an object counts as a nucleus, pixels (6 µm²)."""
 
@@ -242,7 +239,7 @@ def throughput(*, tiles: int = 200, processes: int = 2) -> dict[str, float]:
     Both IHCs and their coarse masks are included.
     """
     load = os.getloadavg()[0]
-    with one_thread_each(), ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with process_pool(processes) as pool:
         list(pool.map(_timed, range(8 * processes)))
         begun = time.perf_counter()
         spent = sum(pool.map(_timed, range(1000, 1000 + tiles), chunksize=4))

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
-import multiprocessing
-import os
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from staindiffuser.files import write_json
+from staindiffuser.imaging import morphology, optical_density
+from staindiffuser.imaging.image_files import write_png
+from staindiffuser.parallel import in_order, process_pool
 from staindiffuser.training.errors import ConfigError
 from staindiffuser.training.simulate.config import CHUNK, MPP, STAINS, SimulatorConfig
 from staindiffuser.training.simulate.tiles import simulate_tile, split_of, tile_name
 from staindiffuser.training.tiles.description import check_described
-from staindiffuser.training.tiles.paired_tiles import PairedTilesWriter, write_png
+from staindiffuser.training.tiles.writing import PairedTilesWriter
 
-__all__ = ["SIMULATION_JSON", "TilesRequest", "TilesResult", "generator_hash", "one_thread_each", "write_tiles"]
+__all__ = ["SIMULATION_JSON", "TilesRequest", "TilesResult", "generator_hash", "write_tiles"]
 
 SIMULATION_JSON = "simulation.json"
 
@@ -80,9 +82,10 @@ def generator_hash() -> str:
     here = Path(__file__).parent
     digest = hashlib.sha256()
     names = ("config", "randomness", "noise", "world", "tissue", "cells", "cellmap", "maps", "render", "tiles")
-    for source in [*(here / f"{name}.py" for name in names), here.parent / "optical_density.py"]:
-        if source.is_file():
-            digest.update(source.read_bytes())
+    sources = [here / f"{name}.py" for name in names]
+    sources += [Path(inspect.getfile(module)) for module in (optical_density, morphology)]
+    for source in sources:
+        digest.update(source.read_bytes())
     return digest.hexdigest()
 
 
@@ -96,8 +99,6 @@ def write_tiles(request: TilesRequest, progress: Callable[[int, int], None] = la
     Raises:
         UsageError: the folder cannot be written, or holds tiles of another simulation.
     """
-    import time
-
     begun = time.perf_counter()
     description = _description(request)
     check_described(request.output, SIMULATION_JSON, description, what="tiles of another simulation")
@@ -145,32 +146,5 @@ def _simulated(request: TilesRequest, indices: list[int]) -> Iterator[tuple[int,
         for index in indices:
             yield _one(request, index)
         return
-    # Spawned, not forked: the caller may hold threads. Few tiles are in flight, so a long run stays small.
-    with one_thread_each(), ProcessPoolExecutor(request.jobs, multiprocessing.get_context("spawn")) as pool:
-        waiting: list[Future[tuple[int, str]]] = []
-        try:
-            for index in indices:
-                waiting.append(pool.submit(_one, request, index))
-                if len(waiting) >= 8 * request.jobs:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Child processes started within get one thread each: the processes already fill the cores."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    with process_pool(request.jobs) as pool:
+        yield from in_order(pool, partial(_one, request), indices, ahead=8 * request.jobs)

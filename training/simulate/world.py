@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from staindiffuser.imaging.optical_density import DAB
 from staindiffuser.training.simulate.config import SimulatorConfig
 from staindiffuser.training.simulate.randomness import stream
 
@@ -271,7 +272,7 @@ def _staining(rng: np.random.Generator) -> Staining:
         counterstain=_unit(np.array([0.66, 0.69, 0.27]) + rng.normal(0, 0.015, 3)),
         counter_nuclei=float(rng.uniform(0.28, 0.5)),
         counter_background=float(rng.uniform(0.02, 0.06)),
-        dab=_unit(np.array([0.268, 0.570, 0.776]) + rng.normal(0, 0.015, 3)),
+        dab=_unit(np.array(DAB) + rng.normal(0, 0.015, 3)),
         dab_cd3=float(rng.uniform(0.65, 1.05)) * weak,
         dab_ck818=float(rng.uniform(0.5, 0.9)) * weak,
         dab_background=float(rng.uniform(0.005, 0.03)),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from staindiffuser.errors import UsageError
-from staindiffuser.training.tiles.paired_tiles import TILES_CSV
+from staindiffuser.training.tiles.tile import TILES_CSV
 
 __all__ = ["check_described"]
 

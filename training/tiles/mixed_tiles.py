@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from staindiffuser.errors import UsageError
 from staindiffuser.training.errors import DataError
-from staindiffuser.training.tiles.paired_tiles import MPP_TOLERANCE, PairedTile, PairedTiles, Split, check_one_split
+from staindiffuser.training.tiles.paired_tiles import PairedTiles
+from staindiffuser.training.tiles.reading import check_one_split
+from staindiffuser.training.tiles.tile import MPP_TOLERANCE, PairedTile, Split
 
 __all__ = ["MixedTiles", "Schedule", "open_tiles"]
 

@@ -13,22 +13,20 @@ import numpy as np
 from scipy import ndimage
 
 from staindiffuser.imaging.arrays import BoolArray, FloatArray, UInt8Array
-from staindiffuser.imaging.optical_density import STAIN_MATRIX
+from staindiffuser.imaging.optical_density import HE_MATRIX, STAIN_MATRIX
 
-__all__ = ["HE_MATRIX", "Structure", "band_passed", "correlation", "glass_colour", "structure"]
+__all__ = ["Structure", "band_passed", "correlation", "structure"]
 
 Staining = Literal["he", "ihc"]
 
-HE_MATRIX = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
-"""Rows: hematoxylin, eosin and a residual (Ruifrok and Johnston 2001)."""
 _HEMATOXYLIN: dict[Staining, FloatArray] = {
-    "he": np.linalg.inv(HE_MATRIX / np.linalg.norm(HE_MATRIX, axis=1, keepdims=True))[:, 0].astype(np.float32),
+    "he": np.linalg.inv(HE_MATRIX)[:, 0].astype(np.float32),
     "ihc": np.linalg.inv(STAIN_MATRIX)[:, 0].astype(np.float32),
 }
 SATURATION = 0.25
 """Optical density from which a pixel is simply tissue, however strongly it is stained."""
 TISSUE_DENSITY = 0.05
-"""Optical density, in the strongest channel and smoothed, from which a place is tissue."""
+"""Smoothed optical density of the strongest channel from which a pixel is tissue."""
 TISSUE_SIGMA = 3.0
 """Standard deviation of that smoothing, pixels."""
 
@@ -45,26 +43,13 @@ class Structure:
     """Where tissue is, lumens of a few pixels included."""
 
 
-def glass_colour(rgb: UInt8Array) -> FloatArray:
-    """Colour of bare glass, float32 [3]: what is bright and colourless; 245 where there is hardly any."""
-    darkest, brightest = rgb.min(axis=-1), rgb.max(axis=-1)
-    bright = (darkest > 200) & (brightest - darkest < 20)
-    scanned = bright & (darkest < 254)  # pure white is what was not scanned
-    if scanned.mean() > 0.01:
-        bright = scanned
-    if bright.mean() < 0.002:
-        return np.full(3, 245.0, np.float32)
-    colour: FloatArray = np.percentile(rgb[bright], 75, axis=0).astype(np.float32)
-    return colour
-
-
 def structure(rgb: UInt8Array, stain: Staining, glass: FloatArray) -> Structure:
     """What of an image registration looks at.
 
     Args:
         rgb: uint8 [H, W, 3].
         stain: how it is stained.
-        glass: colour of bare glass, float32 [3].
+        glass: colour of the glass, float32 [3].
     """
     values = np.arange(256, dtype=np.float32)[:, None]
     table = np.maximum(0.0, np.log10((glass + 1) / (values + 1))).astype(np.float32)

@@ -19,12 +19,12 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from staindiffuser.imaging.arrays import BoolArray, FloatArray
+from staindiffuser.imaging.glass import glass_colour
 from staindiffuser.training.prepare.registration.candidates import find_candidates
 from staindiffuser.training.prepare.registration.features import (
     Structure,
     band_passed,
     correlation,
-    glass_colour,
     structure,
 )
 from staindiffuser.training.prepare.registration.matching import BlockSearch, fit_affine, match_blocks

@@ -1,0 +1,174 @@
+"""Read and check ``tiles.csv``: every error names the file, the row and the field, and says what to do."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from staindiffuser.imaging.errors import ImageError
+from staindiffuser.imaging.image_files import image_size
+from staindiffuser.training.errors import DataError
+from staindiffuser.training.tiles.stain_names import OTHER_COLUMNS, is_stain_name
+from staindiffuser.training.tiles.tile import MASK, MPP_TOLERANCE, SPLITS, PairedTile
+
+__all__ = ["Check", "check_one_split", "read_table"]
+
+Check = Literal["headers", "pixels"]
+
+
+def read_table(path: Path, *, check: Check, mpp: float | None) -> tuple[tuple[str, ...], tuple[PairedTile, ...]]:
+    """Read a ``tiles.csv``; see :meth:`PairedTiles.load`.
+
+    Returns:
+        The stains in the order of the columns, and the tiles.
+
+    Raises:
+        DataError: naming the file, the row and the field that is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: {path.parent} is not a folder of paired tiles") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    reader = csv.reader(io.StringIO(text, newline=""))
+    try:
+        header = next(reader, None) or []
+        stains = _stains_of_header(path, header)
+        tiles = tuple(
+            _tile(path, reader.line_num, _named(path, reader.line_num, header, row), stains, check)
+            for row in reader
+            if row
+        )
+    except csv.Error as error:
+        raise DataError(f"{path}, row {reader.line_num}: not valid CSV: {error}") from error
+    if not tiles:
+        raise DataError(f"{path} has no rows: nothing to train on")
+    _check_mpp(path, tiles, mpp)
+    check_one_split(tiles)
+    return stains, tiles
+
+
+def check_one_split(tiles: Iterable[PairedTile]) -> None:
+    """Refuse a slide that is in two splits.
+
+    Raises:
+        DataError: naming both rows.
+    """
+    first: dict[str, PairedTile] = {}
+    for tile in tiles:
+        other = first.setdefault(tile.slide, tile)
+        if other.split != tile.split:
+            where = "" if other.file == tile.file else f" of {other.file}"
+            raise DataError(
+                f"{tile.file}, row {tile.row}: slide {tile.slide!r} is in split {tile.split!r} here and in "
+                f"{other.split!r} in row {other.row}{where}; all tiles of a slide belong to one split"
+            )
+
+
+def _stains_of_header(path: Path, header: list[str]) -> tuple[str, ...]:
+    if not header:
+        raise DataError(f"{path} is empty: its first row must name the columns")
+    for column in OTHER_COLUMNS:
+        if column not in header:
+            raise DataError(
+                f"{path}, row 1: column {column!r} is missing; needed are {', '.join(OTHER_COLUMNS)} and a stain"
+            )
+    for column in header:
+        if header.count(column) > 1:
+            raise DataError(f"{path}, row 1: column {column!r} appears twice")
+    stains = tuple(column for column in header if column not in OTHER_COLUMNS and not column.endswith(MASK))
+    for stain in stains:
+        if not is_stain_name(stain):
+            raise DataError(f"{path}, row 1: column {stain!r} cannot name a stain: it must match [a-z][a-z0-9_]*")
+    for column in header:
+        if column.endswith(MASK) and column.removesuffix(MASK) not in stains:
+            raise DataError(f"{path}, row 1: column {column!r} is a mask without a stain {column.removesuffix(MASK)!r}")
+    if not stains:
+        raise DataError(f"{path}, row 1: no stain column; add one per antibody, such as 'cd3'")
+    return stains
+
+
+def _named(path: Path, row: int, header: list[str], values: list[str]) -> dict[str, str]:
+    if len(values) != len(header):
+        raise DataError(f"{path}, row {row}: {len(values)} fields, but the header names {len(header)}")
+    return dict(zip(header, (value.strip() for value in values), strict=True))
+
+
+def _tile(path: Path, row: int, values: dict[str, str], stains: tuple[str, ...], check: Check) -> PairedTile:
+    split = values["split"]
+    if split not in SPLITS:
+        raise DataError(f"{path}, row {row}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    if not values["slide"]:
+        raise DataError(f"{path}, row {row}: slide is empty; name the slide the tile comes from")
+    try:
+        mpp = float(values["mpp"])
+    except ValueError:
+        mpp = math.nan
+    if not (math.isfinite(mpp) and mpp > 0):
+        raise DataError(f"{path}, row {row}: mpp is {values['mpp']!r}; it must be a positive number of µm per pixel")
+    for stain in stains:
+        if not values[stain] and values.get(stain + MASK):
+            raise DataError(f"{path}, row {row}: {stain}{MASK} is a mask without an image in {stain}")
+    images = {column: _image(path, row, column, values[column]) for column in ("he", *stains)}
+    masks = {
+        stain: _image(path, row, stain + MASK, value) if (value := values.get(stain + MASK)) else None
+        for stain in stains
+    }
+    size = _size(path, row, "he", images["he"], check)
+    others = {**images, **{stain + MASK: mask for stain, mask in masks.items() if mask is not None}}
+    for column, file in others.items():
+        other = size if column == "he" else _size(path, row, column, file, check)
+        if other != size:
+            raise DataError(
+                f"{path}, row {row}: {column} ({file}) is {other[0]} x {other[1]} pixels, "
+                f"but its H&E is {size[0]} x {size[1]}"
+            )
+    return PairedTile(
+        row=row,
+        he=images["he"],
+        stains={stain: images[stain] for stain in stains},
+        masks=masks,
+        slide=values["slide"],
+        split=split,
+        mpp=mpp,
+        size=size,
+        file=path,
+    )
+
+
+def _image(path: Path, row: int, column: str, value: str) -> Path:
+    if not value:
+        raise DataError(f"{path}, row {row}: {column} is empty; give the image's path relative to {path.parent}")
+    relative = PurePosixPath(value)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise DataError(f"{path}, row {row}: {column} is {value!r}; paths must be relative and stay in {path.parent}")
+    file = path.parent / relative
+    if not file.is_file():
+        raise DataError(f"{path}, row {row}: {column}: {file} does not exist")
+    return file
+
+
+def _size(path: Path, row: int, column: str, file: Path, check: Check) -> tuple[int, int]:
+    try:
+        return image_size(file, decode=check == "pixels")
+    except ImageError as error:
+        raise DataError(f"{path}, row {row}: {column}: {error}") from error
+
+
+def _check_mpp(path: Path, tiles: tuple[PairedTile, ...], needed: float | None) -> None:
+    first = tiles[0]
+    for tile in tiles:
+        if needed is not None and abs(tile.mpp / needed - 1) > MPP_TOLERANCE:
+            raise DataError(
+                f"{path}, row {tile.row}: mpp is {tile.mpp:g}, but {needed:g} is needed; resample the tiles first"
+            )
+        if abs(tile.mpp / first.mpp - 1) > MPP_TOLERANCE:
+            raise DataError(
+                f"{path}, row {tile.row}: mpp is {tile.mpp:g} here and {first.mpp:g} in row {first.row}; "
+                "all tiles of a folder have one pixel size"
+            )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from staindiffuser.client.run_record import RunRecord as RunRecord
     from staindiffuser.client.run_record import read_run as read_run
     from staindiffuser.client.staining import stain_slide as stain_slide
+    from staindiffuser.client.target import Target as Target
     from staindiffuser.imaging.slides import open_slide as open_slide
 
 _MODULES = {
@@ -22,6 +23,7 @@ _MODULES = {
     "StainClient": "staindiffuser.client.connection",
     "Stainer": "staindiffuser.client.contract",
     "StainingOptions": "staindiffuser.client.options",
+    "Target": "staindiffuser.client.target",
     "open_slide": "staindiffuser.imaging.slides",
     "read_run": "staindiffuser.client.run_record",
     "stain_slide": "staindiffuser.client.staining",
@@ -32,6 +34,7 @@ __all__ = [
     "StainClient",
     "Stainer",
     "StainingOptions",
+    "Target",
     "open_slide",
     "read_run",
     "stain_slide",

@@ -92,8 +92,8 @@ class StainClient:
     def stain_tiles(
         self,
         tiles_BTT3: UInt8Array,
-        origins_B2: NDArray[np.int64],
-        seed: int,
+        origins_B2: NDArray[np.int64] | None = None,
+        seed: int = 0,
         *,
         stains: Sequence[str] | None = None,
         images: bool = True,
@@ -103,7 +103,8 @@ class StainClient:
 
         Args:
             tiles_BTT3: H&E at the model's pixel size; B is at most the contract's ``max_batch``.
-            origins_B2: x and y of each tile's top-left pixel, in pixels of the slide at the model's pixel size.
+            origins_B2: x and y of each tile's top-left pixel, in pixels of the slide at the model's pixel size; 0, 0
+                for tiles that belong to no slide.
             seed: determines the noise, together with the origin.
             stains: names of the stains, None for all; the server computes no others.
             images: request ``STAIN_<NAME>``, uint8 [B,T,T,3].
@@ -122,6 +123,8 @@ class StainClient:
         names = [s.image_tensor for s in selected] * images + [s.cells_tensor for s in selected] * cells
         if not names:
             raise ValueError("request images, cells or both")
+        if origins_B2 is None:
+            origins_B2 = np.zeros((len(tiles_BTT3), 2), dtype=np.int64)
         seeds_B1 = np.full((len(tiles_BTT3), 1), seed, dtype=np.int64)
         inputs = [
             triton.InferInput("HE", list(tiles_BTT3.shape), "UINT8").set_data_from_numpy(tiles_BTT3),

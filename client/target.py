@@ -35,7 +35,7 @@ class Target:
             raise ValueError(f"--timeout must be positive, not {self.timeout:g}")
 
     @contextmanager
-    def connect(self, in_flight: int, say: Callable[[str], None]) -> Iterator[StainClient]:
+    def connect(self, in_flight: int = 4, say: Callable[[str], None] = lambda message: None) -> Iterator[StainClient]:
         """Connect; a server of our own runs as long as the context.
 
         Args:

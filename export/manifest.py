@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ class EngineRecord:
     device: Device
     parity: tuple[EngineParity, ...]
     """Against torch in float32, one entry per batch size checked."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What else determines the engine, such as ``tf32``: whether float32 convolutions may use TF32."""
     others: tuple[PlanRecord, ...] = ()
     """Plans of other compute capabilities (native flavour only)."""
 

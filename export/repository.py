@@ -27,6 +27,7 @@ from staindiffuser.files import file_sha256
 __all__ = ["BuildReport", "RepositoryBuild", "build", "build_repository", "prepare_build"]
 
 TRITON_MODELS = Path(__file__).resolve().parent.parent / "triton_models"
+NOISE_FILES = ("model.py", "philox.py", "philox_gpu.py", "philox.cu", "normal_quantiles.npy")
 Progress = Callable[[str], None]
 
 
@@ -142,7 +143,7 @@ def prepare_build(
     engine_sources: tuple[Path, ...] = ()
     if flavour == "python":
         engine_sources = (TRITON_MODELS / "engine" / "model.py", TRITON_MODELS / "engine" / f"{builder.runner}.py")
-    noise_sources = tuple(TRITON_MODELS / "noise" / name for name in ("model.py", "philox.py", "normal_quantiles.npy"))
+    noise_sources = tuple(TRITON_MODELS / "noise" / name for name in NOISE_FILES)
     sources: dict[str, tuple[Path, ...]] = {
         triton_config.NOISE_MODEL: noise_sources,
         **dict.fromkeys(graphs.engines, engine_sources),
@@ -313,6 +314,7 @@ def _manifest(
             builder=wanted.builder.version(),
             device=wanted.builder.device(),
             parity=tuple(parity[name]),
+            settings=dict(wanted.builder.settings(wanted.options)),
             others=others[name],
         )
     return Manifest(

@@ -56,6 +56,9 @@ FLAVOURS = ("python", "native")
 vendor's container."""
 EngineFiles = Mapping[str, str]
 """Compute capability ("8.9"; "" on a CPU) to file name."""
+ONE_GPU = (0,)
+"""A server uses the first GPU that it sees: left out, Triton makes instances on every GPU, the ensemble hands features
+from one GPU to another, and the CUDA pool is the first GPU's only. Several GPUs take a server each."""
 IN_FLIGHT = 4
 """Requests whose tensors are on the GPU at once; determines the size of the CUDA pool (ours)."""
 QUEUE_LENGTH = 64
@@ -234,7 +237,10 @@ def _python_model(
 ) -> ModelConfig:
     message = pb.ModelConfig(name=name, backend="python", max_batch_size=options.max_batch)
     _add_tensors(message, inputs, outputs)
-    message.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_GPU if gpu else pb.ModelInstanceGroup.KIND_CPU)
+    if gpu:
+        message.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_GPU, gpus=ONE_GPU)
+    else:
+        message.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
     for key, value in parameters.items():
         message.parameters[key].string_value = value
     if gpu:
@@ -261,7 +267,7 @@ def _native_model(
     for capability, file in plans.items():
         message.cc_model_filenames[capability] = file
     # One instance: with dynamic shapes, each instance would hold its own copy of the weights.
-    group = message.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_GPU)
+    group = message.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_GPU, gpus=ONE_GPU)
     group.profile.extend(str(index) for index in range(len(options.profiles)))
     batching = message.dynamic_batching
     batching.preferred_batch_size.extend(options.preferred)

@@ -110,6 +110,16 @@ class Engine(Protocol):
         """Release the engine's resources."""
 
 
+class DeviceEngine(Engine, Protocol):
+    """An engine whose arrays are on a GPU; see ``triton_models/engine/model.py``."""
+
+    def receive(self, tensor: Any) -> Any:
+        """A NumPy array, or whatever speaks DLPack, as an array on the engine's device."""
+
+    def join(self, arrays: list[Any]) -> Any:
+        """Received arrays in a row, along the batch."""
+
+
 class Builder(Protocol):
     """One target. ``staindiffuser.export.builders.get`` finds it by name."""
 
@@ -161,14 +171,19 @@ class Builder(Protocol):
 
 
 class HostEngine:
-    """A GPU engine with NumPy inputs and outputs, for parity and benchmarks."""
+    """A GPU engine with NumPy inputs and outputs, for parity and benchmarks.
 
-    def __init__(self, engine: Engine) -> None:
+    A batch takes the server's way: each tile arrives in host memory by itself, as if from a request of its own.
+    """
+
+    def __init__(self, engine: DeviceEngine) -> None:
         self._engine = engine
 
     def run(self, inputs: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
         """Run one batch and copy the outputs to the host."""
-        results = self._engine.run(inputs, outputs)
+        receive = self._engine.receive
+        rows = {n: [receive(array[i : i + 1]) for i in range(len(array))] for n, array in inputs.items()}
+        results = self._engine.run({n: self._engine.join(parts) for n, parts in rows.items()}, outputs)
         # CuPy arrays need an explicit copy to NumPy; torch tensors have to be moved to the host first.
         copies = {n: a.get() if hasattr(a, "get") else a.cpu() if hasattr(a, "cpu") else a for n, a in results.items()}
         return {name: np.asarray(array) for name, array in copies.items()}

@@ -3,8 +3,8 @@
 A plan runs on the kind of GPU that built it. Tactics are timed on the GPU; the timings are kept in the user's cache
 folder, per TensorRT version and GPU, so that building again is quick and the artefact does not change its bytes for it.
 
-No machine with a GPU has run this file; on a CPU its network building is run by the tests through TensorRT-RTX, which
-has the same API.
+No machine with a GPU has run this file. On a CPU the tests run its network building through TensorRT-RTX, which has the
+same API, and all of it through a simulation that has the names and signatures of the bindings of 10.16 and 11.4.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class TensorRTBuilder:
     def settings(self, options: BuildOptions) -> Mapping[str, Any]:
         """What else decides the bytes."""
         names = ("workspace_mib", "verbosity", "version_compatible", "weight_stripped")
-        return {name: getattr(options, name) for name in names}
+        return {"tf32": False, **{name: getattr(options, name) for name in names}}
 
     def build(self, graph: Path, description: EngineGraph, output: Path, options: BuildOptions) -> None:
         """Build a plan on this machine's GPU.

@@ -78,7 +78,8 @@ class TensorRTRtxBuilder:
     def settings(self, options: BuildOptions) -> Mapping[str, Any]:
         """What else decides the bytes."""
         return {
-            "compute_capabilities": options.compute_capabilities or DEFAULT_CAPABILITIES,
+            "tf32": False,
+            "compute_capabilities": list(options.compute_capabilities or DEFAULT_CAPABILITIES),
             "verbosity": options.verbosity,
             "workspace_mib": options.workspace_mib,
         }

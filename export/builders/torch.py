@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from staindiffuser.export.builders.base import Device, Engine, HostEngine
+from staindiffuser.export.builders.base import BuildOptions, Device, Engine, HostEngine
 from staindiffuser.export.builders.devices import find_gpu, processor
 from staindiffuser.export.builders.graph_engine import GraphEngineBuilder
 from staindiffuser.export.builders.missing import missing
@@ -40,6 +41,10 @@ class TorchBuilder(GraphEngineBuilder):
         if gpu is not None and "+cpu" not in self.version():
             return gpu
         return processor()
+
+    def settings(self, options: BuildOptions) -> Mapping[str, Any]:
+        """Nothing to choose: ``engine_torch.py`` computes float32 without TF32."""
+        return {"tf32": False}
 
     def load(self, path: Path, *, threads: int) -> Engine:
         """One program on the device, as the server does."""

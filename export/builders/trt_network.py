@@ -1,7 +1,8 @@
 """One ONNX graph → one serialised engine: the part that TensorRT 10, TensorRT 11 and TensorRT-RTX share.
 
 The three have one Python API, so the module is an argument. Networks are strongly typed: precision comes from the graph
-alone. TensorRT 11 knows nothing else; the others are told by a flag.
+alone, and TensorRT 11 knows nothing else. TF32 is on by default and is switched off: results are compared with float32,
+and the torch target computes float32 graphs without it too.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ def serialize(
     """
     log = _logger(trt)
     builder = trt.Builder(log)
-    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse(graph.read_bytes()):
         raise BuildError(f"{graph}: {trt.__name__} refuses the graph: {_reason(parser, log)}")
     config = builder.create_builder_config()
     config.profiling_verbosity = getattr(trt.ProfilingVerbosity, _VERBOSITY[options.verbosity])
+    config.clear_flag(trt.BuilderFlag.TF32)
     if options.workspace_mib:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
     if options.version_compatible:

@@ -77,6 +77,7 @@ def test_configuration_of_an_engine(graphs: Path, tmp_path: Path) -> None:
         assert config.default_model_filename == plan.name
         assert list(config.instance_group[0].profile) == ["0", "1", "2"]
         assert config.instance_group[0].count == 1
+        assert list(config.instance_group[0].gpus) == [0]  # no instances on other GPUs, which have no CUDA pool
         # Preferred batches, CUDA graphs, warm-up and profiles are one list.
         assert list(config.dynamic_batching.preferred_batch_size) == [1, 2, 4]
         graph_specs = config.optimization.cuda.graph_spec
@@ -107,6 +108,7 @@ def test_the_ensemble_is_the_same_in_both_flavours(graphs: Path, tmp_path: Path)
     assert (two / "stain_cd3" / "1" / "engine_tensorrt.py").is_file()
     config = triton_config.parse((two / "stain_cd3" / "config.pbtxt").read_text())
     assert config.backend == "python"
+    assert list(config.instance_group[0].gpus) == [0]
     assert config.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value == "no"
 
 

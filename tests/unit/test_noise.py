@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from staindiffuser.triton_models.noise import philox
+from staindiffuser.triton_models.noise import philox, philox_gpu
+from tests.simulated_gpu import cupy as simulated_cupy
 
 
 def reference_philox(counter: list[int], key: list[int]) -> list[int]:
@@ -117,16 +118,38 @@ def test_origin_off_the_grid_is_refused(origin: tuple[int, int]) -> None:
         philox.tile_noise(np.zeros((2, 1), np.int64), origins, steps=1, height=16, width=16)
 
 
-def test_other_array_module_takes_the_same_path() -> None:
-    """CuPy is not installed here: a module that is not `numpy` takes its branch and must give the same bits."""
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize("cells", [True, False])
+def test_the_gpus_kernel_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch, steps: int, cells: bool) -> None:
+    """Its CUDA source compiled as C, launched through a simulated CuPy for the whole batch at once."""
+    simulated_cupy.install(monkeypatch)
+    seeds = np.array([[3], [-4], [2**63 - 1]])
+    origins = np.array([[16, -32], [-(2**33) - 16, 2**32 - 16], [0, -(2**63)]])
+    arguments: dict[str, Any] = {"steps": steps, "height": 32, "width": 48, "cells": cells}
+    found = philox_gpu.GpuNoise(1).tile_noise(seeds, origins, **arguments)
+    expected = philox.tile_noise(seeds, origins, **arguments)
+    assert found[0].device == 1
+    np.testing.assert_array_equal(found[0].values, expected[0])  # no wait: it must be complete already
+    if cells:
+        np.testing.assert_array_equal(found[1].values, expected[1])
+    else:
+        assert found[1] is None
 
-    class Other:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(np, name)
 
-    arguments: dict[str, Any] = {"steps": 2, "channels": 4, "height": 32, "width": 32}
-    expected = philox.normal_noise(9, 16, -16, **arguments)
-    np.testing.assert_array_equal(philox.normal_noise(9, 16, -16, xp=Other(), **arguments), expected)
+def test_the_kernel_strides_over_what_the_grid_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulated_cupy.install(monkeypatch)
+    monkeypatch.setattr(philox_gpu, "_MOST_BLOCKS", 3)
+    arguments: dict[str, Any] = {"steps": 2, "height": 32, "width": 48}
+    seeds, origins = np.array([[5]]), np.array([[-16, 16]])
+    found = philox_gpu.GpuNoise().tile_noise(seeds, origins, **arguments)
+    for array, expected in zip(found, philox.tile_noise(seeds, origins, **arguments), strict=True):
+        np.testing.assert_array_equal(array.values, expected)
+
+
+def test_the_gpu_refuses_an_origin_off_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulated_cupy.install(monkeypatch)
+    with pytest.raises(ValueError, match=r"ORIGIN \(8, 0\) is not a multiple of 16"):
+        philox_gpu.GpuNoise().tile_noise(np.array([[0]]), np.array([[8, 0]]), steps=1, height=16, width=16)
 
 
 def test_fast_enough_for_a_tile() -> None:

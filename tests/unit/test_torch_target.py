@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import shutil
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from staindiffuser.export import builders
 from staindiffuser.export.builders import BuildOptions
 from staindiffuser.export.errors import BuilderMissingError, ExportUsageError
 from staindiffuser.export.manifest import verify
+from staindiffuser.export.parity import Golden
 from staindiffuser.export.repository import build
 from staindiffuser.triton_models.engine import engine_onnxruntime, engine_torch
+from staindiffuser.triton_models.noise.philox import tile_noise
 from tests.synthetic_graphs import write_graphs
 
 
@@ -105,3 +111,58 @@ def test_captures_only_on_a_gpu(tiny_graphs: Path, tmp_path: Path) -> None:
     if not engine._cuda:
         assert engine._captured == {}
     engine.close()
+
+
+def test_channels_last_computes_the_same(tiny_graphs: Path) -> None:
+    golden = Golden.load(tiny_graphs / "golden.npz")
+    outputs = [f"FEATURES_{level}" for level in range(4)]
+    features = {}
+    for channels_last in (False, True):
+        encoder = engine_torch.load(tiny_graphs / "he_encoder.onnx")
+        if channels_last:
+            encoder = engine_torch.TorchEngine(tiny_graphs / "he_encoder.onnx", channels_last=True)
+            weights = [buffer for buffer in encoder._program.buffers() if buffer.ndim == 4 and buffer.shape[2] > 1]
+            assert weights
+            assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+        features[channels_last] = encoder.run({"HE": golden.inputs["HE"]}, outputs)
+    for name in outputs:
+        assert features[True][name].flags.c_contiguous  # what the next engine is given has one layout
+        np.testing.assert_allclose(features[True][name], features[False][name], atol=2e-2, rtol=2e-2)
+    steps, tile = 2, golden.inputs["HE"].shape[1]
+    noise, _ = tile_noise(golden.inputs["SEED"], golden.inputs["ORIGIN"], steps=steps, height=tile, width=tile)
+    branch = engine_torch.TorchEngine(tiny_graphs / "stain_cd3.onnx", channels_last=True)
+    image = branch.run({**features[True], "NOISE": noise}, ["STAIN_CD3"])["STAIN_CD3"]
+    assert np.abs(image.astype(int) - golden.outputs["STAIN_CD3"]).max() <= 1
+
+
+def test_work_happens_on_the_engines_own_gpu(tiny_graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams, graphs and memory are made on the current GPU: it must be the engine's, whichever was current before."""
+    current: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(chosen)
+        yield
+        current.pop()
+
+    class Captured:
+        def __init__(self, program: engine_torch.GraphProgram, inputs: list[torch.Tensor]) -> None:
+            assert current[-1:] == [engine._device]
+            self.program = program
+
+        def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+            assert current[-1:] == [engine._device]
+            return list(self.program(*inputs))
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(engine_torch, "_Captured", Captured)
+    waited: list[torch.device] = []
+    stream = types.SimpleNamespace(synchronize=lambda: waited.extend(current))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    engine = engine_torch.load(tiny_graphs / "he_encoder.onnx")
+    engine._cuda, engine._most_captured = True, 1
+    for batch in (1, 2):
+        he = engine.join([engine.receive(np.zeros((1, 64, 64, 3), np.uint8)) for _ in range(batch)])
+        assert engine.run({"HE": he}, ["FEATURES_0"])["FEATURES_0"].shape[0] == batch
+    assert list(engine._captured) == [1]  # the second batch size is one too many, and runs without
+    assert waited == [engine._device] * 2

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 
 __all__ = ["OnnxRuntimeEngine", "available_cpus", "load", "session_options"]
@@ -50,6 +51,14 @@ class OnnxRuntimeEngine:
         self._session: Any = onnxruntime.InferenceSession(
             os.fspath(path), session_options(threads), providers=["CPUExecutionProvider"]
         )
+
+    def receive(self, tensor: Any) -> np.ndarray[Any, Any]:
+        """A NumPy array as it is."""
+        return np.asarray(tensor)
+
+    def join(self, arrays: list[Any]) -> np.ndarray[Any, Any]:
+        """Arrays in a row, along the batch."""
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def run(self, inputs: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
         """Run one batch of NumPy arrays, batch dimension first; returns the outputs named."""

@@ -1,9 +1,10 @@
 """A TensorRT or TensorRT-RTX plan on one GPU: the Python runtime, memory from CuPy, DLPack at the border to Triton.
 
 Copied beside ``model.py`` into the model repository; imports nothing of the project. No machine with a GPU has run this
-file yet: it uses what TensorRT 10, 11 and RTX have in common (``execute_async_v3``, named tensors) and nothing more.
+file yet: it uses what TensorRT 10.16, 11.4 and RTX have in common, which the tests check against their bindings.
 
-A plan with several optimisation profiles has one execution context each; a batch runs in the first that takes it.
+A plan with several optimisation profiles has one execution context each; a batch runs in the first that takes it. All
+work is enqueued on the engine's own stream, which waits for the caller's stream first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cupy
+import numpy as np
 
 __all__ = ["TensorRTEngine", "load"]
 
@@ -31,57 +33,56 @@ class TensorRTEngine:
     """One plan, one stream, one execution context a profile."""
 
     def __init__(self, path: Path, *, device: int) -> None:
-        trt = runtime_module(path)
+        self._trt = trt = runtime_module(path)
         self._device = cupy.cuda.Device(device)
-        self._device.use()
         self._logger = trt.Logger(trt.Logger.WARNING)
-        self._runtime = trt.Runtime(self._logger)
-        if hasattr(self._runtime, "engine_host_code_allowed"):
+        with self._device:
+            self._stream = cupy.cuda.Stream(non_blocking=True)
+            self._runtime = trt.Runtime(self._logger)
             self._runtime.engine_host_code_allowed = True  # version-compatible plans bring their own runtime
-        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        if self._engine is None:
-            raise RuntimeError(f"{path.name} was not built for this GPU and {trt.__name__} {trt.__version__}")
-        weights = path.with_name("weights.onnx")
-        if weights.is_file():  # a weight-stripped plan
-            refitter = trt.OnnxParserRefitter(trt.Refitter(self._engine, self._logger), self._logger)
-            if not refitter.refit_from_file(str(weights)):
-                raise RuntimeError(f"{path.name}: the weights in {weights.name} do not fit the plan")
-        self._stream = cupy.cuda.Stream(non_blocking=True)
-        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
-        self._dtypes = {name: trt.nptype(self._engine.get_tensor_dtype(name)) for name in names}
-        self._inputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
-        self._outputs = [n for n in names if n not in self._inputs]
-        self._contexts: list[tuple[int, int, Any]] = []
-        for index in range(self._engine.num_optimization_profiles):
-            smallest, _, largest = self._engine.get_tensor_profile_shape(self._inputs[0], index)
-            context = self._engine.create_execution_context()
-            context.set_optimization_profile_async(index, self._stream.ptr)
-            self._contexts.append((smallest[0], largest[0], context))
-        self._stream.synchronize()
+            self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+            if self._engine is None:
+                raise RuntimeError(f"{path.name} was not built for this GPU and {trt.__name__} {trt.__version__}")
+            weights = path.with_name("weights.onnx")
+            if weights.is_file():
+                self._refit(path, weights)
+            names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+            self._dtypes = {name: trt.nptype(self._engine.get_tensor_dtype(name)) for name in names}
+            self._inputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+            self._outputs = [n for n in names if n not in self._inputs]
+            self._contexts = [self._new_context(path, i) for i in range(self._engine.num_optimization_profiles)]
+            self._stream.synchronize()
+
+    def receive(self, tensor: Any) -> Any:
+        """A NumPy array is copied to the GPU; what speaks DLPack is taken as it is. In the order of our stream."""
+        with self._device:
+            # A CuPy array may still be being written on the caller's stream, which ours knows nothing of.
+            self._stream.wait_event(cupy.cuda.get_current_stream().record())
+            with self._stream:
+                if isinstance(tensor, cupy.ndarray):
+                    return tensor
+                return cupy.asarray(tensor) if isinstance(tensor, np.ndarray) else cupy.from_dlpack(tensor)
+
+    def join(self, arrays: list[Any]) -> Any:
+        """Received arrays in a row, along the batch."""
+        if len(arrays) == 1:
+            return arrays[0]
+        with self._device, self._stream:
+            return cupy.concatenate(arrays)
 
     def run(self, inputs: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
-        """Run one batch of CuPy arrays (NumPy arrays are copied to the GPU); returns CuPy arrays.
+        """Run one batch of CuPy or NumPy arrays; returns CuPy arrays, complete.
 
         Raises:
             RuntimeError: a shape is outside the plan's profiles, or the launch failed.
         """
-        self._device.use()
         context = self._context(len(inputs[self._inputs[0]]))
-        # The inputs were written on another stream, which Triton has already waited for; ours only needs the order.
-        with self._stream:
-            held = {n: cupy.ascontiguousarray(cupy.asarray(inputs[n], dtype=self._dtypes[n])) for n in self._inputs}
-            for name, array in held.items():
-                if not context.set_input_shape(name, array.shape):
-                    raise RuntimeError(f"{name}: shape {array.shape} is outside the plan's profile")
-                context.set_tensor_address(name, array.data.ptr)
-            results: dict[str, Any] = {}
-            for name in self._outputs:
-                shape = tuple(context.get_tensor_shape(name))
-                results[name] = cupy.empty(shape, dtype=self._dtypes[name])
-                context.set_tensor_address(name, results[name].data.ptr)
-            if not context.execute_async_v3(self._stream.ptr):
-                raise RuntimeError("TensorRT could not enqueue the plan: see the server's log")
-        self._stream.synchronize()  # Triton reads the outputs without knowing our stream
+        received = {name: self.receive(inputs[name]) for name in self._inputs}
+        with self._device, self._stream:
+            # Held until the end: memory that is let go may become an output's.
+            held = {n: cupy.ascontiguousarray(cupy.asarray(a, dtype=self._dtypes[n])) for n, a in received.items()}
+            results = self._enqueue(context, held)
+            self._stream.synchronize()  # Triton reads the outputs without knowing our stream
         return {name: results[name] for name in outputs}
 
     def close(self) -> None:
@@ -89,11 +90,41 @@ class TensorRTEngine:
         self._contexts = []
         self._engine = self._runtime = None
 
+    def _enqueue(self, context: Any, held: dict[str, Any]) -> dict[str, Any]:
+        for name, array in held.items():
+            if not context.set_input_shape(name, tuple(array.shape)):
+                raise RuntimeError(f"{name}: shape {array.shape} is outside the plan's profile")
+        results = {
+            name: cupy.empty(tuple(context.get_tensor_shape(name)), dtype=self._dtypes[name]) for name in self._outputs
+        }
+        for name, array in {**held, **results}.items():
+            if not context.set_tensor_address(name, array.data.ptr):
+                raise RuntimeError(f"the plan has no tensor {name}")
+        if not context.execute_async_v3(self._stream.ptr):
+            raise RuntimeError("TensorRT could not enqueue the plan: see the server's log")
+        return results
+
     def _context(self, batch: int) -> Any:
         for smallest, largest, context in self._contexts:
             if smallest <= batch <= largest:
                 return context
         raise RuntimeError(f"a batch of {batch} is outside the plan's profiles")
+
+    def _new_context(self, path: Path, profile: int) -> tuple[int, int, Any]:
+        """Smallest and largest batch of an optimisation profile, and its context."""
+        smallest, _, largest = self._engine.get_tensor_profile_shape(self._inputs[0], profile)
+        context = self._engine.create_execution_context()
+        if context is None or not context.set_optimization_profile_async(profile, self._stream.ptr):
+            raise RuntimeError(f"{path.name}: no context for optimisation profile {profile}: out of GPU memory?")
+        return smallest[0], largest[0], context
+
+    def _refit(self, path: Path, weights: Path) -> None:
+        """Put the weights back into a weight-stripped plan."""
+        refitter = self._trt.Refitter(self._engine, self._logger)
+        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
+        # The parser only says which weights go where; the second call moves them into the engine.
+        if not (parser.refit_from_file(str(weights)) and refitter.refit_cuda_engine()):
+            raise RuntimeError(f"{path.name}: the weights in {weights.name} do not fit the plan")
 
 
 def load(path: Path, *, threads: int = 0, device: int = 0) -> TensorRTEngine:

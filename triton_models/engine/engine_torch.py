@@ -4,10 +4,15 @@ Copied beside ``model.py`` into the model repository; imports nothing of the pro
 itself; its dozen kinds of operation are run by torch one after another, so what runs is exactly what was hashed, and no
 pickle is ever loaded. On a CPU (tests, comparison) the same program runs without capture. No machine with a GPU has run
 this file yet.
+
+Float32 convolutions do not use TF32: results are compared with float32, and TensorRT's plans do not use it either. On a
+GPU, half-precision convolutions get their weights channels-last, the layout that tensor cores read (NVIDIA's and
+PyTorch's advice; ``make verify-gpu`` measures both layouts).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +112,7 @@ class GraphProgram(torch.nn.Module):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
+        self._layout = torch.contiguous_format
         graph = onnx.load(path).graph
         self.inputs = [value.name for value in graph.input]
         self.outputs = [value.name for value in graph.output]
@@ -139,9 +145,25 @@ class GraphProgram(torch.nn.Module):
         last = {name: i for i, step in enumerate(self._steps) for name in step[1] if isinstance(name, str)}
         self._free = [[n for n in last if last[n] == i and n not in self.outputs] for i in range(len(self._steps))]
 
+    @property
+    def half_precision(self) -> bool:
+        """Whether every convolution computes in half precision."""
+        return {buffer.dtype for buffer in self.buffers() if buffer.ndim == 4} <= {torch.float16, torch.bfloat16}
+
+    def channels_last(self) -> None:
+        """Keep convolution weights and activations channels-last: the same values in another order."""
+        self._layout = torch.channels_last
+        for name, buffer in list(self.named_buffers()):
+            setattr(self, name, self._laid_out(buffer))
+
+    def _laid_out(self, tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=self._layout) if tensor.ndim == 4 else tensor
+
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the graph."""
-        values = dict(zip(self.inputs, inputs, strict=True))
+        # A tile is uint8 [B, H, W, 3] and its channels are last already.
+        arranged = (x if x.dtype == torch.uint8 else self._laid_out(x) for x in inputs)
+        values = dict(zip(self.inputs, arranged, strict=True))
         values.update({name: getattr(self, attribute) for name, attribute in self._weights.items()})
         for (operation, arguments, attributes, outputs), free in zip(self._steps, self._free, strict=True):
             result = operation(*(values[a] if isinstance(a, str) else a for a in arguments), **attributes)
@@ -174,29 +196,65 @@ class _Captured:
 
 
 class TorchEngine:
-    """One graph on one device."""
+    """One graph on one device.
 
-    def __init__(self, path: Path, *, threads: int = 0, device: int = 0) -> None:
+    Args:
+        path: the ONNX file.
+        threads: on a CPU, torch's threads; 0 leaves them.
+        device: the GPU's number; without a GPU the CPU runs.
+        channels_last: the layout; by default channels-last for half precision on a GPU.
+        capture: replay a CUDA graph for each batch size, on a GPU.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int = 0,
+        device: int = 0,
+        channels_last: bool | None = None,
+        capture: bool = True,
+    ) -> None:
         self._cuda = torch.cuda.is_available()
         self._device = torch.device("cuda", device) if self._cuda else torch.device("cpu")
         if not self._cuda and threads:
             torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self._program = GraphProgram(path).to(self._device).eval()
+        if channels_last or (channels_last is None and self._cuda and self._program.half_precision):
+            self._program.channels_last()
+        self._most_captured = _MOST_CAPTURED if self._cuda and capture else 0
         self._captured: dict[int, _Captured] = {}
+
+    def receive(self, tensor: Any) -> Tensor:
+        """A NumPy array, a tensor, or whatever speaks DLPack, as a tensor on the engine's device."""
+        with self._current():
+            if isinstance(tensor, Tensor):
+                return tensor.to(self._device)
+            if isinstance(tensor, np.ndarray):
+                # Triton's arrays may be read-only; torch never writes to its inputs.
+                return torch.from_numpy(tensor if tensor.flags.writeable else tensor.copy()).to(self._device)
+            shared: Tensor = torch.utils.dlpack.from_dlpack(tensor)
+            return shared.to(self._device)
+
+    def join(self, arrays: list[Any]) -> Tensor:
+        """Received tensors in a row, along the batch."""
+        with self._current():
+            return arrays[0] if len(arrays) == 1 else torch.cat(arrays)
 
     @torch.inference_mode()
     def run(self, inputs: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
-        """Run one batch of NumPy or CuPy arrays, batch dimension first; returns NumPy arrays or, on a GPU, tensors that
-        speak DLPack."""
-        tensors = [self._tensor(inputs[name]) for name in self._program.inputs]
-        batch = len(tensors[0])
-        if self._cuda and batch not in self._captured and len(self._captured) < _MOST_CAPTURED:
-            self._captured[batch] = _Captured(self._program, tensors)
-        captured = self._captured.get(batch)
-        results = captured.run(tensors) if captured else list(self._program(*tensors))
-        if self._cuda:
-            torch.cuda.current_stream(self._device).synchronize()  # the server reads without knowing our stream
+        """Run one batch of tensors, NumPy or CuPy arrays, batch dimension first; returns NumPy arrays or, on a GPU,
+        tensors that speak DLPack, complete."""
+        with self._current():
+            tensors = [self.receive(inputs[name]) for name in self._program.inputs]
+            batch = len(tensors[0])
+            if batch not in self._captured and len(self._captured) < self._most_captured:
+                self._captured[batch] = _Captured(self._program, tensors)
+            captured = self._captured.get(batch)
+            results = captured.run(tensors) if captured else list(self._program(*tensors))
+            if self._cuda:
+                torch.cuda.current_stream().synchronize()  # the server reads without knowing our stream
         named = dict(zip(self._program.outputs, results, strict=True))
         return {name: named[name] if self._cuda else named[name].numpy() for name in outputs}
 
@@ -207,14 +265,9 @@ class TorchEngine:
         if self._cuda:
             torch.cuda.empty_cache()
 
-    def _tensor(self, array: Any) -> Tensor:
-        if isinstance(array, Tensor):
-            return array.to(self._device)
-        if isinstance(array, np.ndarray):
-            # Triton's arrays may be read-only; torch never writes to its inputs.
-            return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self._device)
-        tensor: Tensor = torch.utils.dlpack.from_dlpack(array)
-        return tensor.to(self._device)
+    def _current(self) -> contextlib.AbstractContextManager[Any]:
+        """Streams, graphs and memory are made on the current GPU, which is not always ours."""
+        return torch.cuda.device(self._device) if self._cuda else contextlib.nullcontext()
 
 
 def load(path: Path, *, threads: int = 0, device: int = 0) -> TorchEngine:

@@ -2,7 +2,7 @@
 
 ``config.pbtxt`` says everything: tensor names and shapes, and as ``parameters``
 
-- ``runner``: the file beside this one that loads the engine (``engine_onnxruntime`` or ``engine_tensorrt``);
+- ``runner``: the file beside this one that loads the engine (``engine_onnxruntime``, ``engine_tensorrt``, …);
 - ``engine``: the engine's file name in this folder;
 - ``threads``: a CPU engine's threads, 0 for all that the process may use (``STAINDIFFUSER_THREADS`` overrides it).
 
@@ -18,15 +18,20 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
 
 
 class Engine(Protocol):
-    """What a runner gives: arrays in, arrays out, on the CPU (NumPy) or on the instance's GPU (CuPy)."""
+    """What a runner gives. Its arrays are NumPy's on the CPU; on a GPU they are CuPy's or torch's."""
+
+    def receive(self, tensor: Any) -> Any:
+        """One request's tensor, a NumPy array or whatever speaks DLPack, as an array on the engine's device."""
+
+    def join(self, arrays: list[Any]) -> Any:
+        """Received arrays in a row, along the batch."""
 
     def run(self, inputs: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
-        """Run one batch, batch dimension first in every array; returns the outputs named."""
+        """Run one batch, batch dimension first in every array; returns the outputs named, complete."""
 
     def close(self) -> None:
         """Free what the engine holds."""
@@ -43,7 +48,6 @@ class TritonPythonModel:
         self.inputs = [tensor["name"] for tensor in config["input"]]
         self.outputs = [tensor["name"] for tensor in config["output"]]
         self.gpu = args["model_instance_kind"] == "GPU"
-        self.xp: Any = importlib.import_module("cupy") if self.gpu else np
         runner = importlib.import_module(parameters["runner"])
         self.engine: Engine = runner.load(
             Path(__file__).with_name(parameters["engine"]),
@@ -72,31 +76,24 @@ class TritonPythonModel:
         self.engine.close()
 
     def _run(self, requests: list[Any]) -> list[Any]:
-        parts = [{name: self._array(request, name) for name in self.inputs} for request in requests]
-        batch = (
-            parts[0]
-            if len(parts) == 1
-            else {name: self.xp.concatenate([part[name] for part in parts]) for name in self.inputs}
-        )
+        parts = [{name: self.engine.receive(_tensor(request, name)) for name in self.inputs} for request in requests]
+        batch = {name: self.engine.join([part[name] for part in parts]) for name in self.inputs}
         asked = [list(request.requested_output_names()) for request in requests]
         results = self.engine.run(batch, [name for name in self.outputs if any(name in names for names in asked)])
         responses = []
         first = 0
         for part, names in zip(parts, asked, strict=True):
             last = first + len(part[self.inputs[0]])
-            tensors = [self._tensor(name, results[name][first:last]) for name in names]
+            tensors = [self._response(name, results[name][first:last]) for name in names]
             responses.append(pb_utils.InferenceResponse(tensors))
             first = last
         return responses
 
-    def _array(self, request: Any, name: str) -> Any:
-        tensor = pb_utils.get_input_tensor_by_name(request, name)
-        if not self.gpu:
-            return tensor.as_numpy()
-        # Triton may leave an input in host memory (a client's, or a full CUDA pool): then it is copied.
-        return self.xp.asarray(tensor.as_numpy()) if tensor.is_cpu() else self.xp.from_dlpack(tensor)
+    def _response(self, name: str, array: Any) -> Any:
+        return pb_utils.Tensor.from_dlpack(name, array) if self.gpu else pb_utils.Tensor(name, array)
 
-    def _tensor(self, name: str, array: Any) -> Any:
-        if self.gpu:
-            return pb_utils.Tensor.from_dlpack(name, array)
-        return pb_utils.Tensor(name, array)
+
+def _tensor(request: Any, name: str) -> Any:
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    # A GPU's model meets tensors in host memory too: a client's always are, and so is what did not fit the CUDA pool.
+    return tensor.as_numpy() if tensor.is_cpu() else tensor

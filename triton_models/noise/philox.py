@@ -7,7 +7,8 @@ Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3
 
 and its four 32-bit words give eight 16-bit indices into a table of 65,536 half-precision normal quantiles
 (``ndtri((i + 0.5) / 65536)``). Value ``n = (step mod 2) * 4 + channel mod 4`` uses word ``n div 2``: its low half if n
-is even, its high half if n is odd. Only integers and a table are involved, so NumPy and CuPy agree bit for bit.
+is even, its high half if n is odd. Only integers and a table are involved, so the GPU's kernel (``philox.cu``, launched
+by ``philox_gpu.py``) agrees bit for bit.
 
 This file is copied beside the noise model in Triton's model repository and must import nothing of the project.
 
@@ -29,6 +30,7 @@ __all__ = [
     "normal_noise",
     "philox4x32",
     "quantiles",
+    "table",
     "tile_noise",
 ]
 
@@ -52,7 +54,7 @@ def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tupl
     """Ten rounds of Philox 4x32.
 
     Args:
-        counter: four uint64 arrays (NumPy or CuPy) that hold 32-bit values and broadcast against each other.
+        counter: four uint64 arrays that hold 32-bit values and broadcast against each other.
         key: two 32-bit words.
 
     Returns:
@@ -73,51 +75,44 @@ def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tupl
     return c0, c1, c2, c3
 
 
-def normal_noise(seed: int, x: int, y: int, *, steps: int, channels: int, height: int, width: int, xp: Any = np) -> Any:
+def normal_noise(
+    seed: int, x: int, y: int, *, steps: int, channels: int, height: int, width: int
+) -> np.ndarray[Any, np.dtype[np.float16]]:
     """Standard normal noise of a rectangle of the slide.
 
     Args:
         seed: 64 bits; a negative one is taken modulo 2^64.
         x, y: the top-left pixel at the model's resolution; may be negative.
         steps, channels, height, width: the noise's extent.
-        xp: ``numpy`` or ``cupy``.
 
     Returns:
-        float16 [steps, channels, height, width] on ``xp``'s device.
+        float16 [steps, channels, height, width].
     """
     seed, x, y = int(seed) % 2**64, int(x), int(y)
     key = (seed % _WORD, seed >> 32)
-    table = _table_on(xp)
-    columns = xp.asarray((np.arange(width, dtype=np.uint64) + np.uint64(x % _WORD)) & _LOW32).reshape(1, width)
-    rows = xp.asarray((np.arange(height, dtype=np.uint64) + np.uint64(y % _WORD)) & _LOW32).reshape(height, 1)
-    noise = xp.empty((steps, channels, height, width), dtype=np.float16)
-    block = max(1, _BLOCK_PIXELS // width) if xp is np else height  # a GPU wants the whole plane at once
+    columns = ((np.arange(width, dtype=np.uint64) + np.uint64(x % _WORD)) & _LOW32).reshape(1, width)
+    rows = ((np.arange(height, dtype=np.uint64) + np.uint64(y % _WORD)) & _LOW32).reshape(height, 1)
+    noise = np.empty((steps, channels, height, width), dtype=np.float16)
+    block = max(1, _BLOCK_PIXELS // width)
     for top in range(0, height, block):
         part = slice(top, min(top + block, height))
         for first_step in range(0, steps, 2):
             for first_channel in range(0, channels, 4):
-                pair = xp.full((1, 1), first_step // 2, dtype=np.uint64)
-                quad = xp.full((1, 1), first_channel // 4, dtype=np.uint64)
+                pair = np.full((1, 1), first_step // 2, dtype=np.uint64)
+                quad = np.full((1, 1), first_channel // 4, dtype=np.uint64)
                 words = philox4x32((columns, rows[part], pair, quad), key)
                 for step in range(first_step, min(first_step + 2, steps)):
                     for channel in range(first_channel, min(first_channel + 4, channels)):
                         word, half = divmod((step % 2) * 4 + channel % 4, 2)
                         index = words[word] >> _SHIFT16 if half else words[word] & _LOW16
-                        _look_up(table, index, noise[step, channel, part], xp)
+                        # "clip" never clips (16 bits index 65,536 entries): it is the mode that writes without a copy.
+                        np.take(table(), index.view(np.int64), out=noise[step, channel, part], mode="clip")
     return noise
 
 
-def _look_up(table: Any, index: Any, out: Any, xp: Any) -> None:
-    if xp is np:
-        # "clip" never clips (16 bits index 65,536 entries): it is the mode that writes without a copy.
-        np.take(table, index.view(np.int64), out=out, mode="clip")
-    else:
-        out[...] = table[index.view(np.int64)]
-
-
 def tile_noise(
-    seeds: Any, origins: Any, *, steps: int, height: int, width: int, cells: bool = True, xp: Any = np
-) -> tuple[Any, Any]:
+    seeds: Any, origins: Any, *, steps: int, height: int, width: int, cells: bool = True
+) -> tuple[np.ndarray[Any, Any], Any]:
     """The noise of a batch of tiles: the images' and, from the same Philox stream, the cell maps'.
 
     Args:
@@ -125,7 +120,6 @@ def tile_noise(
         origins: int64 [B, 2], x and y of each tile's top-left pixel in the slide, multiples of 16.
         steps, height, width: sampler steps k of the images and the tile's size, pixels.
         cells: whether the cell maps' noise is wanted too; without, the second result is None.
-        xp: ``numpy`` or ``cupy``.
 
     Returns:
         ``NOISE`` float16 [B, k, 3, H, W], and ``NOISE_CELLS`` float16 [B, 1, H, W].
@@ -136,11 +130,11 @@ def tile_noise(
     check_origins(origins)
     batch = len(origins)
     channels = CELL_CHANNEL + 1 if cells else IMAGE_CHANNELS
-    image = xp.empty((batch, steps, IMAGE_CHANNELS, height, width), dtype=np.float16)
-    cell = xp.empty((batch, 1, height, width), dtype=np.float16) if cells else None
+    image = np.empty((batch, steps, IMAGE_CHANNELS, height, width), dtype=np.float16)
+    cell = np.empty((batch, 1, height, width), dtype=np.float16) if cells else None
     for index in range(batch):
         seed, x, y = int(seeds[index, 0]), int(origins[index, 0]), int(origins[index, 1])
-        noise = normal_noise(seed, x, y, steps=steps, channels=channels, height=height, width=width, xp=xp)
+        noise = normal_noise(seed, x, y, steps=steps, channels=channels, height=height, width=width)
         image[index] = noise[:, :IMAGE_CHANNELS]
         if cell is not None:
             cell[index, 0] = noise[0, CELL_CHANNEL]
@@ -169,13 +163,13 @@ def quantiles() -> np.ndarray[Any, Any]:
 
 
 @functools.cache
-def _table() -> np.ndarray[Any, Any]:
-    table = np.load(Path(__file__).with_name("normal_quantiles.npy"), allow_pickle=False)
-    if table.shape != (65536,) or table.dtype != np.float16:
+def table() -> np.ndarray[Any, Any]:
+    """The shipped table of :func:`quantiles`.
+
+    Raises:
+        ValueError: the file is not that table.
+    """
+    values = np.load(Path(__file__).with_name("normal_quantiles.npy"), allow_pickle=False)
+    if values.shape != (65536,) or values.dtype != np.float16:
         raise ValueError("normal_quantiles.npy is not the table of 65,536 half-precision quantiles: reinstall it")
-    return np.asarray(table)
-
-
-@functools.cache
-def _table_on(xp: Any) -> Any:
-    return xp.asarray(_table())
+    return np.asarray(values)

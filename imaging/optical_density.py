@@ -27,6 +27,7 @@ __all__ = [
     "coarse_mask",
     "dab_density",
     "dab_mask",
+    "he_densities",
     "hematoxylin_density",
     "optical_density",
     "unmix",
@@ -58,6 +59,7 @@ STAIN_MATRIX = _unit_rows(HEMATOXYLIN, DAB, np.cross(HEMATOXYLIN, DAB))
 HE_MATRIX = _unit_rows(HEMATOXYLIN, EOSIN, DAB)
 """Of H&E. Rows: hematoxylin, eosin and Ruifrok and Johnston's third vector, which takes what is neither."""
 _UNMIX = np.linalg.inv(STAIN_MATRIX)
+_UNMIX_HE = np.linalg.inv(HE_MATRIX).astype(np.float32)
 _DENSITY_OF_VALUE = (-np.log10((np.arange(256) + 1.0) / 256.0)).astype(np.float32)
 # One table per colour channel and stain: unmixing a byte image to one stain is three look-ups and two sums.
 _STAIN_OF_VALUE = (_DENSITY_OF_VALUE[:, None, None].astype(np.float64) * _UNMIX[None]).astype(np.float32)
@@ -94,6 +96,12 @@ def unmix(density: npt.NDArray[np.floating[Any]]) -> FloatArray:
 def hematoxylin_density(rgb: UInt8Array) -> FloatArray:
     """Hematoxylin's optical density of an IHC image, unsmoothed: uint8 [..., 3] to float32 [...]."""
     return _one_stain(rgb, 0)
+
+
+def he_densities(rgb: UInt8Array) -> FloatArray:
+    """Hematoxylin's and eosin's optical densities of an H&E image, not below 0: uint8 [..., 3] to float32 [..., 2]."""
+    amounts: FloatArray = np.maximum(optical_density(rgb) @ _UNMIX_HE[:, :2], 0.0)
+    return amounts
 
 
 def dab_density(rgb: UInt8Array) -> FloatArray:

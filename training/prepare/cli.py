@@ -4,6 +4,8 @@ import typer
 
 from staindiffuser.training.prepare.cli_import import EPILOG as IMPORT_EPILOG
 from staindiffuser.training.prepare.cli_import import import_
+from staindiffuser.training.prepare.cli_mif import EPILOG as MIF_EPILOG
+from staindiffuser.training.prepare.cli_mif import mif
 from staindiffuser.training.prepare.cli_pairs import EPILOG as PAIRS_EPILOG
 from staindiffuser.training.prepare.cli_pairs import pairs
 
@@ -19,3 +21,4 @@ def _group() -> None:
 
 app.command("import", epilog=IMPORT_EPILOG)(import_)
 app.command(epilog=PAIRS_EPILOG)(pairs)
+app.command(epilog=MIF_EPILOG)(mif)

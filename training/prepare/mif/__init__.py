@@ -1,0 +1,1 @@
+"""H&E with multiplex immunofluorescence (mIF) of the same section → paired tiles."""

@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 # The demonstration needs neither torch nor the test tools: its own, smaller environment, unless the full one is there.
 DEMO_VENV := $(if $(wildcard $(VENV)/.installed),$(VENV),.venv-serve)
+# A second environment at the other end of what is supported: the newest Python, numpy 2 and tifffile.
+NUMPY2_VENV := .venv-numpy2
+NUMPY2_PYTHON ?=
 PIP_INSTALL := install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN := $(VENV)/bin/python
 SLIDE ?=
 OUTPUT ?= demo-output
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format types docs demo-weights graphs verify-gpu clean
+.PHONY: help install demo test test-all test-numpy2 lint format types docs demo-weights graphs verify-gpu clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +27,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	.venv-serve/bin/python -m pip $(PIP_INSTALL) --editable '.[client,serve]'
 	@touch $@
 
+# PyPI's torch is a build with CUDA: 2.5 GB to download, 5 GB on disk. Where PyTorch's own index of CPU builds can be
+# reached, name it in PIP_EXTRA_INDEX_URL. Only the files of the server's wheel are used: --no-deps leaves its pin of
+# numpy<2 out.
+$(NUMPY2_VENV)/.installed: pyproject.toml constraints-numpy2.txt
+	python=$(or $(NUMPY2_PYTHON),$$(.ci/find-python 3.13 3.12)) && "$$python" -m venv $(NUMPY2_VENV)
+	$(NUMPY2_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-numpy2.txt \
+		--editable '.[client,train,dev]'
+	$(NUMPY2_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
+	@touch $@
+
 install: $(VENV)/.installed  ## make .venv with everything, editable
 
 demo: $(DEMO_VENV)/.installed  ## stain a slide on this machine: SLIDE=path, else a sample; result in demo-output/
@@ -34,6 +47,9 @@ test: install lint types  ## all tests but the slow ones, with lint and types
 
 test-all: install lint types  ## every test that this machine can run
 	$(RUN) -m pytest -m "not gpu and not network"
+
+test-numpy2: $(NUMPY2_VENV)/.installed  ## unit and integration tests with Python 3.13 (or 3.12), numpy 2, newest libraries
+	$(NUMPY2_VENV)/bin/python -m pytest -m "not slow and not gpu and not network" tests/unit tests/integration
 
 lint: install  ## ruff (lint, formatting) and the contracts on who may import whom
 	$(VENV)/bin/ruff check .
@@ -76,4 +92,4 @@ verify-gpu:  ## check and measure the engines on this NVIDIA GPU; PYTHON needs t
 	PYTHONPATH=src $(PYTHON) -m staindiffuser.benchmarks.verify_gpu
 
 clean:  ## remove the environments and what was built
-	rm -rf .venv .venv-serve build dist site demo-output *.egg-info src/*.egg-info
+	rm -rf .venv .venv-serve $(NUMPY2_VENV) build dist site demo-output *.egg-info src/*.egg-info

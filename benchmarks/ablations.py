@@ -156,7 +156,7 @@ def bench_ablations(study: AblationStudy, progress: Callable[[str], None]) -> di
         DependencyError: nothing to draw the chart with.
     """
     if find_spec("matplotlib") is None:  # now, not after an hour
-        raise DependencyError("matplotlib is not installed, which draws the chart: pip install 'staindiffuser[dev]'")
+        raise DependencyError("matplotlib, which draws the chart, is not installed: pip install 'staindiffuser[train]'")
     from staindiffuser.benchmarks.ablation_report import write_report
 
     tiles, rows = open_tiles(study, progress)

@@ -18,7 +18,12 @@ from staindiffuser.serving.errors import ServerMissingError
 
 __all__ = ["TritonRuntime", "find_runtime"]
 
-_INSTALL = "install it with: pip install 'staindiffuser[serve]'"
+_INSTALL = (
+    "install it with: pip install 'staindiffuser[serve]'"
+    if sys.version_info < (3, 13)
+    # The wheel's pin of numpy<2 has no wheels for this Python; only its files are used.
+    else "install it with: pip install --no-deps nvidia-pytriton==0.7.0"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +73,7 @@ def find_runtime() -> TritonRuntime:
         libraries=package.parent / "nvidia_pytriton.libs",
     )
     if not runtime.stub.is_file():
-        raise ServerMissingError(f"nvidia-pytriton has no Python backend for Python {version}: use Python 3.11 or 3.12")
+        raise ServerMissingError(f"nvidia-pytriton has no Python backend for Python {version}: use Python 3.11 to 3.13")
     for path in (runtime.server, runtime.python_backend, runtime.libraries):
         if not path.exists():
             raise ServerMissingError(f"{path} is missing from nvidia-pytriton: {_INSTALL}")

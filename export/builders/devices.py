@@ -1,16 +1,14 @@
-"""The processor and the GPU of this machine, asked without torch or CuPy."""
+"""The processor and the GPU of this machine, without torch or CuPy."""
 
 from __future__ import annotations
 
-import ctypes
+import os
 import platform
 from pathlib import Path
 
 from staindiffuser.export.builders.base import Device
 
 __all__ = ["find_gpu", "processor"]
-
-_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
 
 def processor() -> Device:
@@ -25,20 +23,33 @@ def processor() -> Device:
 
 
 def find_gpu(index: int = 0) -> Device | None:
-    """An NVIDIA GPU by the driver's own library, or None where there is none."""
+    """The NVIDIA GPU that CUDA programs see as ``index``, as the driver's management library (NVML) describes it.
+
+    ``CUDA_VISIBLE_DEVICES`` is respected. On a machine with different GPUs set ``CUDA_DEVICE_ORDER=PCI_BUS_ID``: NVML
+    counts in that order, CUDA by default from the fastest.
+
+    Returns:
+        None where there is no such GPU, no driver, or no ``nvidia-ml-py``.
+    """
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+        import pynvml
+    except ImportError:
         return None
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    name = ctypes.create_string_buffer(256)
-    failed = (
-        cuda.cuInit(0)
-        or cuda.cuDeviceGet(ctypes.byref(device), index)
-        or cuda.cuDeviceGetName(name, len(name), device)
-        or cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
-        or cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
-    )
-    if failed:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    numbers = [str(index)] if visible is None else visible.split(",")[index : index + 1]
+    if not numbers:
         return None
-    return Device(kind="cuda", name=name.value.decode(), compute_capability=f"{major.value}.{minor.value}")
+    number_or_uuid = numbers[0].strip()
+    try:
+        pynvml.nvmlInit()
+        try:
+            if number_or_uuid.isdecimal():
+                gpu = pynvml.nvmlDeviceGetHandleByIndex(int(number_or_uuid))
+            else:
+                gpu = pynvml.nvmlDeviceGetHandleByUUID(number_or_uuid)
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(gpu)
+            return Device(kind="cuda", name=pynvml.nvmlDeviceGetName(gpu), compute_capability=f"{major}.{minor}")
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None

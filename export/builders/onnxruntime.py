@@ -32,7 +32,7 @@ class OnnxRuntimeBuilder(GraphEngineBuilder):
         try:
             return f"onnxruntime {importlib.metadata.version('onnxruntime')}"
         except importlib.metadata.PackageNotFoundError:
-            raise BuilderMissingError("ONNX Runtime is not installed: pip install 'staindiffuser[serve]'") from None
+            raise BuilderMissingError("ONNX Runtime is not installed: pip install 'staindiffuser[export]'") from None
 
     def device(self) -> Device:
         """This machine's processor."""

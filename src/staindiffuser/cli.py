@@ -32,8 +32,8 @@ _EXTRAS = {
     "SimpleITK": "train",
     "cv2": "train",
     "pytriton": "serve",
-    "onnx": "serve",
-    "onnxruntime": "serve",
+    "onnx": "export",
+    "onnxruntime": "export",
 }
 """Which extra brings an optional package; all others come with ``client``."""
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import types
 from pathlib import Path
-from typing import Any
 
+import pynvml
 import pytest
 
 from staindiffuser.export import builders
@@ -16,42 +15,72 @@ from staindiffuser.export.errors import BuilderMissingError
 from staindiffuser.export.repository import build
 from tests.synthetic_graphs import write_graphs
 
-
-class Driver:
-    """libcuda, as far as it is asked."""
-
-    def __init__(self, status: int = 0) -> None:
-        self.status = status
-
-    def cuInit(self, flags: int) -> int:  # noqa: N802 - the driver's names
-        return self.status
-
-    def cuDeviceGet(self, device: Any, index: int) -> int:  # noqa: N802
-        return 0
-
-    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:  # noqa: N802
-        name.value = b"NVIDIA L4"
-        return 0
-
-    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:  # noqa: N802
-        ctypes.cast(value, ctypes.POINTER(ctypes.c_int))[0] = {75: 8, 76: 9}[attribute]
-        return 0
+UUIDS = ("GPU-1e9f", "GPU-77ab")
 
 
-def test_gpu_is_read_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML with an L4 and an H100, as far as it is asked."""
+
+    def by_index(index: int) -> int:
+        if index >= len(UUIDS):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        return index
+
+    def by_uuid(uuid: str) -> int:
+        if uuid not in UUIDS:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return UUIDS.index(uuid)
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", by_index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", by_uuid)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda gpu: ("NVIDIA L4", "NVIDIA H100")[gpu])
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", lambda gpu: ((8, 9), (9, 0))[gpu])
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("visible", "name"),
+    [
+        (None, "NVIDIA L4"),
+        ("1,0", "NVIDIA H100"),
+        ("GPU-77ab", "NVIDIA H100"),
+        ("", None),
+        ("-1", None),
+        ("7", None),
+        ("GPU-0000", None),
+    ],
+)
+def test_the_first_gpu_that_cuda_programs_see(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, name: str | None
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     gpu = devices.find_gpu()
+    assert (gpu and gpu.name) == name
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_has_name_and_compute_capability() -> None:
+    gpu = devices.find_gpu(1)
     assert gpu is not None
-    assert (gpu.kind, gpu.name, gpu.compute_capability) == ("cuda", "NVIDIA L4", "8.9")
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(status=100))
-    assert devices.find_gpu() is None
+    assert (gpu.kind, gpu.name, gpu.compute_capability) == ("cuda", "NVIDIA H100", "9.0")
+    assert devices.find_gpu(2) is None
 
 
 def test_no_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise OSError(name)
+    def missing() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
-    monkeypatch.setattr(ctypes, "CDLL", missing)
+    monkeypatch.setattr(pynvml, "nvmlInit", missing)
+    assert devices.find_gpu() is None
+
+
+def test_without_nvidia_ml_py_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     assert devices.find_gpu() is None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from staindiffuser import __version__
 from staindiffuser.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +28,10 @@ def test_files_that_the_readme_names_exist() -> None:
     named = re.findall(r"`((?:client|training|triton_models|export|checkpoints)/[^`]*)`", readme)
     assert len(named) > 5
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_citation_is_of_this_version() -> None:
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:

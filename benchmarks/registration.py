@@ -21,8 +21,8 @@ from PIL import Image
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.glass import glass_colour
 from staindiffuser.training.errors import DataError
-from staindiffuser.training.prepare.overview import overviews
 from staindiffuser.training.prepare.registration.landmarks import Points, read_pair, target_error
+from staindiffuser.training.prepare.registration.overview import overviews
 from staindiffuser.training.prepare.registration.register import LEAST_SCORE, WORKING_SIDE, Registration, register
 from staindiffuser.training.prepare.sections import Section
 

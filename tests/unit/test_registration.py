@@ -1,4 +1,4 @@
-"""Registration of an IHC section to its H&E: parts on made-up images, the whole on simulated and on real sections."""
+"""Registration of an IHC section to its H&E: parts on synthetic images, the whole on simulated and on real sections."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from scipy import ndimage
 from staindiffuser.benchmarks.registration import SIDES, bench_registration, find_section_pairs, rotated_and_erased
 from staindiffuser.imaging.glass import glass_colour
 from staindiffuser.training.errors import DataError
-from staindiffuser.training.prepare import registration
 from staindiffuser.training.prepare.quality import Fit, fit_of, present, sharpness
 from staindiffuser.training.prepare.registration.candidates import DISTINCT_ANGLE, find_candidates
 from staindiffuser.training.prepare.registration.features import Structure, structure
+from staindiffuser.training.prepare.registration.flow import displacement
 from staindiffuser.training.prepare.registration.matching import Blocks, BlockSearch, fit_affine, match_blocks
 from staindiffuser.training.prepare.registration.mutual_information import maximise
-from staindiffuser.training.prepare.registration.register import LEAST_SCORE, bend, realign, register, warped
+from staindiffuser.training.prepare.registration.register import LEAST_SCORE, realign, register
+from staindiffuser.training.prepare.registration.warp import warped
 from staindiffuser.training.prepare.sections import SectionImage
 from staindiffuser.training.simulate.slide import SimulatedSlide
 
 WIDTH, HEIGHT = 1536, 1152
 MPP = 1.0
-TURNED_MEDIAN = {"Rat-Kidney_PanCytokeratin": 0.0035, "Izd2-29-041-w35_proSPC": 0.0075}
-"""Error that a turned section with a third erased may have, share of the diagonal."""
+ROTATED_MEDIAN = {"Rat-Kidney_PanCytokeratin": 0.0035, "Izd2-29-041-w35_proSPC": 0.0075}
+"""Error that a rotated section with a third erased may have, share of the diagonal."""
 
 
 def simulated(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +49,7 @@ def plane(rgb: np.ndarray) -> SectionImage:
 
 
 def cloud(seed: int, shape: tuple[int, int] = (300, 360), *, radius: float = 0.45) -> Structure:
-    """A made-up section: blobs of hematoxylin in a disc of tissue, of a radius in shares of the image."""
+    """A synthetic section: blobs of hematoxylin in a disc of tissue, of a radius in shares of the image."""
     rng = np.random.default_rng(seed)
     texture = ndimage.gaussian_filter(rng.standard_normal(shape), 3)
     texture = (texture / texture.std()).astype(np.float32)
@@ -59,10 +60,10 @@ def cloud(seed: int, shape: tuple[int, int] = (300, 360), *, radius: float = 0.4
     return Structure(hematoxylin=hematoxylin, presence=presence, tissue=disc)
 
 
-def turn(degrees: float, middle: tuple[float, float], shift: tuple[float, float] = (0, 0)) -> np.ndarray:
+def rotation(degrees: float, centre: tuple[float, float], shift: tuple[float, float] = (0, 0)) -> np.ndarray:
     cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     linear = np.array([[cos, -sin], [sin, cos]])
-    return np.column_stack([linear, np.asarray(middle) - linear @ np.asarray(middle) + shift])
+    return np.column_stack([linear, np.asarray(centre) - linear @ np.asarray(centre) + shift])
 
 
 def inverse(matrix: np.ndarray) -> np.ndarray:
@@ -79,7 +80,7 @@ def moved_by(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("degrees", [-163.0, -40.0, 0.0, 92.5])
 def test_candidates_find_the_rotation_and_the_shift(degrees: float) -> None:
     fixed = cloud(1)
-    matrix = turn(degrees, (180.0, 150.0), (9.0, -6.0))
+    matrix = rotation(degrees, (180.0, 150.0), (9.0, -6.0))
     best, *others = find_candidates(fixed, warped(fixed, inverse(matrix), (320, 380)))
     corners = np.array([[100.0, 90.0], [260.0, 90.0], [180.0, 220.0]])
     # Half a step of the angle, at the rim, and the reduced image's pixel.
@@ -137,7 +138,7 @@ def test_too_few_blocks_give_no_affine() -> None:
 
 def test_mutual_information_needs_no_equal_contrast() -> None:
     fixed = cloud(3)
-    matrix = turn(1.5, (180.0, 150.0), (4.0, -3.0))
+    matrix = rotation(1.5, (180.0, 150.0), (4.0, -3.0))
     moving = warped(fixed, inverse(matrix), (300, 360))
     found = maximise(fixed.presence, 1 - moving.presence, fixed.tissue, moving.tissue)
     assert found is not None
@@ -152,26 +153,28 @@ def test_mutual_information_needs_an_overlap() -> None:
     assert maximise(image.presence, image.presence, image.tissue, nowhere) is None
 
 
-# --- what is bent, in the whole and in a region ---
+# --- the non-rigid displacement, of the whole and of a region ---
 
 
-def test_the_bend_follows_and_is_capped() -> None:
+def test_the_displacement_follows_and_is_capped() -> None:
     fixed = cloud(4)
-    moved = warped(fixed, turn(0, (0, 0), (3.0, 0.0)), (300, 360))
-    shift = bend(fixed, moved)
+    moved = warped(fixed, rotation(0, (0, 0), (3.0, 0.0)), (300, 360))
+    shift = displacement(fixed, moved)
     assert np.median(shift[120:180, 140:220], axis=(0, 1)) == pytest.approx([-3.0, 0.0], abs=0.5)
-    assert np.hypot(*np.moveaxis(bend(fixed, moved, cap=0.002), -1, 0)).max() <= 0.002 * np.hypot(300, 360) + 1e-3
+    assert (
+        np.hypot(*np.moveaxis(displacement(fixed, moved, cap=0.002), -1, 0)).max() <= 0.002 * np.hypot(300, 360) + 1e-3
+    )
     empty = dataclasses.replace(moved, tissue=np.zeros((300, 360), bool))
-    assert not bend(fixed, empty).any()
+    assert not displacement(fixed, empty).any()
 
 
-def test_a_region_is_aligned_once_more_only_where_blocks_agree() -> None:
+def test_a_region_is_realigned_only_where_blocks_agree() -> None:
     fixed = cloud(5, (400, 400))
-    left_over = turn(0, (0, 0), (14.0, -9.0))
+    left_over = rotation(0, (0, 0), (14.0, -9.0))
     shift = realign(fixed, warped(fixed, left_over, (400, 400)))
     assert np.median(shift[150:250, 150:250], axis=(0, 1)) == pytest.approx([-14.0, 9.0], abs=0.5)
-    unlike = [cloud(seed, (400, 400), radius=1) for seed in (3, 4)]  # all tissue: no outline to agree on
-    assert not realign(*unlike).any()
+    different = [cloud(seed, (400, 400), radius=1) for seed in (3, 4)]  # all tissue: no outline to agree on
+    assert not realign(*different).any()
 
 
 # --- whether a tile may be used ---
@@ -183,7 +186,7 @@ def test_a_tile_fits_where_it_is_and_not_elsewhere() -> None:
     here, best, distance = there.at(150, 120, 64)
     assert (here, best, distance) == pytest.approx((1, 1, 0), abs=1e-3)
     assert not there.misregistered(150, 120, 64)
-    moved = Fit(fixed, warped(fixed, turn(0, (0, 0), (8.0, 0.0)), (300, 360)))
+    moved = Fit(fixed, warped(fixed, rotation(0, (0, 0), (8.0, 0.0)), (300, 360)))
     assert moved.at(150, 120, 64)[2] == pytest.approx(8, abs=1)
     assert moved.misregistered(150, 120, 64)
     assert Fit(fixed, cloud(8)).misregistered(150, 120, 64)
@@ -208,8 +211,8 @@ def test_a_simulated_section_is_found(pair: tuple[np.ndarray, np.ndarray], degre
     he, ihc = pair
     rows, columns = np.nonzero(he.min(axis=-1) < 180)
     points = np.column_stack([columns, rows])[::501].astype(float)
-    turned, true, there = rotated_and_erased(ihc, points, degrees, side)
-    found = register(plane(he), plane(turned))
+    rotated, true, there = rotated_and_erased(ihc, points, degrees, side)
+    found = register(plane(he), plane(rotated))
     assert found.good
     error = np.hypot(*(found.warp.points((points + 0.5) * MPP) / MPP - 0.5 - true).T)
     assert np.median(error[there]) < 0.6
@@ -244,16 +247,16 @@ def test_hematoxylin_and_tissue_are_seen_in_both_stains(pair: tuple[np.ndarray, 
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_a_third_is_erased_and_points_turn_with_the_image(side: str) -> None:
+def test_a_third_is_erased_and_points_rotate_with_the_image(side: str) -> None:
     image = np.full((90, 120, 3), 240, np.uint8)
     points = np.array([[10.0, 45.0], [60.0, 5.0], [110.0, 45.0], [60.0, 85.0]])  # left, top, right, bottom
     for x, y in points.astype(int):
         image[y, x] = 0
-    turned, places, there = rotated_and_erased(image, points, 90.0, side)
-    assert turned.shape[:2] == (120, 90)
+    rotated, moved, there = rotated_and_erased(image, points, 90.0, side)
+    assert rotated.shape[:2] == (120, 90)
     assert list(there) == [name != side for name in SIDES]
-    columns, rows = np.rint(places).astype(int).T
-    assert (turned[rows, columns, 0] < 10).tolist() == there.tolist()
+    columns, rows = np.rint(moved).astype(int).T
+    assert (rotated[rows, columns, 0] < 10).tolist() == there.tolist()
 
 
 def test_folders_without_pairs_are_named(tmp_path: Path) -> None:
@@ -261,18 +264,18 @@ def test_folders_without_pairs_are_named(tmp_path: Path) -> None:
         find_section_pairs(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "degrees", "side"), [(name, 142.0, "bottom") for name in TURNED_MEDIAN])
-def test_a_turned_real_section_with_a_third_erased(name: str, degrees: float, side: str, real_data: Path) -> None:
+@pytest.mark.parametrize(("name", "degrees", "side"), [(name, 142.0, "bottom") for name in ROTATED_MEDIAN])
+def test_a_rotated_real_section_with_a_third_erased(name: str, degrees: float, side: str, real_data: Path) -> None:
     found_pairs = {pair.name: pair for pair in find_section_pairs(real_data / "anhir-pairs")}
     pair = found_pairs[name]
     he_points, ihc_points = pair.landmarks()
     with Image.open(pair.he) as he, Image.open(pair.ihc) as ihc:
-        turned, true, there = rotated_and_erased(np.asarray(ihc), ihc_points, degrees, side)
-        found = register(plane(np.asarray(he)), plane(turned))
+        rotated, true, there = rotated_and_erased(np.asarray(ihc), ihc_points, degrees, side)
+        found = register(plane(np.asarray(he)), plane(rotated))
         diagonal = float(np.hypot(*ihc.size))
     assert found.good
     error = np.hypot(*(found.warp.points((he_points + 0.5) * MPP) / MPP - 0.5 - true).T) / diagonal
-    assert np.median(error[there]) <= TURNED_MEDIAN[name]
+    assert np.median(error[there]) <= ROTATED_MEDIAN[name]
 
 
 def test_the_same_sections_give_the_same_affine(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +284,7 @@ def test_the_same_sections_give_the_same_affine(real_data: Path, monkeypatch: py
     def kept(*arguments: Any) -> None:
         asked.append(arguments)
 
-    monkeypatch.setattr(registration, "maximise", kept)
+    monkeypatch.setattr("staindiffuser.training.prepare.registration.register.maximise", kept)
     lesion = next(pair for pair in find_section_pairs(real_data / "anhir-pairs") if "proSPC" in pair.name)
     with Image.open(lesion.he) as he, Image.open(lesion.ihc) as ihc:
         register(plane(np.asarray(he)), plane(np.asarray(ihc)))
@@ -294,16 +297,16 @@ def test_the_same_sections_give_the_same_affine(real_data: Path, monkeypatch: py
 def test_eight_angles_and_wrong_pairs(real_data: Path) -> None:
     """What ``bench registration`` reports is what is promised."""
     report = bench_registration(real_data / "anhir-pairs", angles=8)
-    for name, limit in TURNED_MEDIAN.items():
-        turned = report.of(name, erased=True)
-        assert len(turned) == 8
-        right = [case for case in turned if case.used and case.median is not None and case.median <= limit]
+    for name, limit in ROTATED_MEDIAN.items():
+        rotated = report.of(name, erased=True)
+        assert len(rotated) == 8
+        right = [case for case in rotated if case.used and case.median is not None and case.median <= limit]
         assert len(right) >= 7
-        assert all(case in right for case in turned if case.used)
+        assert all(case in right for case in rotated if case.used)
         assert not any(case.used for case in report.of(name, own=False))
     assert max(case.cpu_seconds for case in report.cases) < 60
 
 
-def test_images_too_small_for_the_flow_are_not_bent() -> None:
+def test_images_too_small_for_the_flow_are_not_displaced() -> None:
     small = cloud(1, (20, 240))
-    assert not bend(small, small).any()
+    assert not displacement(small, small).any()

@@ -12,7 +12,7 @@ from PIL import Image
 from staindiffuser.errors import InputError, UsageError
 from staindiffuser.imaging.errors import MissingPixelSizeError
 from staindiffuser.training.errors import DataError
-from staindiffuser.training.prepare.overview import overviews
+from staindiffuser.training.prepare.registration.overview import overviews
 from staindiffuser.training.prepare.sections import Section
 
 

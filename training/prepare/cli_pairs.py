@@ -57,9 +57,9 @@ def pairs(
 ) -> None:
     """Register an H&E slide with its IHC slides and cut them into paired tiles.
 
-    The sections may lie in any rotation, and parts may be missing. A registration that cannot be trusted is refused.
-    Tiles that are blank, blurred, without their IHC or misregistered are dropped and counted. Look at the images in
-    OUTPUT/pairs. An interrupted run goes on where it stopped.
+    The sections may be rotated by any angle, and parts may be missing. A registration that cannot be trusted is
+    refused. Tiles that are blank, blurred, misregistered or without their IHC are dropped and counted; look at the
+    figures in OUTPUT/pairs. An interrupted run goes on where it stopped.
     """
     import dataclasses
     import json
@@ -118,7 +118,7 @@ def pairs(
                 f"{part.target_error.maximum:.2%}, before {part.target_error.before:.2%})"
             )
         typer.echo(
-            f"{stain}: score {part.score:.2f}, {part.agreement:.0%} of the places agree, "
+            f"{stain}: score {part.score:.2f}, {part.agreement:.0%} of the blocks agree, "
             f"rotated by {part.rotation:.1f}°{error}; image: {output / part.image}"
         )
     if dry_run:

@@ -1,4 +1,4 @@
-"""Images that let a person judge a registration and what was made of it."""
+"""Figures by which a person judges a registration and the tiles made from it."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _COLOURS = {Reason.ihc_missing: (240, 150, 0), Reason.blurred: (120, 80, 220), R
 def registration_image(
     path: Path, he: SectionImage, ihc: SectionImage, registration: Registration, caption: str
 ) -> None:
-    """Write a JPEG: a checkerboard of both sections, and their hematoxylin laid over each other.
+    """Write a JPEG: left a checkerboard of both sections, right an overlay of their hematoxylin.
 
-    Right, the H&E's is magenta and the IHC's green: grey where both have it, coloured where one has.
+    In the overlay the H&E's is magenta and the IHC's green: grey where both have it, coloured where only one has.
 
     Raises:
-        UsageError: the place cannot be written.
+        UsageError: the file cannot be written.
     """
     height, width = he.rgb.shape[:2]
-    places = registration.warp.grid(he.origin, (height, width), he.mpp)
-    at = ((places - np.asarray(ihc.origin)) / ihc.mpp - 0.5).astype(np.float32)
+    coordinates = registration.warp.grid(he.origin, (height, width), he.mpp)
+    at = ((coordinates - np.asarray(ihc.origin)) / ihc.mpp - 0.5).astype(np.float32)
     moved = sampled(ihc.rgb, at, beyond=WHITE)
     side = max(8, max(height, width) // _SQUARES)
     rows, columns = np.arange(height)[:, None] // side, np.arange(width)[None] // side
@@ -61,12 +61,12 @@ def tiles_image(
     """Write a JPEG of the H&E with its tiles: green kept, orange IHC missing, violet blurred, red misregistered.
 
     Raises:
-        UsageError: the place cannot be written.
+        UsageError: the file cannot be written.
     """
     image = Image.fromarray(he.rgb)
     draw = ImageDraw.Draw(image)
     colours = dict.fromkeys(kept, _KEPT) | {
-        place: _COLOURS[reason] for place, reason in dropped.items() if reason in _COLOURS
+        position: _COLOURS[reason] for position, reason in dropped.items() if reason in _COLOURS
     }
     for (column, row), colour in colours.items():
         corners = np.array([[column, row], [column + 1, row + 1]], float) * side_um

@@ -13,28 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
 from staindiffuser.files import write_json
-from staindiffuser.imaging.arrays import UInt8Array
-from staindiffuser.imaging.image_files import image_size, read_image, write_png
-from staindiffuser.imaging.optical_density import STAIN_MATRIX, coarse_mask, dab_mask
+from staindiffuser.imaging.image_files import image_size
 from staindiffuser.imaging.pixel_size import check_given
 from staindiffuser.parallel import in_order, process_pool
 from staindiffuser.training.errors import ConfigError, DataError
+from staindiffuser.training.prepare.convert import ImportJob, convert
 from staindiffuser.training.prepare.layouts import LAYOUTS, Asked, Pair, Panel, find_pairs
+from staindiffuser.training.prepare.splits import deal_splits
 from staindiffuser.training.tiles.description import check_described
 from staindiffuser.training.tiles.paired_tiles import Split
 from staindiffuser.training.tiles.tile import MODEL_MPP, MPP_TOLERANCE, SPLITS
 from staindiffuser.training.tiles.writing import PairedTilesWriter
 
-__all__ = ["IMPORT_JSON", "ImportRequest", "ImportResult", "brightfield", "deal_splits", "grid", "import_tiles"]
+__all__ = ["IMPORT_JSON", "ImportRequest", "ImportResult", "import_tiles"]
 
 IMPORT_JSON = "import.json"
-MARKER_DENSITY, NUCLEI_DENSITY = 1.0, 0.5
-"""Optical densities that full-scale fluorescence is drawn with (ours)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,25 +86,6 @@ class ImportResult:
     notes: tuple[str, ...]
     """What a user should know."""
     seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """One pair with all that a process needs to convert it."""
-
-    pair: Pair
-    stem: str
-    output: Path
-    size: tuple[int, int]
-    """Of the images after resampling, pixels."""
-    tile: int
-
-    def tiles(self) -> Iterator[tuple[str, int, int]]:
-        """Name, left and top of each tile."""
-        width, height = self.size
-        for row, top in enumerate(grid(height, self.tile)):
-            for column, left in enumerate(grid(width, self.tile)):
-                yield f"{self.stem}-{row}-{column}", left, top
 
 
 def import_tiles(
@@ -178,52 +153,7 @@ def import_tiles(
     )
 
 
-def deal_splits(
-    pairs: Sequence[Pair], *, val_share: float, test_share: float, resplit: bool = False
-) -> dict[str, Split]:
-    """Each slide's split: the source's, and where it has no val (or test), a share of its training slides.
-
-    Slides are dealt by the hash of their name: the same slides on every machine.
-
-    Raises:
-        DataError: a slide is in two splits, or there are too few slides to deal.
-    """
-    splits: dict[str, Split] = {}
-    first: dict[str, Pair] = {}
-    for pair in pairs:
-        split: Split = "train" if resplit or pair.split is None else pair.split
-        other = first.setdefault(pair.slide, pair)
-        if splits.setdefault(pair.slide, split) != split:
-            raise DataError(
-                f"{pair.he.path}: slide {pair.slide!r} is in split {split!r} here and in {splits[pair.slide]!r} with "
-                f"{other.he.path}; use --resplit to deal whole slides anew, or --slide-pattern if it is another slide"
-            )
-    train = [slide for slide, split in splits.items() if split == "train"]
-    train.sort(key=lambda slide: hashlib.sha256(slide.encode()).digest())
-    count = len(train)
-    wanted: tuple[tuple[Split, float], ...] = (("val", val_share), ("test", test_share))
-    for split, share in wanted:
-        if share > 0 and split not in splits.values():
-            take = max(1, round(share * count))
-            if take >= len(train):
-                raise DataError(
-                    f"{pairs[0].he.path.parent}: too few slides ({count}) to take {split!r} from: all tiles of a slide "
-                    f"belong to one split; add slides, or use --{split}-share 0"
-                )
-            splits.update(dict.fromkeys(train[:take], split))
-            del train[:take]
-    return splits
-
-
-def grid(length: int, tile: int) -> list[int]:
-    """Where tiles start along an edge: evenly spread from end to end, with as little overlap or gap as it takes."""
-    count = max(1, round(length / tile))
-    if count == 1:
-        return [(length - tile) // 2]
-    return [round(index * (length - tile) / (count - 1)) for index in range(count)]
-
-
-def _job(pair: Pair, split: Split, request: ImportRequest, scale: float) -> _Job:
+def _job(pair: Pair, split: Split, request: ImportRequest, scale: float) -> ImportJob:
     width, height = size = _panel_size(pair.he)
     for column, panel in (*pair.stains.items(), *((f"{stain}_mask", mask) for stain, mask in pair.masks.items())):
         other = _panel_size(panel)
@@ -240,7 +170,7 @@ def _job(pair: Pair, split: Split, request: ImportRequest, scale: float) -> _Job
         )
     # The split stands in the name: data sets count each split from 0.
     stem = f"{pair.split or split}_{re.sub(r'[^A-Za-z0-9.+]+', '_', pair.name).strip('_')}"
-    return _Job(pair=pair, stem=stem, output=request.output, size=scaled, tile=request.tile)
+    return ImportJob(pair=pair, stem=stem, output=request.output, size=scaled, tile=request.tile)
 
 
 def _panel_size(panel: Panel) -> tuple[int, int]:
@@ -250,92 +180,22 @@ def _panel_size(panel: Panel) -> tuple[int, int]:
     return width // panel.of, height
 
 
-def _check_names(jobs: Sequence[_Job]) -> None:
-    first: dict[str, _Job] = {}
+def _check_names(jobs: Sequence[ImportJob]) -> None:
+    first: dict[str, ImportJob] = {}
     for job in jobs:
         other = first.setdefault(job.stem, job)
         if other is not job:
             raise DataError(f"{job.pair.he.path} and {other.pair.he.path} get the same name {job.stem!r}: rename one")
 
 
-def _converted(jobs: Sequence[_Job], processes: int) -> Iterator[_Job]:
+def _converted(jobs: Sequence[ImportJob], processes: int) -> Iterator[ImportJob]:
     """Convert pairs, in order, on several processes."""
     if processes == 1 or len(jobs) < 4:
         for job in jobs:
-            yield _convert(job)
+            yield convert(job)
         return
     with process_pool(processes) as pool:
-        yield from in_order(pool, _convert, jobs, ahead=4 * processes)
-
-
-def _convert(job: _Job) -> _Job:
-    """Read a pair and write its tiles; the rows are the caller's."""
-    pair = job.pair
-    panels = (pair.he, *pair.stains.values(), *pair.masks.values())
-    files = {path: read_image(path) for path in {panel.path for panel in panels}}
-    images = {"he": _image(files, pair.he, job.size)}
-    for stain, panel in pair.stains.items():
-        images[stain] = _image(files, panel, job.size)
-        mask = pair.masks.get(stain)
-        positive = _positive(files, mask, job.size) if mask else dab_mask(images[stain])
-        images[f"{stain}_mask"] = coarse_mask(positive)
-    for name, left, top in job.tiles():
-        for column, image in images.items():
-            window = image[top : top + job.tile, left : left + job.tile]
-            write_png(job.output / column / f"{name}.png", np.ascontiguousarray(window))
-    return job
-
-
-def _cut(files: Mapping[Path, UInt8Array], panel: Panel) -> UInt8Array:
-    """A panel's pixels: uint8 [H, W, 3]."""
-    pixels = files[panel.path]
-    width = pixels.shape[1] // panel.of
-    return pixels[:, panel.place * width : (panel.place + 1) * width]
-
-
-def _image(files: Mapping[Path, UInt8Array], panel: Panel, size: tuple[int, int]) -> UInt8Array:
-    """A panel as a brightfield image of ``size``: uint8 [H, W, 3]."""
-    pixels = _cut(files, panel)
-    if panel.form == "fluorescence":
-        pixels = brightfield(pixels[..., panel.channels[0]], pixels[..., panel.channels[1]])
-    return _resized(pixels, size, Image.Resampling.LANCZOS)
-
-
-def _positive(files: Mapping[Path, UInt8Array], panel: Panel, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Where a mask's panel is positive: bool [H, W]."""
-    pixels = _cut(files, panel).astype(np.int16)
-    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
-    if panel.form == "classes":
-        positive = (red > 127) & (red > blue) & (red > green)
-    else:
-        positive = red >= (128 if red.max() > 1 else 1)  # masks of 0 and 1 are common
-    share = _resized(np.where(positive, 255, 0).astype(np.uint8), size, Image.Resampling.BOX)
-    result: NDArray[np.bool_] = share >= 128
-    return result
-
-
-def _resized(pixels: UInt8Array, size: tuple[int, int], how: Image.Resampling) -> UInt8Array:
-    """Pillow's filters widen when they shrink an image, so nothing aliases."""
-    if (pixels.shape[1], pixels.shape[0]) == size:
-        return pixels
-    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, how))
-
-
-def brightfield(marker: UInt8Array, nuclei: UInt8Array) -> UInt8Array:
-    """Fluorescence as an IHC image would show it, by Beer–Lambert: the marker as DAB, the nuclei as hematoxylin.
-
-    Args:
-        marker, nuclei: uint8 [H, W]; full scale is drawn with an optical density of 1 and 0.5 (ours).
-
-    Returns:
-        uint8 [H, W, 3].
-    """
-    hematoxylin, dab = STAIN_MATRIX[:2]
-    density = (MARKER_DENSITY / 255) * marker[..., None] * dab + (NUCLEI_DENSITY / 255) * nuclei[
-        ..., None
-    ] * hematoxylin
-    image: UInt8Array = np.clip(np.rint(256 * 10.0**-density - 1), 0, 255).astype(np.uint8)
-    return image
+        yield from in_order(pool, convert, jobs, ahead=4 * processes)
 
 
 def _notes(request: ImportRequest, pairs: Sequence[Pair], splits: Mapping[str, Split], scale: float) -> tuple[str, ...]:
@@ -358,7 +218,7 @@ def _notes(request: ImportRequest, pairs: Sequence[Pair], splits: Mapping[str, S
 
 
 def _description(
-    request: ImportRequest, source_mpp: float, stains: Sequence[str], jobs: Sequence[_Job]
+    request: ImportRequest, source_mpp: float, stains: Sequence[str], jobs: Sequence[ImportJob]
 ) -> dict[str, Any]:
     """What must be equal for tiles to belong into one folder."""
     asked = request.asked

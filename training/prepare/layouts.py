@@ -35,8 +35,8 @@ class Panel:
     """One image of a pair: a file, or one of several images of equal width that stand side by side in it."""
 
     path: Path
-    place: int = 0
-    """Which of them, from the left."""
+    index: int = 0
+    """Which of them, counted from the left."""
     of: int = 1
     """How many there are."""
     form: Literal["image", "fluorescence", "classes", "mask"] = "image"
@@ -272,8 +272,8 @@ def _pix2pix(source: Path, asked: Asked) -> Iterator[_Part]:
         he, ihc = (1, 0) if asked.swap else (0, 1)
         yield _Part(
             split=split,
-            he=Panel(path=folder, place=he, of=2),
-            stains={_one_stain(asked, None, "pix2pix"): Panel(path=folder, place=ihc, of=2)},
+            he=Panel(path=folder, index=he, of=2),
+            stains={_one_stain(asked, None, "pix2pix"): Panel(path=folder, index=ihc, of=2)},
         )
 
 
@@ -291,9 +291,9 @@ def _deepliif(source: Path, asked: Asked) -> Iterator[_Part]:
         stain, of = _one_stain(asked, "ki67", "deepliif"), len(_DEEPLIIF_PANELS)
         yield _Part(
             split=split,
-            he=Panel(path=folder, place=he, of=of),
-            stains={stain: Panel(path=folder, place=ihc, of=of)},
-            masks={stain: Panel(path=folder, place=seg, of=of, form="classes")},
+            he=Panel(path=folder, index=he, of=of),
+            stains={stain: Panel(path=folder, index=ihc, of=of)},
+            masks={stain: Panel(path=folder, index=seg, of=of, form="classes")},
         )
 
 

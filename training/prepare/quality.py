@@ -1,4 +1,4 @@
-"""Which tiles may be trained on, and why the others not."""
+"""Which tiles are fit for training, and why the others are not."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ __all__ = ["LEAST_SHARPNESS", "Fit", "Reason", "fit_of", "present", "sharpness"]
 
 
 LEAST_SHARPNESS = 0.2
-"""Tiles less sharp than this are blurred: slides and crops at 0.5 µm measure 0.30 to 0.75, and at most 0.21 after a
+"""Tiles less sharp than this are blurred. Slides and crops at 0.5 µm measure 0.30 to 0.75, and at most 0.21 after a
 Gaussian of 3 px (ours)."""
 LEAST_FIT = 0.1
-"""Correlation of band-passed hematoxylin around a tile below which it is misregistered. Ours: on next sections, nine in
-ten places are below it when moved by 16 pixels of the registration, and one in ten is where it is right."""
+"""Correlation of band-passed hematoxylin around a tile below which it is misregistered. Ours: on consecutive sections
+nine in ten tiles fall below it when shifted by 16 pixels of the registration, one in ten when not shifted."""
 LARGEST_SHIFT = 4.0
-"""Distance, pixels of the registration, from which a tile that would fit better elsewhere is misregistered (ours)."""
+"""Shift of the best fit, pixels of the registration, above which a tile is misregistered (ours)."""
 _REACH = 12
-"""How far around a tile to look for a better place, pixels of the registration."""
+"""Largest shift tried for a better fit, pixels of the registration."""
 _WINDOW = 96
-"""Smallest side of what is compared, pixels of the registration."""
+"""Smallest side of the window compared, pixels of the registration."""
 _FIT_BAND = (1.5, 12.0)
 _BETTER = 0.1
-"""By how much the correlation must be higher elsewhere: chance peaks are not."""
+"""How much higher the correlation must be elsewhere: a chance peak is not."""
 _PRESENT = 0.7
-"""Share of a tile's tissue that the IHC must have too."""
+"""Share of a tile's tissue that the IHC must show too."""
 _NEAR = 8
-"""Tissue as near as this, pixels of the registration, is there: sections do not share every thread of fat or lung."""
+"""Tissue within this distance counts, pixels of the registration: sections do not share every strand of fat or lung."""
 
 
 class Reason(StrEnum):
@@ -41,11 +41,11 @@ class Reason(StrEnum):
     blank = "blank"
     """Hardly any tissue in the H&E."""
     ihc_missing = "ihc_missing"
-    """Tissue in the H&E that the IHC has not: torn, folded away, or off its slide."""
+    """Tissue in the H&E that the IHC lacks: torn, folded away, or off its slide."""
     blurred = "blurred"
     """Either image is out of focus."""
     misregistered = "misregistered"
-    """The two do not fit there, or fit better elsewhere."""
+    """The two do not fit, or fit better when shifted."""
 
 
 def sharpness(rgb: UInt8Array) -> float:
@@ -56,7 +56,7 @@ def sharpness(rgb: UInt8Array) -> float:
 
 
 def present(he_tissue: BoolArray, ihc_tissue: BoolArray) -> bool:
-    """Whether the IHC has the tissue that the H&E has; both [H, W]."""
+    """Whether the IHC shows the tissue that the H&E shows; both [H, W]."""
     near = ndimage.binary_dilation(ihc_tissue, iterations=_NEAR)
     return int((he_tissue & near).sum()) >= _PRESENT * int(he_tissue.sum())
 
@@ -73,7 +73,7 @@ class Fit:
         self._images = tuple(band_passed(part.hematoxylin, *_FIT_BAND) for part in (he, ihc))
 
     def at(self, x: int, y: int, side: int) -> tuple[float, float, float]:
-        """See :func:`fit_of`; the window is the tile and half of it around, or as much as it takes to tell."""
+        """See :func:`fit_of`; the window is the tile and half of its side around it, or at least 96 pixels."""
         margin = max(side // 2, (_WINDOW - side) // 2)
         height, width = self._images[0].shape
         x0, y0 = max(0, x - margin), max(0, y - margin)
@@ -87,16 +87,16 @@ class Fit:
 
 
 def fit_of(he: FloatArray, ihc: FloatArray) -> tuple[float, float, float]:
-    """How two band-passed images [H, W] of one place fit.
+    """How well two band-passed images [H, W] of one region fit.
 
     Returns:
-        Their correlation, the best one when the H&E is moved by up to 12 pixels, and the distance moved for it, pixels.
-        0 where the image is too small to move.
+        Their correlation, the best one when the H&E is shifted by up to 12 pixels, and the length of that shift,
+        pixels. All 0 where the image is too small to shift.
     """
     height, width = he.shape
     if min(height, width) <= 2 * _REACH + 8:
         return 0.0, 0.0, 0.0
     inner = np.ascontiguousarray(he[_REACH : height - _REACH, _REACH : width - _REACH])
-    likeness = cv2.matchTemplate(np.ascontiguousarray(ihc), inner, cv2.TM_CCOEFF_NORMED)
-    _, best, _, (column, row) = cv2.minMaxLoc(likeness)
-    return float(likeness[_REACH, _REACH]), float(best), float(np.hypot(column - _REACH, row - _REACH))
+    similarity = cv2.matchTemplate(np.ascontiguousarray(ihc), inner, cv2.TM_CCOEFF_NORMED)
+    _, best, _, (column, row) = cv2.minMaxLoc(similarity)
+    return float(similarity[_REACH, _REACH]), float(best), float(np.hypot(column - _REACH, row - _REACH))

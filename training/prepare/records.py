@@ -1,6 +1,6 @@
-"""What is known of a slide's tiles while they are made, so that an interrupted run goes on where it stopped.
+"""The journal of a slide's tiles: with it an interrupted run goes on where it stopped.
 
-One JSON object a line: first the settings, then one a region.
+One JSON object per line: first the settings, then one per region.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from staindiffuser.training.prepare.quality import Reason
 
 __all__ = ["Record", "Records"]
 
-Place = tuple[int, int]
+Position = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What came of a region; places are (column, row) on the grid of tiles."""
+    """The outcome of a region; positions are (column, row) on the grid of tiles."""
 
-    region: Place
-    kept: Sequence[Place]
-    dropped: Mapping[Place, Reason]
+    region: Position
+    kept: Sequence[Position]
+    dropped: Mapping[Position, Reason]
     fits: Mapping[str, Sequence[float]]
     """Per stain, each kept tile's correlation of hematoxylin."""
 
@@ -35,7 +35,7 @@ class Record:
             {
                 "region": self.region,
                 "kept": self.kept,
-                "dropped": [[*place, reason.value] for place, reason in self.dropped.items()],
+                "dropped": [[*position, reason.value] for position, reason in self.dropped.items()],
                 "fits": {stain: [round(value, 3) for value in values] for stain, values in self.fits.items()},
             }
         )
@@ -50,9 +50,9 @@ class Record:
         try:
             data: dict[str, Any] = json.loads(line)
             return cls(
-                region=_place(data["region"]),
-                kept=[_place(place) for place in data["kept"]],
-                dropped={_place(place): Reason(reason) for *place, reason in data["dropped"]},
+                region=_position(data["region"]),
+                kept=[_position(position) for position in data["kept"]],
+                dropped={_position(position): Reason(reason) for *position, reason in data["dropped"]},
                 fits=data["fits"],
             )
         except (KeyError, TypeError) as error:
@@ -60,7 +60,7 @@ class Record:
 
 
 def check_settings(path: Path, settings: Mapping[str, Any]) -> list[str]:
-    """The lines of the records that an earlier run has left; none if it left none.
+    """The lines of the records that an earlier run left.
 
     Raises:
         UsageError: it had other settings, or the file cannot be read.
@@ -95,7 +95,7 @@ class Records:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        self.done: dict[Place, Record] = {}
+        self.done: dict[Position, Record] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             for line in check_settings(path, settings):
@@ -119,6 +119,6 @@ class Records:
             raise UsageError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
 
-def _place(values: Sequence[int]) -> Place:
+def _position(values: Sequence[int]) -> Position:
     column, row = values
     return int(column), int(row)

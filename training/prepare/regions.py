@@ -1,7 +1,7 @@
-"""A region of a registered pair, at the tiles' pixel size: warped, aligned once more, judged tile by tile.
+"""A region of a registered pair, at the tiles' pixel size: warped, realigned, judged tile by tile.
 
-A whole slide is never in memory at full resolution: a region of about 2,000 pixels of the H&E is read, then the part of
-the IHC slide that the registration puts there.
+No whole slide is ever in memory at full resolution: about 2,000 pixels of the H&E are read, then the part of the IHC
+slide that the registration maps there.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from staindiffuser.imaging.arrays import FloatArray, UInt8Array
 from staindiffuser.imaging.optical_density import coarse_mask, dab_mask
 from staindiffuser.training.prepare.quality import LEAST_SHARPNESS, Fit, Reason, present, sharpness
 from staindiffuser.training.prepare.registration.features import Structure, structure
-from staindiffuser.training.prepare.registration.register import Warp, realign, remapped
+from staindiffuser.training.prepare.registration.register import realign
 from staindiffuser.training.prepare.registration.resampling import WHITE, enlarged, reduced, sampled
+from staindiffuser.training.prepare.registration.warp import Warp, remapped
 from staindiffuser.training.prepare.sections import Section, SectionImage
 
 __all__ = ["REGION", "Grid", "Region", "RegionReader", "Tile"]
@@ -25,16 +26,16 @@ __all__ = ["REGION", "Grid", "Region", "RegionReader", "Tile"]
 REGION = 2048
 """Side of a region, pixels, about."""
 MARGIN = 32
-"""What is read around a region, pixels of the registration: tiles at its edge have neighbours too."""
+"""Margin read around a region, pixels of the registration: tiles at its edge need their surroundings too."""
 FACTOR = 4
-"""Pixels of a tile per pixel that regions are aligned at."""
+"""Factor by which regions are reduced to be aligned."""
 _SPARE = 48
-"""How far beyond its place the IHC is read, pixels of the registration, so that aligning can move it."""
+"""Margin read around the IHC, pixels of the registration, within which realigning can move it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """The tiles of a slide, and the regions they are made in."""
+    """The tiles of a slide, and the regions in which they are made."""
 
     mpp: float
     """Pixel size of the tiles, µm."""
@@ -79,12 +80,12 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """What came of a region."""
+    """The outcome of a region."""
 
     tiles: Sequence[Tile]
-    """Those to be kept, row by row."""
+    """The tiles to keep, row by row."""
     dropped: Mapping[tuple[int, int], Reason]
-    """Why the others are not, by column and row."""
+    """By column and row, why the others are dropped."""
     fits: Mapping[str, Sequence[float]]
     """Per stain, each kept tile's correlation of hematoxylin."""
 
@@ -103,15 +104,15 @@ class _Aligned:
 
 
 class RegionReader:
-    """Makes one region after the other; safe to use from many threads.
+    """Makes regions one by one; safe to use from many threads.
 
     Args:
         he: the H&E slide.
         ihc: per stain its slide.
-        warps: per stain where the H&E's places lie on it.
-        glass: colour of bare glass of the H&E (``he``) and of each stain.
+        warps: per stain the map from the H&E's coordinates to its slide.
+        glass: colour of the glass of the H&E (``he``) and of each stain.
         grid: the tiles.
-        refine: whether to align each region once more, finer than the registration of the whole slide.
+        refine: per stain whether to realign each region, finer than the registration of the whole slide.
         least_tissue: share of a tile that must be tissue.
     """
 
@@ -139,7 +140,7 @@ class RegionReader:
             region: one of the grid's.
 
         Raises:
-            DataError: a slide is damaged there.
+            SlideError: a slide is damaged there.
         """
         across, down = self._grid.extent(region)
         tile, mpp, margin = self._grid.tile, self._grid.mpp, MARGIN * self._factor
@@ -150,11 +151,15 @@ class RegionReader:
         )
         small = structure(self._reduced(he.rgb), "he", self._glass["he"])
         side = tile // self._factor
-        places = [(column, row) for row in range(down) for column in range(across)]
-        boxes = {(column, row): (MARGIN + column * side, MARGIN + row * side, side) for column, row in places}
-        tissue = [place for place in places if small.tissue[_window(*boxes[place])].mean() >= self._least_tissue]
+        positions = [(column, row) for row in range(down) for column in range(across)]
+        boxes = {(column, row): (MARGIN + column * side, MARGIN + row * side, side) for column, row in positions}
+        tissue = [
+            position for position in positions if small.tissue[_window(*boxes[position])].mean() >= self._least_tissue
+        ]
         dropped = {
-            (region[0] + column, region[1] + row): Reason.blank for column, row in places if (column, row) not in tissue
+            (region[0] + column, region[1] + row): Reason.blank
+            for column, row in positions
+            if (column, row) not in tissue
         }
         fits: dict[str, list[float]] = {stain: [] for stain in self._ihc}
         if not tissue:
@@ -184,16 +189,16 @@ class RegionReader:
     def _aligned(self, stain: str, he: SectionImage, small: Structure) -> _Aligned:
         """The part of a stain's slide that belongs to a region, on the region's grid."""
         warp, factor, mpp = self._warps[stain], self._factor, he.mpp
-        places = warp.grid(he.origin, small.tissue.shape, mpp * factor)
+        coordinates = warp.grid(he.origin, small.tissue.shape, mpp * factor)
         spare = _SPARE * factor * mpp
-        low, high = places.min(axis=(0, 1)) - spare, places.max(axis=(0, 1)) + spare
+        low, high = coordinates.min(axis=(0, 1)) - spare, coordinates.max(axis=(0, 1)) + spare
         origin = (float(low[0]), float(low[1]))
         size = [-(-int(np.ceil(extent / mpp)) // factor) * factor for extent in high - low]
         source = self._ihc[stain].read(origin, (size[0], size[1]), mpp)
         shift = None
         if self._refine[stain]:
             moving = structure(self._reduced(source.rgb), "ihc", self._glass[stain])
-            left_over = realign(small, remapped(moving, _pixels(places, origin, mpp * factor)))
+            left_over = realign(small, remapped(moving, _pixels(coordinates, origin, mpp * factor)))
             shift = enlarged(left_over * np.float32(factor), (he.rgb.shape[1], he.rgb.shape[0]))
         at = _pixels(warp.grid(he.origin, he.rgb.shape[:2], mpp, shift), origin, mpp)
         rgb = sampled(source.rgb, at, cubic=True, beyond=WHITE)
@@ -201,7 +206,7 @@ class RegionReader:
         return _Aligned(rgb=rgb, mask=coarse_mask(dab_mask(rgb)), tissue=there.tissue, fit=Fit(small, there))
 
     def _reduced(self, rgb: UInt8Array) -> UInt8Array:
-        """Areas of ``factor`` pixels averaged."""
+        """An image reduced by averaging ``factor`` × ``factor`` pixels."""
         height, width = rgb.shape[:2]
         return reduced(rgb, (width // self._factor, height // self._factor))
 
@@ -226,5 +231,5 @@ def _window(x: int, y: int, side: int) -> tuple[slice, slice]:
 
 
 def _pixels(um: FloatArray, origin: tuple[float, float], mpp: float) -> FloatArray:
-    """µm to pixel coordinates of a rectangle; 0 is the middle of the first pixel."""
+    """µm to pixel coordinates of a rectangle; 0 is the centre of the first pixel."""
     return (um - np.asarray(origin, np.float32)) / np.float32(mpp) - np.float32(0.5)

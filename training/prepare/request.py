@@ -21,9 +21,9 @@ __all__ = ["PairRequest", "split_of"]
 
 
 def split_of(slide: str, *, val_share: float, test_share: float) -> Split:
-    """A slide's split, by the hash of its name: the same on every machine, whatever other slides there are."""
-    place = int.from_bytes(hashlib.sha256(slide.encode()).digest()[:6], "big") / 2**48
-    return "val" if place < val_share else "test" if place < val_share + test_share else "train"
+    """A slide's split, from the hash of its name: the same on every machine, whatever other slides there are."""
+    draw = int.from_bytes(hashlib.sha256(slide.encode()).digest()[:6], "big") / 2**48
+    return "val" if draw < val_share else "test" if draw < val_share + test_share else "train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class PairRequest:
         return self.split or split_of(self.name, val_share=self.val_share, test_share=self.test_share)
 
     def settings(self) -> dict[str, Any]:
-        """What must be equal for a run to go on where another stopped."""
+        """What must be equal for a run to continue another."""
         files = {"he": self.he, **self.ihc}
         try:
             sizes = {name: [path.name, path.stat().st_size, _fingerprint(path)] for name, path in files.items()}
@@ -111,7 +111,7 @@ class PairRequest:
 
 
 def _fingerprint(path: Path) -> str:
-    """Tells slides of one name and size apart: SHA-256 of eight samples of 64 KiB, spread over the file."""
+    """Distinguishes slides of the same name and size: SHA-256 of eight samples of 64 KiB, spread over the file."""
     digest, sample = hashlib.sha256(), 65536
     last = max(0, path.stat().st_size - sample)
     with path.open("rb") as file:

@@ -1,6 +1,6 @@
 """A section on a slide, read by physical position: any rectangle, at any pixel size, in bounded memory.
 
-Positions are micrometres from the slide's upper left corner.
+Positions are micrometres from the slide's top left corner.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SectionImage:
     rgb: UInt8Array
     """uint8 [H, W, 3]."""
     origin: tuple[float, float]
-    """(x, y) of its upper left corner, µm."""
+    """(x, y) of its top left corner, µm."""
     mpp: float
     """Pixel size, µm."""
 
@@ -95,7 +95,7 @@ class Section:
         """Read a rectangle at a pixel size of ``mpp``; what lies off the slide is white.
 
         Args:
-            origin: (x, y) of its upper left corner, µm.
+            origin: (x, y) of its top left corner, µm.
             size: (width, height) of the result, pixels.
             mpp: pixel size of the result, µm.
 

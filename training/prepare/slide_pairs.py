@@ -1,4 +1,4 @@
-"""From an H&E slide and its IHC slides to paired tiles: register, refuse or cut, judge every tile, and report."""
+"""From an H&E slide and its IHC slides to paired tiles: register, refuse or cut, judge every tile, report."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from staindiffuser.files import write_json
 from staindiffuser.imaging.glass import glass_colour
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.prepare.figures import registration_image, tiles_image
-from staindiffuser.training.prepare.overview import overviews
 from staindiffuser.training.prepare.quality import Reason
 from staindiffuser.training.prepare.records import Record, Records, check_settings
 from staindiffuser.training.prepare.regions import FACTOR, Grid, RegionReader
 from staindiffuser.training.prepare.registration.landmarks import Points, TargetError, read_pair, target_error
+from staindiffuser.training.prepare.registration.overview import overviews
 from staindiffuser.training.prepare.registration.register import LEAST_SCORE, Registration, register
 from staindiffuser.training.prepare.request import PairRequest
 from staindiffuser.training.prepare.sections import Section, SectionImage
@@ -38,10 +38,10 @@ REPORTS = "pairs"
 LARGEST_TARGET_ERROR = 0.02
 """Median landmark error, as a share of the diagonal, from which a registration is refused whatever its score."""
 _COARSER = 1.05
-"""Slides whose pixels are larger than the tiles' by more than this have not the detail."""
+"""Slides whose pixels are larger than the tiles' by more than this lack the detail."""
 
 Progress = Callable[[str, int, int], None]
-"""Told what is done now, how much of it is done, and how much there is."""
+"""Called with the current activity, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class StainResult:
     rotation: float
     """Degrees."""
     scale: float
-    bend_um: float
+    displacement_um: float
     target_error: TargetError | None
     """Where landmarks are given."""
     tile_fit: float | None
@@ -70,7 +70,7 @@ class StainResult:
 
 @dataclass(frozen=True, kw_only=True)
 class PairResult:
-    """What was done."""
+    """What was done for a slide."""
 
     slide: str
     split: Split
@@ -79,7 +79,7 @@ class PairResult:
     tile: int
     stains: Mapping[str, StainResult]
     tiles: int
-    """Places on the H&E's grid."""
+    """Positions on the H&E's grid, kept or not."""
     kept: int
     dropped: Mapping[str, int]
     """Per reason."""
@@ -89,14 +89,15 @@ class PairResult:
 
 
 def prepare_pair(request: PairRequest, progress: Progress = lambda what, done, total: None) -> PairResult:
-    """Register a pair (or one H&E with several stains) and cut it into tiles; goes on where a run was interrupted.
+    """Register a pair (or one H&E with several stains) and cut it into tiles; an interrupted run is continued.
 
     Args:
         request: what to do.
-        progress: told how far it is.
+        progress: see :data:`Progress`.
 
     Raises:
-        DataError: a slide cannot be used, or a registration is not to be trusted; then no tile is written.
+        SlideError, MissingPixelSizeError: a slide cannot be read.
+        DataError: a slide cannot be used, or a registration cannot be trusted; then no tile is written.
         UsageError: the output cannot be written, or holds other tiles.
     """
     begun = time.perf_counter()
@@ -146,7 +147,7 @@ def prepare_pair(request: PairRequest, progress: Progress = lambda what, done, t
                 warps={stain: registration.warp for stain, registration in found.items()},
                 glass={name: glass_colour(plane.rgb) for name, plane in {"he": he_plane, **planes}.items()},
                 grid=grid,
-                # A registration at about the tiles' own detail has nothing left to find.
+                # A registration at about the tiles' own resolution leaves nothing to find.
                 refine={stain: plane.mpp > 1.05 * FACTOR * request.mpp for stain, plane in planes.items()},
                 least_tissue=request.least_tissue,
             )
@@ -173,7 +174,7 @@ def _check_pixel_sizes(request: PairRequest, sections: Mapping[str, Section]) ->
 
 
 def _description(request: PairRequest) -> dict[str, Any]:
-    """What must be equal for tiles to belong into one folder."""
+    """What must be equal for tiles to share a folder."""
     return {"tile": request.tile, "mpp": request.mpp, "stains": list(request.ihc)}
 
 
@@ -191,7 +192,7 @@ def _report(
     found: Registration,
     landmarks: tuple[Points, Points] | None,
 ) -> StainResult:
-    """Judge a registration and draw it."""
+    """Judge a registration and draw its figure."""
     error = None
     if landmarks is not None:
         start, true = he.pixels_to_um(landmarks[0]), ihc.pixels_to_um(landmarks[1])
@@ -212,7 +213,7 @@ def _report(
         overlap=found.overlap,
         rotation=found.rotation,
         scale=found.scale,
-        bend_um=found.bend_um,
+        displacement_um=found.displacement_um,
         target_error=error,
         tile_fit=None,
         image=image,
@@ -240,11 +241,11 @@ def _cut(
     result: PairResult,
     progress: Progress,
 ) -> PairResult:
-    """Make the tiles."""
+    """Cut the tiles."""
     name = request.name
     regions = grid.regions()
     written = 0
-    # Not before: a pair that was refused, or only looked at, must not decide what the folder is for.
+    # Not before: a pair that was refused, or a dry run, must not decide what the folder is for.
     write_json(request.output / PREPARE_JSON, _description(request))
     with PairedTilesWriter(request.output, tuple(request.ihc), resume=True) as writer:
         records = Records(_records_file(request), settings)
@@ -252,7 +253,7 @@ def _cut(
             region
             for region in regions
             if region in records.done
-            and all(writer.has(_tile_name(name, place)) for place in records.done[region].kept)
+            and all(writer.has(_tile_name(name, position)) for position in records.done[region].kept)
         ]
         missing = [region for region in regions if region not in set(whole)]
 
@@ -266,15 +267,15 @@ def _cut(
 
         progress("cutting", len(whole), len(regions))
         for done, record in enumerate(_in_order(make, missing, request.jobs), start=len(whole) + 1):
-            for place in record.kept:
-                if not writer.has(tile_name := _tile_name(name, place)):
+            for position in record.kept:
+                if not writer.has(tile_name := _tile_name(name, position)):
                     writer.add_row(tile_name, slide=name, split=result.split, mpp=request.mpp)
                     written += 1
             records.add(record)
             progress("cutting", done, len(regions))
         made = [records.done[region] for region in regions]
-        kept = [place for record in made for place in record.kept]
-        dropped = {place: reason for record in made for place, reason in record.dropped.items()}
+        kept = [position for record in made for position in record.kept]
+        dropped = {position: reason for record in made for position, reason in record.dropped.items()}
         counts = Counter(dropped.values())
         tiles_image(
             request.output / REPORTS / f"{name}-tiles.jpg",
@@ -300,8 +301,8 @@ def _cut(
     )
 
 
-def _tile_name(slide: str, place: tuple[int, int]) -> str:
-    return f"{slide}-{place[1]:04d}-{place[0]:04d}"
+def _tile_name(slide: str, position: tuple[int, int]) -> str:
+    return f"{slide}-{position[1]:04d}-{position[0]:04d}"
 
 
 def _in_order(

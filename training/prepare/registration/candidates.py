@@ -1,8 +1,8 @@
-"""First guesses of a registration: every rotation tried, the shift of each by masked cross-correlation.
+"""Candidate registrations: every rotation is tried, and its shift found by masked cross-correlation.
 
 Padfield, "Masked object registration in the Fourier domain", IEEE TIP 21 (2012): the normalised cross-correlation of
-two images for every shift at once, with only those pixels counted that lie in both masks. So a torn or missing part
-of a section does not count against the rest.
+two images for every shift at once, counting only pixels that lie in both masks. A torn or missing part of a section
+does not count against the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scipy import fft
 
 from staindiffuser.imaging.arrays import FloatArray
 from staindiffuser.training.prepare.registration.features import Structure, band_passed
-from staindiffuser.training.prepare.registration.resampling import reduced, turned
+from staindiffuser.training.prepare.registration.resampling import reduced, rotated
 
 __all__ = ["Candidate", "find_candidates"]
 
@@ -27,9 +27,9 @@ SIDE = 256
 ANGLE_STEP = 5.0
 """Degrees between the rotations tried."""
 LEAST_OVERLAP = 0.3
-"""Share of the smaller tissue that must meet tissue of the other."""
+"""Share of the smaller tissue area that must overlap tissue of the other section."""
 DISTINCT_ANGLE = 12.0
-"""Candidates nearer than this, degrees, are the same one."""
+"""Candidates closer than this, degrees, count as one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +58,13 @@ def find_candidates(fixed: Structure, moving: Structure, *, count: int = 3) -> l
     side = _diagonal(moving, scale)
     found = []
     for angle in np.arange(0.0, 360.0, ANGLE_STEP):
-        middle = ((width - 1) / 2, (height - 1) / 2)
-        turn = np.asarray(cv2.getRotationMatrix2D(middle, float(angle), 1.0), np.float64)
-        turn[:, 2] += (side - width) / 2, (side - height) / 2
-        there = (turned(mask, turn, side) > 0.5).astype(np.float32)
-        peak, shift = still.best_shift(turned(image, turn, side), there)
-        turn[:, 2] += shift
-        found.append(Candidate(matrix=_full_size(turn, scale), angle=float(angle), peak=peak))
+        centre = ((width - 1) / 2, (height - 1) / 2)
+        rotation = np.asarray(cv2.getRotationMatrix2D(centre, float(angle), 1.0), np.float64)
+        rotation[:, 2] += (side - width) / 2, (side - height) / 2
+        there = (rotated(mask, rotation, side) > 0.5).astype(np.float32)
+        peak, shift = still.best_shift(rotated(image, rotation, side), there)
+        rotation[:, 2] += shift
+        found.append(Candidate(matrix=_full_size(rotation, scale), angle=float(angle), peak=peak))
     found.sort(key=lambda candidate: -candidate.peak)
     chosen: list[Candidate] = []
     for candidate in found:
@@ -76,7 +76,7 @@ def find_candidates(fixed: Structure, moving: Structure, *, count: int = 3) -> l
 
 
 class _Fixed:
-    """The fixed image's transforms, used for every rotation."""
+    """The Fourier transforms of the fixed image, used for every rotation."""
 
     def __init__(self, image: FloatArray, mask: FloatArray, *, largest: int) -> None:
         self._size = image.shape
@@ -105,7 +105,7 @@ class _Fixed:
         spread = np.sqrt(variance_fixed * variance_moving)
         smaller = max(1.0, min(self._area, float(mask.sum())))
         overlap = count / smaller
-        # Where hardly anything overlaps, or nothing varies, the quotient is noise.
+        # Where little overlaps or nothing varies, the quotient is noise.
         counted = (overlap > LEAST_OVERLAP) & (spread > 1e-6 * float(spread.max()))
         value = np.where(counted, covariance / np.maximum(spread, 1e-12), 0) * np.minimum(1, overlap)
         row, column = np.unravel_index(int(value.argmax()), value.shape)
@@ -129,9 +129,9 @@ def _diagonal(image: Structure, scale: float) -> int:
     return int(np.ceil(np.hypot(max(1, round(width * scale)), max(1, round(height * scale)))))
 
 
-def _full_size(turn: Affine, scale: float) -> Affine:
-    """Moving-to-fixed at the reduced size, to fixed-to-moving at full size; 0 is the middle of the first pixel."""
+def _full_size(rotation: Affine, scale: float) -> Affine:
+    """Moving-to-fixed at the reduced size, to fixed-to-moving at full size; 0 is the centre of the first pixel."""
     shrink = np.array([[scale, 0, (scale - 1) / 2], [0, scale, (scale - 1) / 2], [0, 0, 1]])
-    inverse = np.linalg.inv(np.vstack([turn, [0, 0, 1]]))
+    inverse = np.linalg.inv(np.vstack([rotation, [0, 0, 1]]))
     result: Affine = (np.linalg.inv(shrink) @ inverse @ shrink)[:2]
     return result

@@ -1,7 +1,7 @@
-"""What two differently stained sections have in common: hematoxylin, and where there is tissue at all.
+"""What two differently stained sections have in common: hematoxylin, and the presence of tissue.
 
-H&E and IHC share the hematoxylin of their nuclei and the outline of every gland, vessel and lumen; eosin and DAB belong
-to one of them. Registration looks at nothing else.
+H&E and IHC share the hematoxylin of their nuclei and the outlines of glands, vessels and lumens; eosin and DAB belong
+to one of them only. Registration uses nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HEMATOXYLIN: dict[Staining, FloatArray] = {
     "ihc": np.linalg.inv(STAIN_MATRIX)[:, 0].astype(np.float32),
 }
 SATURATION = 0.25
-"""Optical density from which a pixel is simply tissue, however strongly it is stained."""
+"""Optical density scale on which ``presence`` saturates: tissue is tissue, however strongly it is stained."""
 TISSUE_DENSITY = 0.05
 """Smoothed optical density of the strongest channel from which a pixel is tissue."""
 TISSUE_SIGMA = 3.0
@@ -33,22 +33,22 @@ TISSUE_SIGMA = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """A section's image, reduced to what registration looks at; all [H, W]."""
+    """What registration uses of a section's image; all [H, W]."""
 
     hematoxylin: FloatArray
     """Hematoxylin's optical density."""
     presence: FloatArray
     """0 on glass to 1 in tissue, whatever its colour: tanh(density / 0.25)."""
     tissue: BoolArray
-    """Where tissue is, lumens of a few pixels included."""
+    """Where there is tissue, including lumens of a few pixels."""
 
 
 def structure(rgb: UInt8Array, stain: Staining, glass: FloatArray) -> Structure:
-    """What of an image registration looks at.
+    """What registration uses of an image.
 
     Args:
         rgb: uint8 [H, W, 3].
-        stain: how it is stained.
+        stain: H&E or IHC.
         glass: colour of the glass, float32 [3].
     """
     values = np.arange(256, dtype=np.float32)[:, None]

@@ -31,7 +31,7 @@ class TargetError:
     maximum: float
     """Share of the diagonal."""
     before: float
-    """Median where nothing is registered."""
+    """Median without registration."""
     landmarks: int
 
 
@@ -55,7 +55,7 @@ def read_landmarks(path: Path) -> dict[str, tuple[float, float]]:
         except (IndexError, ValueError):
             raise DataError(f"{path}, row {number}: expected an index and two numbers, not {','.join(row)!r}") from None
         if not np.isfinite([x, y]).all() or index in points:
-            raise DataError(f"{path}, row {number}: index {index!r} appears twice or its place is no number")
+            raise DataError(f"{path}, row {number}: index {index!r} appears twice or its coordinates are not numbers")
         points[index] = (x, y)
     return points
 
@@ -77,9 +77,9 @@ def target_error(found: Points, true: Points, start: Points, diagonal: float) ->
     """The error of landmarks that were registered.
 
     Args:
-        found: where the registration puts the H&E landmarks on the IHC slide, [n, 2].
-        true: where they are.
-        start: where they would be without registration.
+        found: the H&E landmarks mapped to the IHC slide, [n, 2].
+        true: the landmarks of the IHC slide.
+        start: the H&E landmarks without registration.
         diagonal: of the IHC slide, in the same unit.
     """
     error, before = (np.hypot(*(points - true).T) / diagonal for points in (found, start))

@@ -1,8 +1,8 @@
 """Where blocks of one image lie in another, and the affine that most of them agree on.
 
-Every textured block of the fixed image is looked for in the moving one around where the present guess puts it
-(normalised correlation, OpenCV). Each answers on its own, so their agreement is evidence: wrong guesses leave the
-answers scattered over the search window. After Ourselin et al., "Block matching: a general framework to improve
+Every textured block of the fixed image is searched for in the moving one, around where the current guess puts it
+(normalised correlation, OpenCV). The blocks answer independently, so their agreement is evidence: a wrong guess
+scatters the answers over the search window. After Ourselin et al., "Block matching: a general framework to improve
 robustness of rigid registration of medical images", MICCAI 2000.
 """
 
@@ -22,33 +22,33 @@ Affine = npt.NDArray[np.float64]
 Points = npt.NDArray[np.float64]
 
 FEWEST = 12
-"""Blocks below which no affine is fitted."""
+"""No affine is fitted to fewer blocks than this."""
 LEAST_TISSUE = 0.6
 """Share of a block that must be tissue, in both images."""
 _BESIDE = 6
-"""Half the side of the neighbourhood of a peak that is no second peak, pixels."""
+"""Half the side of a peak's own neighbourhood, in which no second peak is looked for, pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSearch:
-    """How blocks are looked for; all in pixels."""
+    """How blocks are searched for; all in pixels."""
 
     half: int
     """Half the side of a block."""
     reach: int
-    """How far from the guess to look."""
+    """How far from the guess to search."""
     step: int
     """Distance between blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """What was found; n blocks."""
+    """The blocks found; n of them."""
 
     centres: Points
-    """[n, 2] (x, y) in the fixed image, pixels; 0 is the middle of the first pixel."""
+    """[n, 2] (x, y) in the fixed image, pixels; 0 is the centre of the first pixel."""
     shifts: Points
-    """[n, 2], from where the guess puts them, pixels."""
+    """[n, 2], displacement from where the guess puts them, pixels."""
     weights: npt.NDArray[np.float64]
     """[n], the peak's correlation times its height above the second peak."""
 
@@ -65,7 +65,7 @@ class Blocks:
 def match_blocks(
     fixed: FloatArray, moving: FloatArray, fixed_tissue: BoolArray, moving_tissue: BoolArray, search: BlockSearch
 ) -> Blocks:
-    """Look for blocks of ``fixed`` in ``moving``, which the present guess has brought onto the same grid.
+    """Search for blocks of ``fixed`` in ``moving``, which the current guess has brought onto the same grid.
 
     Args:
         fixed, moving: band-passed images [H, W].
@@ -84,14 +84,14 @@ def match_blocks(
             left, top = max(0, x - half - reach), max(0, y - half - reach)
             window = moving[top : min(height, y + half + reach), left : min(width, x + half + reach)]
             block = fixed[y - half : y + half, x - half : x + half]
-            likeness = np.asarray(cv2.matchTemplate(window, block, cv2.TM_CCOEFF_NORMED), np.float32)
-            _, peak, _, (column, row) = cv2.minMaxLoc(likeness)
-            if peak <= 0 or column in (0, likeness.shape[1] - 1) or row in (0, likeness.shape[0] - 1):
-                continue  # a peak on the window's edge is none
-            shift_x = column + _between(likeness[row, column - 1 : column + 2]) - (x - half - left)
-            shift_y = row + _between(likeness[row - 1 : row + 2, column]) - (y - half - top)
-            likeness[max(0, row - _BESIDE) : row + _BESIDE + 1, max(0, column - _BESIDE) : column + _BESIDE + 1] = -1
-            found.append((x - 0.5, y - 0.5, shift_x, shift_y, peak * (peak - max(0.0, float(likeness.max())))))
+            similarity = np.asarray(cv2.matchTemplate(window, block, cv2.TM_CCOEFF_NORMED), np.float32)
+            _, peak, _, (column, row) = cv2.minMaxLoc(similarity)
+            if peak <= 0 or column in (0, similarity.shape[1] - 1) or row in (0, similarity.shape[0] - 1):
+                continue  # a maximum on the window's edge is no peak
+            shift_x = column + _between(similarity[row, column - 1 : column + 2]) - (x - half - left)
+            shift_y = row + _between(similarity[row - 1 : row + 2, column]) - (y - half - top)
+            similarity[max(0, row - _BESIDE) : row + _BESIDE + 1, max(0, column - _BESIDE) : column + _BESIDE + 1] = -1
+            found.append((x - 0.5, y - 0.5, shift_x, shift_y, peak * (peak - max(0.0, float(similarity.max())))))
     table = np.array(found, np.float64).reshape(-1, 5)
     return Blocks(centres=table[:, :2], shifts=table[:, 2:4], weights=table[:, 4])
 
@@ -119,9 +119,9 @@ def fit_affine(blocks: Blocks, *, tolerance: float) -> Affine | None:
     )
     if start is None or int(agreeing.sum()) < FEWEST // 2:
         return None
-    middle = centres.mean(axis=0)
-    design = np.column_stack([centres - middle, np.ones(len(centres))])
-    solution = np.vstack([start[:, :2].T, start[:, 2] + start[:, :2] @ middle])
+    centroid = centres.mean(axis=0)
+    design = np.column_stack([centres - centroid, np.ones(len(centres))])
+    solution = np.vstack([start[:, :2].T, start[:, 2] + start[:, :2] @ centroid])
     inside = agreeing[:, 0] > 0
     for _ in range(20):
         distance = np.hypot(*(design @ solution - targets).T)
@@ -130,7 +130,7 @@ def fit_affine(blocks: Blocks, *, tolerance: float) -> Affine | None:
         weight = np.sqrt((blocks.weights + 1e-4) / (1 + (distance / spread) ** 2) ** 2)[:, None]
         solution = np.linalg.lstsq(design * weight, targets * weight, rcond=None)[0]
     linear = solution[:2].T
-    return np.column_stack([linear, solution[2] - linear @ middle])
+    return np.column_stack([linear, solution[2] - linear @ centroid])
 
 
 def _sum(table: npt.NDArray[np.int32], x0: int, y0: int, x1: int, y1: int) -> int:
@@ -138,7 +138,7 @@ def _sum(table: npt.NDArray[np.int32], x0: int, y0: int, x1: int, y1: int) -> in
 
 
 def _between(three: FloatArray) -> float:
-    """Where between the pixels a parabola through three values has its peak, −0.5 to 0.5."""
+    """Position of the peak of a parabola through three values, relative to the middle one, −0.5 to 0.5 pixels."""
     left, middle, right = (float(value) for value in three)
-    bend = left - 2 * middle + right
-    return max(-0.5, min(0.5, 0.5 * (left - right) / bend)) if bend < 0 else 0.0
+    curvature = left - 2 * middle + right
+    return max(-0.5, min(0.5, 0.5 * (left - right) / curvature)) if curvature < 0 else 0.0

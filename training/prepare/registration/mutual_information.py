@@ -1,4 +1,4 @@
-"""The affine that makes one image say the most about another (SimpleITK)."""
+"""The affine of maximal mutual information (SimpleITK)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ def maximise(
     """Improve an affine from the identity by Mattes mutual information (Mattes et al., IEEE TMI 2003).
 
     Args:
-        fixed, moving: [H, W], on one grid by the present guess.
-        fixed_mask, moving_mask: [H, W], what counts.
+        fixed, moving: [H, W], on one grid by the current guess.
+        fixed_mask, moving_mask: [H, W], the pixels that count.
 
     Returns:
-        [2, 3], fixed pixels to moving pixels; None where too little overlaps to tell.
+        [2, 3], fixed pixels to moving pixels; None where too little overlaps.
     """
     height, width = fixed.shape
     step = sitk.AffineTransform(2)
     step.SetCenter(((width - 1) / 2, (height - 1) / 2))
-    # One thread, for the same numbers every time: the order in which threads add up moves the last digits, of which 150
-    # steps make tenths of a pixel. The method's own setting does not reach all parts of it.
+    # One thread, for reproducible numbers: the order in which threads add up changes the last digits, which 150 steps
+    # amplify to tenths of a pixel. The method's own setting does not reach all of its parts.
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(32)
-    method.SetMetricSamplingStrategy(method.NONE)  # all pixels: a sample of them moves by 0.1 % of the diagonal
+    method.SetMetricSamplingStrategy(method.NONE)  # all pixels: sampling moves the result by 0.1 % of the diagonal
     method.SetMetricFixedMask(sitk.GetImageFromArray(fixed_mask.astype(np.uint8)))
     method.SetMetricMovingMask(sitk.GetImageFromArray(moving_mask.astype(np.uint8)))
     method.SetInterpolator(sitk.sitkLinear)

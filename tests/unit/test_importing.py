@@ -15,7 +15,8 @@ from staindiffuser.imaging.errors import ImageError
 from staindiffuser.imaging.image_files import read_image
 from staindiffuser.imaging.optical_density import DAB_THRESHOLD, dab_density
 from staindiffuser.training.errors import DataError
-from staindiffuser.training.prepare.importing import ImportRequest, ImportResult, brightfield, grid, import_tiles
+from staindiffuser.training.prepare.convert import brightfield, grid
+from staindiffuser.training.prepare.importing import ImportRequest, ImportResult, import_tiles
 from staindiffuser.training.prepare.layouts import LAYOUTS, Asked
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles
 

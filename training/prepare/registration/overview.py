@@ -1,4 +1,4 @@
-"""The images that registration looks at: the tissue of each slide, at one pixel size."""
+"""The images that are registered: the tissue of each slide, at one pixel size."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["overviews", "tissue_box"]
 Box = tuple[float, float, float, float]
 
 _SIDE = 512
-"""Long side of the image that tissue is looked for in, pixels."""
+"""Long side of the image in which tissue is found, pixels."""
 _SMALLEST = 0.01
-"""Parts below this share of all tissue are debris."""
+"""Parts below this share of the tissue area are debris."""
 _MARGIN = 0.04
-"""What is added around the tissue, as a share of its longer side."""
+"""Margin added around the tissue, as a share of its longer side."""
 
 
 def tissue_box(section: Section) -> Box:
@@ -56,15 +56,16 @@ def tissue_box(section: Section) -> Box:
 def overviews(
     he: Section, ihc: Mapping[str, Section], *, side: int = WORKING_SIDE
 ) -> tuple[SectionImage, dict[str, SectionImage]]:
-    """The tissue of every slide, at one pixel size: the longest is about ``side`` pixels long.
+    """Read the tissue of every slide at one pixel size; the longest is about ``side`` pixels long.
 
     Raises:
-        DataError: a slide shows no tissue, or is damaged.
+        DataError: a slide shows no tissue.
+        SlideError: a slide is damaged.
     """
     sections = {"he": he, **ihc}
     boxes = {name: tissue_box(section) for name, section in sections.items()}
     longest = max(max(x1 - x0, y1 - y0) for x0, y0, x1, y1 in boxes.values())
-    # Enlarging what is coarser would show nothing new.
+    # Enlarging a coarser slide would show nothing new.
     mpp = max(longest / side, *(max(section.mpp) for section in sections.values()))
     planes = {
         name: section.read((x0, y0), (max(1, round((x1 - x0) / mpp)), max(1, round((y1 - y0) / mpp))), mpp)

@@ -12,7 +12,7 @@ SLIDE ?=
 OUTPUT ?= demo-output
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-numpy2 lint format types docs demo-weights graphs verify-gpu clean
+.PHONY: help install demo test test-all test-timing test-numpy2 lint format types docs demo-weights graphs verify-gpu clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,13 +43,16 @@ demo: $(DEMO_VENV)/.installed  ## stain a slide on this machine: SLIDE=path, els
 	$(DEMO_VENV)/bin/python -m staindiffuser.demo $(if $(SLIDE),--slide '$(SLIDE)') --output '$(OUTPUT)'
 
 test: install lint types  ## all tests but the slow ones, with lint and types
-	$(RUN) -m pytest -m "not slow and not gpu and not network"
+	$(RUN) -m pytest -m "not slow and not gpu and not network and not timing"
 
 test-all: install lint types  ## every test that this machine can run
-	$(RUN) -m pytest -m "not gpu and not network"
+	$(RUN) -m pytest -m "not gpu and not network and not timing"
+
+test-timing: install  ## tests that measure wall-clock time; only on an idle machine
+	$(RUN) -m pytest -m "timing and not gpu"
 
 test-numpy2: $(NUMPY2_VENV)/.installed  ## unit and integration tests with Python 3.13 (or 3.12), numpy 2, newest libraries
-	$(NUMPY2_VENV)/bin/python -m pytest -m "not slow and not gpu and not network" tests/unit tests/integration
+	$(NUMPY2_VENV)/bin/python -m pytest -m "not slow and not gpu and not network and not timing" tests/unit tests/integration
 
 lint: install  ## ruff (lint, formatting) and the contracts on who may import whom
 	$(VENV)/bin/ruff check .

@@ -113,7 +113,7 @@ class ResultFiles:
     ) -> _ImageFile:
         stain, is_map = stains[number], image.channels == 1
         width, height = view.size
-        writer = PyramidWriter(self._folder, width, height, channels=image.channels, background=image.glass)
+        writer = PyramidWriter(self._folder, width, height, channels=image.channels, glass=image.glass)
         self._open.enter_context(writer)
         mpp = math.sqrt(view.mpp[0] * view.mpp[1])
         content = "probability of stained cells, 0 to 255" if is_map else "virtual immunohistochemistry"

@@ -37,7 +37,7 @@ CLASSIC_LIMIT = 2**32 - 2**24
 """Above this many bytes of tiles the file is a BigTIFF."""
 
 Compose = Callable[[int, int, int, int], UInt8Array | None]
-"""(x, y, width, height) → uint8 [height, width, C], or None where it is all background."""
+"""(x, y, width, height) → uint8 [height, width, C], or None where it is all glass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def halved(tile_HWC: UInt8Array) -> UInt8Array:
 class PyramidWriter:
     """Takes rows of level-0 tiles from top to bottom; builds and encodes the other levels on the way."""
 
-    def __init__(self, folder: Path, width: int, height: int, *, channels: int, background: int) -> None:
+    def __init__(self, folder: Path, width: int, height: int, *, channels: int, glass: int) -> None:
         """Open the spool, an unnamed file in ``folder``: it vanishes by itself whatever happens.
 
         Args:
@@ -80,12 +80,12 @@ class PyramidWriter:
             width: of level 0, pixels.
             height: of level 0, pixels.
             channels: 3 gives RGB as JPEG, 1 gives one lossless plane.
-            background: value where nothing was stained.
+            glass: value of glass, where nothing was stained.
         """
         self.sizes = level_sizes(width, height)
         self._channels = channels
-        self._background = np.full((SIDE, SIDE, channels), background, dtype=np.uint8)
-        self._empty = self._encode(self._background)
+        self._glass = np.full((SIDE, SIDE, channels), glass, dtype=np.uint8)
+        self._empty = self._encode(self._glass)
         self._spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close()
         self._end = 0
         self._tiles: list[list[tuple[int, int]]] = [[] for _ in self.sizes]
@@ -105,7 +105,7 @@ class PyramidWriter:
         """Compose and encode a row of level-0 tiles, in ``workers``, and what it completes of the other levels.
 
         Returns:
-            The composed tiles, uint8 [h, w, C], cut at the image's edge; None for background.
+            The composed tiles, uint8 [h, w, C], cut at the image's edge; None for glass.
         """
         width, height = self.sizes[0]
         y = row * SIDE
@@ -202,7 +202,7 @@ class PyramidWriter:
                 encoded.append(None)
                 above.append(None)
                 continue
-            tile = self._background.copy()
+            tile = self._glass.copy()
             for i, row in enumerate(rows):
                 for j, half in enumerate(row[2 * column : 2 * column + 2]):
                     if half is not None:

@@ -1,8 +1,8 @@
 """Where the tissue is: a mask on a low-resolution overview, generous at its edges.
 
-Glass is estimated from the overview itself. Tissue is what absorbs more than glass does, or is coloured, or textured
-(fat is nearly as bright as glass, but its membranes are not smooth). Constants are ours, chosen on the slides and
-crops of ``tests/`` and simulated ones.
+Glass is estimated from the overview itself. Tissue is what absorbs more than glass, or is coloured, or textured (fat is
+nearly as bright as glass, but its membranes are not smooth). Constants are ours, chosen on the slides and crops of
+``tests/`` and simulated ones.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _cells(start: int, count: int, cell: float, size: int) -> tuple[int, int]:
 
 
 def _interpolation(start: int, count: int, cell: float, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Index of the mask pixel before each pixel's middle, and how far it is on the way to the next."""
+    """Index of the mask pixel before each pixel's centre, and the fraction of the way to the next."""
     position = np.clip((np.arange(start, start + count) + 0.5) / cell - 0.5, 0, size - 1)
     index = np.floor(position).astype(np.int64)
     return index, (position - index).astype(np.float32)

@@ -28,7 +28,7 @@ def write(path: Path, image: np.ndarray, background: int = 255) -> None:
         return None if (part == background).all() else part
 
     with (
-        PyramidWriter(path.parent, width, height, channels=channels, background=background) as writer,
+        PyramidWriter(path.parent, width, height, channels=channels, glass=background) as writer,
         ThreadPoolExecutor(2) as workers,
     ):
         for row in range(writer.rows):

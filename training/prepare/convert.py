@@ -40,7 +40,7 @@ class ImportJob:
 
 
 def grid(length: int, tile: int) -> list[int]:
-    """Where tiles start along an edge: evenly spread from end to end, with as little overlap or gap as it takes."""
+    """Start of each tile along an edge: evenly spread from end to end, with as little overlap or gap as possible."""
     count = max(1, round(length / tile))
     if count == 1:
         return [(length - tile) // 2]

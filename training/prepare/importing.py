@@ -68,7 +68,7 @@ class ImportRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportResult:
-    """What was done, or, in a dry run, would be."""
+    """What was done, or would be in a dry run."""
 
     layout: str
     output: str
@@ -176,7 +176,7 @@ def _job(pair: Pair, split: Split, request: ImportRequest, scale: float) -> Impo
 def _panel_size(panel: Panel) -> tuple[int, int]:
     width, height = image_size(panel.path)
     if panel.of > 1 and (width % panel.of or width <= height):
-        raise DataError(f"{panel.path} is {width} x {height} pixels, which {panel.of} images side by side cannot be")
+        raise DataError(f"{panel.path} is {width} x {height} pixels, which cannot be {panel.of} images side by side")
     return width // panel.of, height
 
 
@@ -203,8 +203,8 @@ def _notes(request: ImportRequest, pairs: Sequence[Pair], splits: Mapping[str, S
     unknown = sum(not pair.slide_known for pair in pairs)
     if unknown:
         notes.append(
-            f"{unknown} of {len(pairs)} images do not say which slide they are from, and each counts as a slide of "
-            "its own: the same patient may be on both sides of a split (--slide-pattern tells, if names do)"
+            f"{unknown} of {len(pairs)} images do not tell which slide they are from, and each counts as a slide of "
+            "its own: the same patient may be on both sides of a split (use --slide-pattern if the names tell)"
         )
     source = set() if request.resplit else {pair.split for pair in pairs}
     for split in ("val", "test"):
@@ -220,7 +220,7 @@ def _notes(request: ImportRequest, pairs: Sequence[Pair], splits: Mapping[str, S
 def _description(
     request: ImportRequest, source_mpp: float, stains: Sequence[str], jobs: Sequence[ImportJob]
 ) -> dict[str, Any]:
-    """What must be equal for tiles to belong into one folder."""
+    """What must be equal for tiles to share a folder."""
     asked = request.asked
     # Where images were added or taken away, slides could be dealt to other splits than before.
     images = sorted([job.stem, job.pair.slide] for job in jobs)

@@ -1,6 +1,6 @@
 """How public data sets lay out their paired images: partners, splits, slides, pixel sizes.
 
-A layout turns a folder into :class:`Pair` records, from names alone; :mod:`.importing` reads and cuts the images.
+A layout turns a folder into :class:`Pair` records by names alone; :mod:`.importing` reads and cuts the images.
 """
 
 from __future__ import annotations

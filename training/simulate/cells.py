@@ -104,7 +104,7 @@ def place_cells(world: World, tissue: Tissue, box: tuple[int, int, int, int]) ->
     x, y, numbers = columns["x"], columns["y"], columns["numbers"]
     context = (columns["kind"] == Kind.LYMPHOCYTE) & (tissue.at(tissue.core, x, y) <= 0)
     undecidable = (columns["kind"] == Kind.LYMPHOCYTE) & (numbers[5] < world.config.undecidable_share)
-    # The low digits of a number whose high digits turn the nucleus: its shape must not tell how the coin fell.
+    # The low digits of a number whose high digits rotate the nucleus: its shape must not reveal the coin toss.
     coin = (numbers[4] * np.float32(4096)) % 1 < 0.5
     return Cells(
         x=x, y=y, kind=columns["kind"], length=columns["length"], width=columns["width"], angle=columns["angle"],

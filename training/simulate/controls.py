@@ -1,4 +1,4 @@
-"""Controls of the simulator: is it hard enough to tell methods apart, and like enough to real H&E?
+"""Controls of the simulator: is it hard enough to tell methods apart, and similar enough to real H&E?
 
 (a) A random forest that sees patches of 7 x 7 colours must fail: what a cell carries must not follow from its colour.
 (b) An oracle that knows everything but the undecidable cells gives the ceiling of what can be learned.
@@ -170,7 +170,7 @@ def measure(image: UInt8Array) -> dict[str, float] | None:
     """Stain amounts over the tissue, and nuclei, of uint8 [H, W, 3] at 0.5 µm; None where there is little tissue.
 
     Stains are taken apart with Ruifrok's vectors of hematoxylin and eosin; nuclei are Otsu's threshold on smoothed
-    hematoxylin, split by a watershed on the distance to the background.
+    hematoxylin, split by a watershed on the distance to their edge.
     """
     from skimage.feature import peak_local_max
     from skimage.filters import threshold_otsu

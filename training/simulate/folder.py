@@ -122,7 +122,7 @@ def write_tiles(request: TilesRequest, progress: Callable[[int, int], None] = la
 
 
 def _description(request: TilesRequest) -> dict[str, str]:
-    """What must be equal for tiles to belong into one folder; values as JSON text."""
+    """What must be equal for tiles to share a folder; values as JSON text."""
     values = {
         "seed": request.seed, "size": request.size, "stains": list(request.stains), "masks": request.masks,
         "val_share": request.val_share, "test_share": request.test_share, "config": dataclasses.asdict(request.config),

@@ -1,4 +1,4 @@
-"""Smooth random fields over the whole plane, cheap at any place.
+"""Smooth random fields over the whole plane, cheap at any position.
 
 A few tileable textures are made once per process (0.1 s). A field of a world is one of them, seen rotated, shifted and
 scaled by the world's own numbers; two octaves that are rotated differently hide the repetition.

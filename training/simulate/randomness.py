@@ -1,4 +1,4 @@
-"""Random numbers that belong to a place: the same whatever is drawn before, after, or by whom.
+"""Random numbers that belong to a position: the same whatever is drawn before, after, or by whom.
 
 A world's parameters come from NumPy's Philox, keyed by (seed, world). What lies at a lattice cell (a gland, a nucleus)
 comes from an integer hash of (key, salt, cell): it is vectorised over cells, and exact on every machine.

@@ -120,7 +120,7 @@ def _scan(light: FloatArray, scanner: Scanner, seed: int, quality: int) -> UInt8
     for channel in range(3):
         values = inner[channel]
         if scanner.noise:
-            # A slice of a stored texture at a random place: drawing normals per pixel costs more than the rendering.
+            # A slice of a stored texture at a random position: drawing normals per pixel costs more than all else.
             x, y = seed >> (3 * channel), seed >> (9 + 4 * channel)
             values = values + fine_texture(0.5, 10 + channel, x, y, h, w) * np.float32(scanner.noise)
         image[..., channel] = np.clip(values + np.float32(0.5), 0, 255)

@@ -18,7 +18,7 @@ __all__ = ["SimulatedSlide"]
 class SimulatedSlide:
     """One world, cut to a width and a height. Any region gives the same pixels, however the slide is read.
 
-    The slide is rendered in squares of 256 px, each from its place alone; the last few hundred are kept. The IHC is
+    The slide is rendered in squares of 256 px, each from its position alone; the last few hundred are kept. The IHC is
     rendered with them from the first time that it is read.
 
     Args:

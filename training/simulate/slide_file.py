@@ -84,7 +84,7 @@ def write_slide(request: SlideRequest, progress: Callable[[int, int], None] = la
             )
             writers = {
                 layer: stack.enter_context(
-                    PyramidWriter(folder, request.width, request.height, channels=3, background=_GLASS)
+                    PyramidWriter(folder, request.width, request.height, channels=3, glass=_GLASS)
                 )
                 for layer in files
             }

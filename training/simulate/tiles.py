@@ -76,13 +76,13 @@ def simulate_tile(
     for stain in stains:
         if stain not in STAINS:
             raise ConfigError(f"stain {stain!r} is not simulated; choose from {', '.join(STAINS)}")
-    number, place = divmod(index, config.tiles_per_slide)
+    number, position = divmod(index, config.tiles_per_slide)
     world = _world(seed, number, config)
     # Tiles of a slide lie scattered, so that they show more of it than one neighbourhood.
-    rng = stream(seed, number, 4, place)
+    rng = stream(seed, number, 4, position)
     side = int(np.ceil(np.sqrt(config.tiles_per_slide)))
-    column = int(world.phase(60) * 4096) + 3 * (place % side) + int(rng.integers(2))
-    row = int(world.phase(61) * 4096) + 3 * (place // side) + int(rng.integers(2))
+    column = int(world.phase(60) * 4096) + 3 * (position % side) + int(rng.integers(2))
+    row = int(world.phase(61) * 4096) + 3 * (position // side) + int(rng.integers(2))
     chunk = render_chunk(world, column, row, size=size, stains=stains, oracle=oracle)
     return SimulatedTile(
         he=chunk.he,
@@ -102,10 +102,10 @@ def _world(seed: int, number: int, config: SimulatorConfig) -> World:
 def split_of(index: int, *, val_share: float, test_share: float, config: SimulatorConfig | None = None) -> Split:
     """The split of a tile: whole slides, spread evenly, the first to ``val`` and the second to ``test``."""
     number = index // (config or SimulatorConfig()).tiles_per_slide
-    place = (number * _GOLDEN) % 1.0
-    if place < val_share:
+    draw = (number * _GOLDEN) % 1.0
+    if draw < val_share:
         return "val"
-    if (place - 0.6) % 1.0 < test_share:
+    if (draw - 0.6) % 1.0 < test_share:
         return "test"
     return "train"
 

@@ -29,7 +29,7 @@ FLOOR = np.float32(-40.0)
 
 @dataclass(frozen=True)
 class Points:
-    """Places on a map's grid."""
+    """Coordinates on a map's grid, prepared for interpolation."""
 
     base: npt.NDArray[np.int32]
     u: FloatArray
@@ -37,7 +37,7 @@ class Points:
     stride: int
 
     def read(self, values: FloatArray) -> FloatArray:
-        """Bilinear values of a field at these places, float32 [N]."""
+        """Bilinear values of a field at these coordinates, float32 [N]."""
         flat = values.ravel()
         top = flat[self.base]
         top += (flat[self.base + 1] - top) * self.u
@@ -50,7 +50,7 @@ class Points:
         return top
 
     def __getitem__(self, chosen: npt.NDArray[np.bool_]) -> Points:
-        """Some of the places."""
+        """A subset of the points."""
         return Points(base=self.base[chosen], u=self.u[chosen], v=self.v[chosen], stride=self.stride)
 
 
@@ -62,7 +62,7 @@ class Tissue:
     y0: int
     """World coordinates of the first grid point."""
     glass: FloatArray
-    """Distance into the tissue from bare glass."""
+    """Distance into the tissue from the glass."""
     depth: FloatArray
     """Distance into the epithelium from its basement membrane."""
     lumen: FloatArray
@@ -97,7 +97,7 @@ class Tissue:
     necrosis: FloatArray
 
     def points(self, x: FloatArray, y: FloatArray) -> Points:
-        """World coordinates [N] as places on the grid, to read fields there."""
+        """World coordinates [N] as points on the grid, at which fields are read."""
         u = (x - np.float32(self.x0)) * np.float32(1 / STEP)
         v = (y - np.float32(self.y0)) * np.float32(1 / STEP)
         h, w = self.glass.shape
@@ -200,19 +200,19 @@ def build_tissue(world: World, x0: int, y0: int, x1: int, y1: int) -> Tissue:
     p = _Plane(world, x0, y0, x1, y1)
     s = np.float32(a.scale)
     X, Y = p.x, p.y
-    # Bend the plane a little, so that nothing is an ellipse.
-    bent_x, bent_y = X + 7.0 * p.noise(1, 80.0), Y + 7.0 * p.noise(2, 80.0)
+    # Warp the plane a little, so that nothing is an exact ellipse.
+    warped_x, warped_y = X + 7.0 * p.noise(1, 80.0), Y + 7.0 * p.noise(2, 80.0)
     fray = a.ragged * (p.noise(4, 24.0) + 0.5 * p.noise(44, 10.0))
     glass = p.distance(p.fractal(3, 900.0, 0.35) - np.float32(a.coverage), 900.0) + fray
     if world.extent is not None:
-        middle_x, middle_y = world.extent[0] / 2 / a.scale, world.extent[1] / 2 / a.scale
-        radius = np.sqrt(((X - middle_x) / middle_x) ** 2 + ((Y - middle_y) / middle_y) ** 2)
-        shorter = min(middle_x, middle_y)
+        centre_x, centre_y = world.extent[0] / 2 / a.scale, world.extent[1] / 2 / a.scale
+        radius = np.sqrt(((X - centre_x) / centre_x) ** 2 + ((Y - centre_y) / centre_y) ** 2)
+        shorter = min(centre_x, centre_y)
         glass = np.minimum(glass, (0.9 - radius) * shorter + 0.05 * shorter * p.noise(45, 400.0) + fray)
 
-    depth, lumen, squamous, keratin = _epithelium(p, bent_x, bent_y, glass)
-    follicle, core = _aggregates(p, bent_x, bent_y)
-    vessel, bore, bloody = _vessels(p, bent_x, bent_y)
+    depth, lumen, squamous, keratin = _epithelium(p, warped_x, warped_y, glass)
+    follicle, core = _aggregates(p, warped_x, warped_y)
+    vessel, bore, bloody = _vessels(p, warped_x, warped_y)
     outside = np.minimum(-depth - 4.0, glass - 10.0)
     vessel, bore = np.minimum(vessel, outside), np.minimum(bore, outside - 4.0)
     follicle = np.minimum(follicle, -depth - 2.0)
@@ -281,7 +281,7 @@ def _epithelium(
 
 
 def _view(p: _Plane, x: float, y: float, reach: float) -> tuple[slice, slice]:
-    """The part of the grid within reach of a point, the bending of the plane included."""
+    """The part of the grid within reach of a point, the warp of the plane included."""
     reach += 32.0
     columns = slice(*np.searchsorted(p.axis_x, (x - reach, x + reach)).tolist())
     rows = slice(*np.searchsorted(p.axis_y, (y - reach, y + reach)).tolist())

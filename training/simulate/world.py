@@ -78,9 +78,9 @@ class Architecture:
     macrophages: float
     """Density of macrophages in the stroma, 0 to 1."""
     follicles: float
-    """Share of lattice places that hold a lymphoid aggregate."""
+    """share of lattice cells that hold a lymphoid aggregate."""
     vessels: float
-    """Share of lattice places that hold a vessel."""
+    """share of lattice cells that hold a vessel."""
     folds: float
     """Level of the noise above which the tissue is folded; high is never."""
     debris: float
@@ -150,13 +150,13 @@ class World:
     seed: int
     number: int
     key: int
-    """64-bit key of everything that belongs to a place."""
+    """64-bit key of everything that belongs to a position."""
     config: SimulatorConfig
     architecture: Architecture
     staining: Staining
     scanner: Scanner
     extent: tuple[int, int] | None = None
-    """Width and height of the slide, pixels: the tissue then lies in its middle. None is an endless plane."""
+    """Width and height of the slide, pixels: the tissue then lies at its centre. None is an endless plane."""
 
     @classmethod
     def draw(cls, seed: int, number: int, config: SimulatorConfig, *, extent: tuple[int, int] | None = None) -> World:

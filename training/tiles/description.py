@@ -1,4 +1,4 @@
-"""A folder of tiles says in a JSON file what it was made from: tiles of something else are not mixed in."""
+"""A folder of tiles states in a JSON file what it was made from, so that no other tiles are mixed in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_described(folder: Path, file: str, description: Mapping[str, Any], *, 
     Args:
         folder: need not exist.
         file: name of the JSON file in it.
-        description: what must be equal for tiles to belong into one folder.
+        description: what must be equal for tiles to share a folder.
         what: what the folder holds, for the error's text.
 
     Raises:
@@ -29,7 +29,7 @@ def check_described(folder: Path, file: str, description: Mapping[str, Any], *, 
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(before, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except (FileNotFoundError, NotADirectoryError):
         if (folder / TILES_CSV).exists():
             raise UsageError(f"{folder} already holds paired tiles of another kind: choose another --output") from None

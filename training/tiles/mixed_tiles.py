@@ -1,4 +1,4 @@
-"""Tiles from several folders, mixed by weight: simulated and real ones, say."""
+"""Tiles from several folders, mixed by weight: simulated and real ones, for example."""
 
 from __future__ import annotations
 

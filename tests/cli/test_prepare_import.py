@@ -62,7 +62,7 @@ def test_the_summary_says_what_to_know(source: Path, tmp_path: Path) -> None:
     text = run("--layout", "bci", source, "-o", tmp_path / "tiles", "--tile", 32, "--jobs", 1)
     assert "10 pairs of her2: 40 tiles" in text
     assert "0.46 → 0.5 µm" in text
-    assert "note: 10 of 10 images do not say which slide" in " ".join(text.split())
+    assert "note: 10 of 10 images do not tell which slide" in " ".join(text.split())
 
 
 def test_dry_run_checks_and_writes_nothing(source: Path, tmp_path: Path) -> None:

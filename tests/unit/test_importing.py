@@ -30,9 +30,9 @@ def he(seed: int = 0) -> np.ndarray:
     return np.clip(np.array(PINK) + noise, 0, 255).astype(np.uint8)
 
 
-def ihc() -> np.ndarray:
-    """Blue, with a brown square in rows and columns 8 to 24."""
-    image = np.full((SIDE, SIDE, 3), BLUE, np.uint8)
+def ihc(shade: int = 0) -> np.ndarray:
+    """Blue, a little lighter with each shade, with a brown square in rows and columns 8 to 24."""
+    image = np.full((SIDE, SIDE, 3), BLUE, np.uint8) + np.uint8(shade)
     image[8:24, 8:24] = BROWN
     return image
 
@@ -47,7 +47,7 @@ def bci(root: Path) -> Path:
     for split, count in (("train", 12), ("test", 2)):
         for i in range(count):
             name = f"{i:05d}_{split}_{i % 4}{'+' if i % 4 else ''}.png"
-            save(root / "HE" / split / name, he(i))
+            save(root / "HE" / split / name, he(i + 100 * (split == "train")))
             save(root / "IHC" / split / name, ihc())
     return root
 
@@ -56,23 +56,23 @@ def mist(root: Path, stain: str = "HER2") -> Path:
     for split, slides in (("train", ("1M21", "2M21")), ("val", ("3M21",))):
         for slide in slides:
             for row in range(2):
-                save(root / stain / f"TrainValAB/{split}A/{slide}_7_{row}.jpg", he())
+                save(root / stain / f"TrainValAB/{split}A/{slide}_7_{row}.jpg", he(2 * int(slide[0]) + row))
                 save(root / stain / f"TrainValAB/{split}B/{slide}_7_{row}.jpg", ihc())
     return root
 
 
 def hemit(root: Path) -> Path:
-    for split, region in (("train", "[64,49]"), ("val", "[12,53]"), ("test", "[79,48]")):
+    for seed, (split, region) in enumerate((("test", "[79,48]"), ("train", "[64,49]"), ("val", "[12,53]"))):
         label = np.zeros((SIDE, SIDE, 3), np.uint8)
         label[8:24, 8:24, 0], label[40:56, 40:56, 1], label[..., 2] = 200, 200, 60
-        save(root / split / "input" / f"{region}_patch_0_0.tif", he())
+        save(root / split / "input" / f"{region}_patch_0_0.tif", he(seed))
         save(root / split / "label" / f"{region}_patch_0_0.tif", label)
     return root
 
 
 def pix2pix(root: Path) -> Path:
-    for split in ("train", "val", "test"):
-        save(root / split / f"{split}1.png", np.concatenate([he(), ihc()], axis=1))
+    for seed, split in enumerate(("test", "train", "val")):
+        save(root / split / f"{split}1.png", np.concatenate([he(seed), ihc(seed)], axis=1))
     return root
 
 
@@ -81,9 +81,10 @@ def deepliif(root: Path) -> Path:
     seg[30:50, 30:50], seg[31:49, 31:49] = (0, 255, 0), (255, 0, 0)
     seg[2:12, 2:12] = (0, 0, 255)
     dark = np.zeros((SIDE, SIDE, 3), np.uint8)
-    row = np.concatenate([ihc(), he(), dark, dark, dark, seg], axis=1)
-    for split, region in (("Training", "Bladder_22000_40000"), ("Validation", "Lung_1_2"), ("Testing", "Lung_3_4")):
-        for name in (f"{region}_0_3", f"{region}_0_3_1.20_0.70"):
+    splits = (("Testing", "Lung_3_4"), ("Training", "Bladder_22000_40000"), ("Validation", "Lung_1_2"))
+    for seed, (split, region) in enumerate(splits):
+        for copy, name in enumerate((f"{region}_0_3", f"{region}_0_3_1.20_0.70")):
+            row = np.concatenate([ihc(), he(2 * seed + copy), dark, dark, dark, seg], axis=1)
             save(root / f"DeepLIIF_{split}_Set" / f"{name}.png", row)
     return root
 
@@ -163,12 +164,12 @@ def test_names_that_tell_the_slide_do(tmp_path: Path) -> None:
 def test_names_that_do_not_are_said_not_to(tmp_path: Path) -> None:
     source = bci(tmp_path / "s")
     result, _ = run("bci", source, tmp_path / "t")
-    assert any("14 of 14 images do not say" in note for note in result.notes)
+    assert any("14 of 14 images do not tell" in note for note in result.notes)
     assert any("'val' was taken" in note for note in result.notes)
     pattern = re.compile(r"^\d+_(train|test)")
     told, tiles = run("bci", source, tmp_path / "u", asked=Asked(slide_pattern=pattern), val_share=0.0)
     assert {tile.slide for tile in tiles.tiles} == {"train", "test"}
-    assert not any("do not say" in note for note in told.notes)
+    assert not any("do not tell" in note for note in told.notes)
     with pytest.raises(DataError, match="does not match the slide pattern"):
         run("bci", source, tmp_path / "v", asked=Asked(slide_pattern=re.compile(r"^(case\d)?")))
 
@@ -184,6 +185,34 @@ def test_hemit_is_drawn_from_fluorescence(tmp_path: Path) -> None:
     density = dab_density(brightfield(marker, np.full_like(marker, 90)))[16]
     first = int(np.argmax(density >= DAB_THRESHOLD))
     assert abs(first / 255 - 0.15) < 0.01, "the note says 15 % of full scale"
+
+
+def test_labels_in_masks_are_positive_cells(tmp_path: Path) -> None:
+    """Cells 1 to n of each image: decided image by image, "128 or more" would leave nothing of them."""
+    source = folder(tmp_path / "s")
+    for case in range(12):
+        mask = np.zeros((SIDE, SIDE), np.uint8)
+        for number in range(case % 4 + 1):
+            mask[8:20, 4 + 15 * number : 14 + 15 * number] = number + 1
+        save(source / "cd3_mask" / f"case{case}" / "a.png", mask)
+    result, tiles = run("folder", source, tmp_path / "t", mpp=0.5, tile=64)
+    assert any("masks of cd3: labels" in note for note in result.notes)
+    for tile in tiles.tiles:
+        case = int(tile.slide.removeprefix("case"))
+        assert (mask_of(tile, "cd3") >= 128).sum() == pytest.approx((case % 4 + 1) * 120, rel=0.1)
+
+
+def test_masks_of_another_code_are_refused_unless_it_is_said(tmp_path: Path) -> None:
+    source = folder(tmp_path / "s")
+    for case in range(12):
+        mask = np.zeros((SIDE, SIDE), np.uint8)
+        mask[8:20, 8:20], mask[8:20, 40:52], mask[40:52, 8:20] = 1, 2, 2
+        save(source / "cd3_mask" / f"case{case}" / "a.png", mask)
+    with pytest.raises(DataError, match=r"masks of cd3 hold the values 0, 1, 2: .*--mask-code"):
+        run("folder", source, tmp_path / "t", mpp=0.5, tile=64)
+    assert not (tmp_path / "t/tiles.csv").exists()
+    _, tiles = run("folder", source, tmp_path / "t", mpp=0.5, tile=64, mask_code="labels")
+    assert (mask_of(tiles.tiles[0], "cd3") >= 128).sum() == pytest.approx(3 * 144, rel=0.1)
 
 
 def test_deepliif_masks_are_its_positive_cells(tmp_path: Path) -> None:
@@ -293,6 +322,14 @@ def test_a_truncated_image_is_found_while_reading(tmp_path: Path) -> None:
     assert 0 < result.written < result.tiles == 56, "goes on where it stopped"
 
 
+def test_a_copy_in_another_split_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source = bci(tmp_path / "s")
+    save(source / "HE/test/00001_test_1+.png", he(105))
+    with pytest.raises(DataError, match=r"train/00005_train_1\+.* is the same image as .*test/00001_test_1\+"):
+        run("bci", source, tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
 def test_empty_and_absent_sources(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a folder"):
         run("bci", tmp_path / "none", tmp_path / "t")
@@ -334,7 +371,7 @@ def test_another_import_is_not_mixed_in(tmp_path: Path) -> None:
 def test_another_source_is_not_mixed_in(tmp_path: Path, change: str) -> None:
     source = tmp_path / "here" / "s"
     for name in "abcdef":
-        save(source / "he" / f"{name}.png", he())
+        save(source / "he" / f"{name}.png", he(ord(name)))
         save(source / "cd3" / f"{name}.png", ihc())
     run("folder", source, tmp_path / "t")
     if change == "grown":
@@ -346,7 +383,7 @@ def test_another_source_is_not_mixed_in(tmp_path: Path, change: str) -> None:
     else:
         other = tmp_path / "there" / "s"
         for name in "abcdef":
-            save(other / "he" / f"{name}.png", he(7))
+            save(other / "he" / f"{name}.png", he(ord(name)))
             save(other / "cd3" / f"{name}.png", he(8))
         source = other
     with pytest.raises(UsageError, match=r"(images|source) differs"):

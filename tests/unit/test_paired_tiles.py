@@ -21,7 +21,7 @@ Rows = list[dict[str, str]]
 
 def save(path: Path, shape: tuple[int, ...]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full(shape, 200, np.uint8)).save(path)
+    Image.fromarray(np.full(shape, 200 if len(shape) == 3 else 255, np.uint8)).save(path)
 
 
 @pytest.fixture
@@ -258,3 +258,39 @@ def test_labels() -> None:
     assert stain_label("abc_1") == "ABC 1"
     assert is_stain_name("cd3")
     assert not any(is_stain_name(name) for name in ("CD3", "3cd", "", "cd-3", "cd3_mask", "slide", "mpp"))
+
+
+def textured(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 48, 3), dtype=np.uint8))
+
+
+def test_rows_with_the_same_path_are_refused(folder: Path) -> None:
+    table = [*rows(), rows()[0]]
+    write(folder, table)
+    with pytest.raises(DataError, match=r"row 5: he is .*0\.png, as in row 2: delete one of the rows"):
+        PairedTiles.load(folder)
+
+
+def test_a_copy_in_another_split_is_refused_whatever_its_name(folder: Path) -> None:
+    for number in range(3):
+        textured(number).save(folder / f"he/{number}.png")
+    PairedTiles.load(folder, check="pixels")
+    textured(0).save(folder / "he/2.png")
+    for check in ("headers", "pixels"):
+        with pytest.raises(
+            DataError, match=r"row 4: .*2\.png \(slide 'slide 2', split 'test'\) is the same image as .*row 2: .*0\.png"
+        ):
+            PairedTiles.load(folder, check=check)
+    textured(0).save(folder / "he/2.png", compress_level=0)
+    PairedTiles.load(folder)
+    with pytest.raises(DataError, match="same image"):
+        PairedTiles.load(folder, check="pixels")
+    table = rows()
+    table[2]["split"] = "train"
+    write(folder, table)
+    PairedTiles.load(folder, check="pixels")  # within one split a copy leaks nothing
+
+
+def test_tiles_of_bare_glass_may_be_equal(folder: Path) -> None:
+    assert len({(folder / f"he/{number}.png").read_bytes() for number in range(3)}) == 1
+    assert len(PairedTiles.load(folder, check="pixels").tiles) == 3

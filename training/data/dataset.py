@@ -54,8 +54,8 @@ def load_tile(tile: PairedTile, stains: tuple[str, ...]) -> dict[str, UInt8Array
     arrays = {"he": read_image(tile.he)}
     for stain in stains:
         arrays[stain] = read_image(tile.stains[stain])
-        mask = tile.masks[stain]
-        arrays[f"{stain}_mask"] = read_image(mask, mode="L") if mask else coarse_mask(dab_mask(arrays[stain]))
+        mask = tile.read_mask(stain)
+        arrays[f"{stain}_mask"] = coarse_mask(dab_mask(arrays[stain])) if mask is None else mask
     return arrays
 
 

@@ -29,6 +29,15 @@ class LayoutName(StrEnum):
     folder = "folder"
 
 
+class MaskCodeName(StrEnum):
+    """Codes of masks."""
+
+    auto = "auto"
+    grey = "grey"
+    ones = "ones"
+    labels = "labels"
+
+
 def import_(
     source: Annotated[Path, typer.Argument(help="The data set's folder.", show_default=False)],
     layout: Annotated[LayoutName, typer.Option(help="How the folder is laid out.", show_default=False)],
@@ -56,8 +65,14 @@ def import_(
     channels: Annotated[
         str, typer.Option(help="hemit: what the label's red, green and blue channels are.")
     ] = "panck,cd3,dapi",
+    mask_code: Annotated[
+        MaskCodeName,
+        typer.Option(help="Values of the source's masks: grey (255 is positive), ones, labels, or told from all."),
+    ] = MaskCodeName.auto,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes; 0 takes one per core.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything but the pixels, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all but the images' pixels, write nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON on stdout.")] = False,
 ) -> None:
     """Import a public data set of paired images as paired tiles.
@@ -80,6 +95,7 @@ def import_(
     from staindiffuser.errors import UsageError
     from staindiffuser.training.prepare.importing import ImportRequest, import_tiles
     from staindiffuser.training.prepare.layouts import Asked
+    from staindiffuser.training.tiles.mask_codes import MASK_CODES
 
     try:
         pattern = re.compile(slide_pattern) if slide_pattern else None
@@ -102,6 +118,7 @@ def import_(
         val_share=val_share,
         test_share=test_share,
         resplit=resplit,
+        mask_code=next((code for code in MASK_CODES if code == mask_code.value), None),
         jobs=jobs or os.cpu_count() or 1,
     )
     columns = (TextColumn("importing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -13,8 +13,9 @@ from staindiffuser.imaging.arrays import BoolArray, UInt8Array
 from staindiffuser.imaging.image_files import read_image, write_png
 from staindiffuser.imaging.optical_density import STAIN_MATRIX, coarse_mask, dab_mask
 from staindiffuser.training.prepare.layouts import Pair, Panel
+from staindiffuser.training.tiles.mask_codes import MaskCode, is_positive
 
-__all__ = ["ImportJob", "brightfield", "convert", "grid"]
+__all__ = ["ImportJob", "brightfield", "convert", "grid", "read_mask"]
 
 MARKER_DENSITY, NUCLEI_DENSITY = 1.0, 0.5
 """Optical densities with which full-scale fluorescence is drawn (ours)."""
@@ -30,6 +31,8 @@ class ImportJob:
     size: tuple[int, int]
     """Of the images after resampling, pixels."""
     tile: int
+    mask_codes: Mapping[str, MaskCode]
+    """Per stain with masks in the source, what their values mean; missing for DeepLIIF's classes."""
 
     def tiles(self) -> Iterator[tuple[str, int, int]]:
         """Name, left and top of each tile."""
@@ -50,13 +53,12 @@ def grid(length: int, tile: int) -> list[int]:
 def convert(job: ImportJob) -> ImportJob:
     """Read a pair and write its tiles; the rows are the caller's."""
     pair = job.pair
-    panels = (pair.he, *pair.stains.values(), *pair.masks.values())
-    files = {path: read_image(path) for path in {panel.path for panel in panels}}
-    images = {"he": _image(files, pair.he, job.size)}
+    files = {path: read_image(path) for path in {panel.path for panel in (pair.he, *pair.stains.values())}}
+    images = {"he": _image(_cut(files[pair.he.path], pair.he), pair.he, job.size)}
     for stain, panel in pair.stains.items():
-        images[stain] = _image(files, panel, job.size)
+        images[stain] = _image(_cut(files[panel.path], panel), panel, job.size)
         mask = pair.masks.get(stain)
-        positive = _positive(files, mask, job.size) if mask else dab_mask(images[stain])
+        positive = _positive(mask, job.mask_codes.get(stain), job.size) if mask else dab_mask(images[stain])
         images[f"{stain}_mask"] = coarse_mask(positive)
     for name, left, top in job.tiles():
         for column, image in images.items():
@@ -65,29 +67,35 @@ def convert(job: ImportJob) -> ImportJob:
     return job
 
 
-def _cut(files: Mapping[Path, UInt8Array], panel: Panel) -> UInt8Array:
-    """A panel's pixels: uint8 [H, W, 3]."""
-    pixels = files[panel.path]
+def read_mask(panel: Panel) -> UInt8Array:
+    """A panel of form ``mask``: uint8 [H, W].
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    return _cut(read_image(panel.path, mode="L"), panel)
+
+
+def _cut(pixels: UInt8Array, panel: Panel) -> UInt8Array:
+    """A panel's part of its file: uint8 [H, W, 3] or [H, W]."""
     width = pixels.shape[1] // panel.of
     return pixels[:, panel.index * width : (panel.index + 1) * width]
 
 
-def _image(files: Mapping[Path, UInt8Array], panel: Panel, size: tuple[int, int]) -> UInt8Array:
+def _image(pixels: UInt8Array, panel: Panel, size: tuple[int, int]) -> UInt8Array:
     """A panel as a brightfield image of ``size``: uint8 [H, W, 3]."""
-    pixels = _cut(files, panel)
     if panel.form == "fluorescence":
         pixels = brightfield(pixels[..., panel.channels[0]], pixels[..., panel.channels[1]])
     return _resized(pixels, size, Image.Resampling.LANCZOS)
 
 
-def _positive(files: Mapping[Path, UInt8Array], panel: Panel, size: tuple[int, int]) -> BoolArray:
-    """Where a mask's panel is positive: bool [H, W]."""
-    pixels = _cut(files, panel).astype(np.int16)
-    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
-    if panel.form == "classes":
-        positive = (red > 127) & (red > blue) & (red > green)
+def _positive(panel: Panel, code: MaskCode | None, size: tuple[int, int]) -> BoolArray:
+    """Where a mask is positive: bool [H, W]."""
+    if code is None:  # DeepLIIF's classes
+        red, green, blue = (_cut(read_image(panel.path), panel)[..., channel] for channel in range(3))
+        positive: BoolArray = (red > 127) & (red > blue) & (red > green)
     else:
-        positive = red >= (128 if red.max() > 1 else 1)  # masks of 0 and 1 are common
+        positive = is_positive(read_mask(panel), code)
     share = _resized(np.where(positive, 255, 0).astype(np.uint8), size, Image.Resampling.BOX)
     result: BoolArray = share >= 128
     return result

@@ -9,6 +9,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from staindiffuser.imaging.image_files import image_size
 from staindiffuser.imaging.pixel_size import check_given
 from staindiffuser.parallel import in_order, process_pool
 from staindiffuser.training.errors import ConfigError, DataError
-from staindiffuser.training.prepare.convert import ImportJob, convert
+from staindiffuser.training.prepare.convert import ImportJob, convert, read_mask
 from staindiffuser.training.prepare.layouts import LAYOUTS, Asked, Pair, Panel, find_pairs
 from staindiffuser.training.prepare.splits import deal_splits
+from staindiffuser.training.tiles.copies import Located, check_no_leak, copies_of_files
 from staindiffuser.training.tiles.description import check_described
+from staindiffuser.training.tiles.mask_codes import MaskCode, MaskSurvey
 from staindiffuser.training.tiles.paired_tiles import Split
 from staindiffuser.training.tiles.tile import MODEL_MPP, MPP_TOLERANCE, SPLITS
 from staindiffuser.training.tiles.writing import PairedTilesWriter
@@ -29,6 +32,11 @@ from staindiffuser.training.tiles.writing import PairedTilesWriter
 __all__ = ["IMPORT_JSON", "ImportRequest", "ImportResult", "import_tiles"]
 
 IMPORT_JSON = "import.json"
+_CODE_IN_WORDS: dict[MaskCode, str] = {
+    "grey": "0 is negative, 255 positive",
+    "ones": "0 is negative, 1 positive",
+    "labels": "labels, each cell with a value of its own; all of them are positive",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +55,8 @@ class ImportRequest:
     val_share: float = 0.1
     """Share of the training slides that become the val split, where the source has none."""
     test_share: float = 0.0
+    mask_code: MaskCode | None = None
+    """What the values of the source's masks mean; by default told from all of them."""
     resplit: bool = False
     """Forget the source's splits and deal whole slides anew."""
     jobs: int = 1
@@ -115,7 +125,13 @@ def import_tiles(
         )
     scale = source_mpp / request.target_mpp
     resampled = abs(scale - 1) > MPP_TOLERANCE
-    jobs = [_job(pair, splits[pair.slide], request, scale if resampled else 1.0) for pair in pairs]
+    check_no_leak(
+        copies_of_files(
+            Located(image=pair.he.path, where="", slide=pair.slide, split=splits[pair.slide]) for pair in pairs
+        )
+    )
+    codes = _mask_codes(request, pairs)
+    jobs = [_job(pair, splits[pair.slide], request, scale if resampled else 1.0, codes) for pair in pairs]
     _check_names(jobs)
     stains = tuple(pairs[0].stains)
     mpp = request.target_mpp if resampled else source_mpp
@@ -123,7 +139,7 @@ def import_tiles(
     for job in jobs:
         rows[splits[job.pair.slide]] += sum(1 for _ in job.tiles())
     tiles = sum(rows.values())
-    description = _description(request, source_mpp, stains, jobs)
+    description = _description(request, source_mpp, stains, jobs, codes)
     check_described(request.output, IMPORT_JSON, description, what="another import")
     if not dry_run:
         with PairedTilesWriter(request.output, stains, resume=True) as writer:
@@ -148,12 +164,12 @@ def import_tiles(
         tiles_per_split={split: rows[split] for split in SPLITS},
         source_mpp=source_mpp,
         mpp=mpp,
-        notes=_notes(request, pairs, splits, scale if resampled else 1.0),
+        notes=_notes(request, pairs, splits, scale if resampled else 1.0, codes),
         seconds=round(time.perf_counter() - begun, 3),
     )
 
 
-def _job(pair: Pair, split: Split, request: ImportRequest, scale: float) -> ImportJob:
+def _job(pair: Pair, split: Split, request: ImportRequest, scale: float, codes: Mapping[str, MaskCode]) -> ImportJob:
     width, height = size = _panel_size(pair.he)
     for column, panel in (*pair.stains.items(), *((f"{stain}_mask", mask) for stain, mask in pair.masks.items())):
         other = _panel_size(panel)
@@ -170,7 +186,28 @@ def _job(pair: Pair, split: Split, request: ImportRequest, scale: float) -> Impo
         )
     # The split stands in the name: data sets count each split from 0.
     stem = f"{pair.split or split}_{re.sub(r'[^A-Za-z0-9.+]+', '_', pair.name).strip('_')}"
-    return ImportJob(pair=pair, stem=stem, output=request.output, size=scaled, tile=request.tile)
+    return ImportJob(pair=pair, stem=stem, output=request.output, size=scaled, tile=request.tile, mask_codes=codes)
+
+
+def _mask_codes(request: ImportRequest, pairs: Sequence[Pair]) -> dict[str, MaskCode]:
+    """What the values of each stain's masks mean, told from all of them."""
+    codes: dict[str, MaskCode] = {}
+    for stain in pairs[0].masks:
+        panels = [pair.masks[stain] for pair in pairs]
+        if panels[0].form != "mask":
+            continue
+        if request.mask_code is not None:
+            codes[stain] = request.mask_code
+            continue
+        survey = MaskSurvey()
+        with ThreadPoolExecutor(request.jobs) as threads:
+            for mask in threads.map(read_mask, panels):
+                survey.add(mask)
+        try:
+            codes[stain] = survey.code(f"{request.source}: the masks of {stain}")
+        except DataError as error:
+            raise DataError(f"{error}, or say what they are with --mask-code") from error
+    return codes
 
 
 def _panel_size(panel: Panel) -> tuple[int, int]:
@@ -198,7 +235,13 @@ def _converted(jobs: Sequence[ImportJob], processes: int) -> Iterator[ImportJob]
         yield from in_order(pool, convert, jobs, ahead=4 * processes)
 
 
-def _notes(request: ImportRequest, pairs: Sequence[Pair], splits: Mapping[str, Split], scale: float) -> tuple[str, ...]:
+def _notes(
+    request: ImportRequest,
+    pairs: Sequence[Pair],
+    splits: Mapping[str, Split],
+    scale: float,
+    codes: Mapping[str, MaskCode],
+) -> tuple[str, ...]:
     notes = list(LAYOUTS[request.layout].notes)
     unknown = sum(not pair.slide_known for pair in pairs)
     if unknown:
@@ -212,13 +255,18 @@ def _notes(request: ImportRequest, pairs: Sequence[Pair], splits: Mapping[str, S
             notes.append(f"split {split!r} was taken from the training slides")
         elif split not in splits.values():
             notes.append(f"there is no split {split!r}: --{split}-share takes it from the training slides")
+    notes += [f"masks of {stain}: {_CODE_IN_WORDS[code]}" for stain, code in codes.items()]
     if scale > 1:
         notes.append(f"images were enlarged {scale:.2f} times: they hold no detail finer than before")
     return tuple(notes)
 
 
 def _description(
-    request: ImportRequest, source_mpp: float, stains: Sequence[str], jobs: Sequence[ImportJob]
+    request: ImportRequest,
+    source_mpp: float,
+    stains: Sequence[str],
+    jobs: Sequence[ImportJob],
+    codes: Mapping[str, MaskCode],
 ) -> dict[str, Any]:
     """What must be equal for tiles to share a folder."""
     asked = request.asked
@@ -235,6 +283,7 @@ def _description(
         "slide_pattern": asked.slide_pattern.pattern if asked.slide_pattern else None,
         "swap": asked.swap,
         "channels": list(asked.channels),
+        "mask_codes": dict(codes),
         "val_share": request.val_share,
         "test_share": request.test_share,
         "resplit": request.resplit,

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from staindiffuser.errors import UsageError
 from staindiffuser.training.errors import DataError
+from staindiffuser.training.tiles.copies import check_no_leak, copies_of_files
 from staindiffuser.training.tiles.paired_tiles import PairedTiles
-from staindiffuser.training.tiles.reading import check_one_split
+from staindiffuser.training.tiles.reading import check_one_split, located
 from staindiffuser.training.tiles.tile import MPP_TOLERANCE, PairedTile, Split
 
 __all__ = ["MixedTiles", "Schedule", "open_tiles"]
@@ -48,6 +49,7 @@ class MixedTiles:
             if abs(mpp / needed - 1) > MPP_TOLERANCE:
                 raise DataError(f"{csv}, row {part.tiles[0].row}: mpp is {mpp:g}, but {first.folder} has {needed:g}")
         check_one_split(self.tiles)
+        check_no_leak(copies_of_files(located(self.tiles)))
 
     @property
     def folder(self) -> Path:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from staindiffuser.imaging.errors import ImageError
-from staindiffuser.imaging.image_files import image_size
+from staindiffuser.imaging.image_files import image_size, read_image
 from staindiffuser.training.errors import DataError
+from staindiffuser.training.tiles.copies import Located, check_no_leak, copies_of_files, group_copies, pixel_hash
+from staindiffuser.training.tiles.mask_codes import MaskCode, MaskSurvey
 from staindiffuser.training.tiles.stain_names import OTHER_COLUMNS, is_stain_name
 from staindiffuser.training.tiles.tile import MASK, MPP_TOLERANCE, SPLITS, PairedTile
 
-__all__ = ["Check", "check_one_split", "read_table"]
+__all__ = ["Check", "check_one_split", "located", "read_table"]
 
 Check = Literal["headers", "pixels"]
+_SAMPLE = 256
+"""Masks, evenly spread, from which a folder's code is told when only headers are checked."""
 
 
 def read_table(path: Path, *, check: Check, mpp: float | None) -> tuple[tuple[str, ...], tuple[PairedTile, ...]]:
@@ -49,8 +55,50 @@ def read_table(path: Path, *, check: Check, mpp: float | None) -> tuple[tuple[st
     if not tiles:
         raise DataError(f"{path} has no rows: nothing to train on")
     _check_mpp(path, tiles, mpp)
+    _check_rows_differ(path, tiles)
     check_one_split(tiles)
-    return stains, tiles
+    images = located(tiles)
+    check_no_leak(copies_of_files(images) if check == "headers" else group_copies(_hashed(images)))
+    codes = {stain: code for stain in stains if (code := _mask_code(path, tiles, stain, check)) is not None}
+    return stains, tuple(dataclasses.replace(tile, mask_codes=codes) for tile in tiles)
+
+
+def _check_rows_differ(path: Path, tiles: Iterable[PairedTile]) -> None:
+    first: dict[Path, PairedTile] = {}
+    for tile in tiles:
+        other = first.setdefault(tile.he, tile)
+        if other is not tile:
+            raise DataError(f"{path}, row {tile.row}: he is {tile.he}, as in row {other.row}: delete one of the rows")
+
+
+def located(tiles: Iterable[PairedTile]) -> list[Located]:
+    """The tiles' H&E images, for the search for copies."""
+    return [
+        Located(image=tile.he, where=f"{tile.file}, row {tile.row}: ", slide=tile.slide, split=tile.split)
+        for tile in tiles
+    ]
+
+
+def _hashed(images: Sequence[Located]) -> Iterator[tuple[str, Located]]:
+    with ThreadPoolExecutor() as threads:
+        yield from zip(threads.map(lambda image: pixel_hash(read_image(image.image)), images), images, strict=True)
+
+
+def _mask_code(path: Path, tiles: Sequence[PairedTile], stain: str, check: Check) -> MaskCode | None:
+    """What the values of a stain's masks mean; None where there are no masks."""
+    masks = [mask for tile in tiles if (mask := tile.masks[stain]) is not None]
+    if not masks:
+        return None
+    if check == "headers" and len(masks) > _SAMPLE:
+        masks = [masks[number * len(masks) // _SAMPLE] for number in range(_SAMPLE)]
+    survey = MaskSurvey()
+    with ThreadPoolExecutor() as threads:
+        try:
+            for pixels in threads.map(lambda file: read_image(file, mode="L"), masks):
+                survey.add(pixels)
+        except ImageError as error:
+            raise DataError(f"{path}: {stain}{MASK}: {error}") from error
+    return survey.code(f"{path}: the masks in {stain}{MASK}")
 
 
 def check_one_split(tiles: Iterable[PairedTile]) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
+
+from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.image_files import read_image
+from staindiffuser.training.errors import DataError
+from staindiffuser.training.tiles.mask_codes import MaskCode, as_coarse
 
 __all__ = ["MASK", "MODEL_MPP", "MPP_TOLERANCE", "SPLITS", "TILES_CSV", "PairedTile", "Split"]
 
@@ -32,6 +37,8 @@ class PairedTile:
     """Per stain its IHC image, RGB, of the same size."""
     masks: Mapping[str, Path | None]
     """Per stain its coarse mask (one channel, same size), or None: derived from the image when needed."""
+    mask_codes: Mapping[str, MaskCode] = field(default_factory=dict)
+    """Per stain what the values of its masks mean, decided over the whole folder; ``grey`` where missing."""
     slide: str
     """Name of the slide the tile comes from."""
     split: Split
@@ -41,3 +48,21 @@ class PairedTile:
     """Width and height, pixels."""
     file: Path
     """The ``tiles.csv`` that the row stands in."""
+
+    def read_mask(self, stain: str) -> UInt8Array | None:
+        """A stain's mask with 0 for negative and 255 for positive, uint8 [H, W]; None where the tile has none.
+
+        Raises:
+            ImageError: it cannot be read.
+            DataError: its values do not fit the code of the folder's masks.
+        """
+        path = self.masks[stain]
+        if path is None:
+            return None
+        mask, code = read_image(path, mode="L"), self.mask_codes.get(stain, "grey")
+        if code == "ones" and mask.max() > 1:
+            raise DataError(
+                f"{path} holds the value {mask.max()}, but the folder's other masks hold 0 and 1: convert all of them "
+                "to 0 (negative) and 255 (positive)"
+            )
+        return as_coarse(mask, code)

@@ -97,8 +97,8 @@ class TensorRTBuilder:
 
     def _module(self) -> Any:
         install = (
-            "pip install 'tensorrt>=10.16' (it downloads from NVIDIA's own index), or use the container "
-            "nvcr.io/nvidia/tritonserver"
+            "pip install 'staindiffuser[gpu-cuda13]', or gpu-cuda12 (it downloads from NVIDIA's own index), "
+            "or use the container nvcr.io/nvidia/tritonserver"
         )
         try:
             module = importlib.import_module("tensorrt")

@@ -82,6 +82,8 @@ def _describe(owner: Any, member: str) -> list[str]:
         re.sub(r"^\d+\. ", "", line) for line in lines if re.match(rf"^(\d+\. )?{member}\(.*\)( ->.*)?$", line)
     ]
     plain = [re.sub(r"\btensorrt(_rtx)?_bindings\.tensorrt(_rtx)?\.", "", line) for line in signatures]
+    # Where a type comes from depends on the Python that the bindings are for.
+    plain = [line.replace("collections.abc.Buffer", "typing_extensions.Buffer") for line in plain]
     return [line for line in plain if "*args" not in line] or ["function"]
 
 

@@ -18,7 +18,12 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
+
+_DLPACK = np.lib.NumpyVersion(np.__version__) >= "2.0.0"
+"""Whether host tensors are exchanged by DLPack. A Python backend built before numpy 2, such as the wheel's, otherwise
+gets numpy 2's arrays wrong; numpy 1's DLPack makes it crash."""
 
 
 class Engine(Protocol):
@@ -90,10 +95,12 @@ class TritonPythonModel:
         return responses
 
     def _response(self, name: str, array: Any) -> Any:
-        return pb_utils.Tensor.from_dlpack(name, array) if self.gpu else pb_utils.Tensor(name, array)
+        return pb_utils.Tensor.from_dlpack(name, array) if self.gpu or _DLPACK else pb_utils.Tensor(name, array)
 
 
 def _tensor(request: Any, name: str) -> Any:
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     # A GPU's model meets tensors in host memory too: a client's always are, and so is what did not fit the CUDA pool.
-    return tensor.as_numpy() if tensor.is_cpu() else tensor
+    if not tensor.is_cpu():
+        return tensor
+    return np.from_dlpack(tensor) if _DLPACK else tensor.as_numpy()

@@ -14,9 +14,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
 from philox import tile_noise
 from philox_gpu import GpuNoise
+
+_DLPACK = np.lib.NumpyVersion(np.__version__) >= "2.0.0"
+"""Whether host tensors are exchanged by DLPack. A Python backend built before numpy 2, such as the wheel's, otherwise
+gets numpy 2's arrays wrong; numpy 1's DLPack makes it crash."""
 
 
 class TritonPythonModel:
@@ -43,8 +48,7 @@ class TritonPythonModel:
 
     def _respond(self, request: Any) -> Any:
         try:
-            origins = pb_utils.get_input_tensor_by_name(request, "ORIGIN").as_numpy()
-            seeds = pb_utils.get_input_tensor_by_name(request, "SEED").as_numpy()
+            origins, seeds = _array(request, "ORIGIN"), _array(request, "SEED")
             names = request.requested_output_names()
             make = self.gpu.tile_noise if self.gpu else tile_noise
             image, cells = make(
@@ -64,7 +68,13 @@ class TritonPythonModel:
             return _refusal(f"noise: {type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
 
     def _tensor(self, name: str, array: Any) -> Any:
-        return pb_utils.Tensor.from_dlpack(name, array) if self.gpu else pb_utils.Tensor(name, array)
+        return pb_utils.Tensor.from_dlpack(name, array) if self.gpu or _DLPACK else pb_utils.Tensor(name, array)
+
+
+def _array(request: Any, name: str) -> np.ndarray[Any, Any]:
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    array: np.ndarray[Any, Any] = np.from_dlpack(tensor) if _DLPACK else tensor.as_numpy()
+    return array
 
 
 def _refusal(message: str, code: int) -> Any:

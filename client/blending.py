@@ -7,7 +7,7 @@ composed, or the number of threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,10 @@ from staindiffuser.client.tiling import GridTile, TileGrid
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.tissue import TissueMask
 
-__all__ = ["Mosaic", "OutputImage", "ramp_weights"]
+__all__ = ["Mosaic", "OutputImage", "Rectangle", "ramp_weights"]
+
+Rectangle = tuple[int, int, int, int]
+"""x0, y0, x1, y1; pixels of the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +38,25 @@ class OutputImage:
 class Mosaic:
     """Holds the tiles that are still needed and composes regions from them; thread-safe."""
 
-    def __init__(self, grid: TileGrid, images: tuple[OutputImage, ...], mask: TissueMask | None = None) -> None:
+    def __init__(
+        self,
+        grid: TileGrid,
+        images: tuple[OutputImage, ...],
+        mask: TissueMask | None = None,
+        left_out: Callable[[], Sequence[Rectangle]] = tuple,
+    ) -> None:
         """Create an empty mosaic.
 
         Args:
             grid: the grid of tiles.
             images: the images to compose.
             mask: fades the result to glass outside the tissue; without it, everything that was stained shows.
+            left_out: the parts known so far to be damaged in the input, which are composed as glass.
         """
         self._grid = grid
         self._images = images
         self._mask = mask
+        self._left_out = left_out
         self._weights = ramp_weights(grid)
         self._tiles: dict[tuple[int, int], dict[str, UInt8Array]] = {}
         self._lock = threading.Lock()
@@ -89,7 +100,10 @@ class Mosaic:
                 if parts:
                     blended = self._blend(parts, x0, y0, x1, y1)
                     image_HWC[y0 - y : y1 - y, x0 - x : x1 - x] = blended
-        return self._faded(image_HWC, image.glass, x, y)
+        image_HWC = self._faded(image_HWC, image.glass, x, y)
+        for x0, y0, x1, y1 in self._left_out():
+            image_HWC[max(0, y0 - y) : max(0, y1 - y), max(0, x0 - x) : max(0, x1 - x)] = image.glass
+        return image_HWC
 
     def _blend(self, parts: list[tuple[GridTile, UInt8Array]], x0: int, y0: int, x1: int, y1: int) -> UInt8Array:
         """A region that is covered by all of these tiles, at most four."""

@@ -35,15 +35,20 @@ def stain(
         str | None, typer.Option(metavar="NAME,...", help="Stains to produce. (default: all that the model has)")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise: the same seed gives the same pixels.")] = 0,
-    mpp: Annotated[
-        float | None, typer.Option(help="Pixel size of the input in µm, if the file has none or a wrong one.")
-    ] = None,
+    mpp: Annotated[float | None, typer.Option(help="Pixel size in µm of inputs that do not state their own.")] = None,
+    force_mpp: Annotated[
+        bool, typer.Option("--force-mpp", help="Use --mpp even if the input states another pixel size.")
+    ] = False,
     batch: Annotated[int, typer.Option(help="Tiles per request.")] = 4,
     in_flight: Annotated[int, typer.Option(help="Concurrent requests.")] = 3,
     timeout: Annotated[
         float, typer.Option(help="Seconds to wait for an answer before the server counts as lost.")
     ] = 300.0,
     cells: Annotated[bool, typer.Option("--cells/--no-cells", help="Write cell maps and cells.geojson.gz.")] = True,
+    allow_damaged: Annotated[
+        bool,
+        typer.Option("--allow-damaged", help="Leave out damaged tiles instead of refusing the slide."),
+    ] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Also write preview.png.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
     resume: Annotated[
@@ -71,9 +76,11 @@ def stain(
             stains=names,
             seed=seed,
             mpp=mpp,
+            force_mpp=force_mpp,
             batch=batch,
             in_flight=in_flight,
             cells=cells,
+            allow_damaged=allow_damaged,
             preview=preview,
             overwrite=overwrite,
             resume=resume,

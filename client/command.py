@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from staindiffuser.client.connection import StainClient
-from staindiffuser.client.errors import OutputError
+from staindiffuser.client.errors import FileNameError, OutputError
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.progress import TerminalReporter
 from staindiffuser.client.staining import SlideJob
@@ -57,7 +57,11 @@ def run_command(
                     if client is None:
                         client = open_target.enter_context(target.connect(options.in_flight, reporter.say))
                     run = job.stain(client, reporter)
-            except (InputError, OutputError) as error:  # anything else would fail for the other inputs too
+            except (
+                InputError,
+                OutputError,
+                FileNameError,
+            ) as error:  # anything else would fail for the other inputs too
                 failures.append(error)
                 continue
             if as_json:

@@ -3,6 +3,7 @@
 StainDiffuserError
 ├── UsageError
 │   ├── UnknownStainError      2  the model does not have a requested stain
+│   ├── FileNameError          2  a file name is not UTF-8
 │   ├── OutputError            2  the output cannot be written, or already holds a result
 │   └── RefusedRequestError    2  the server rejects a request: its origin, shape or batch size
 ├── ServerError
@@ -17,6 +18,7 @@ from staindiffuser.errors import InputError, ServerError, UsageError
 
 __all__ = [
     "ContractError",
+    "FileNameError",
     "OutputError",
     "RefusedRequestError",
     "RunRecordError",
@@ -27,6 +29,10 @@ __all__ = [
 
 class UnknownStainError(UsageError):
     """The model does not have a requested stain."""
+
+
+class FileNameError(UsageError):
+    """The name of an input or output is not valid UTF-8, so it cannot be recorded."""
 
 
 class OutputError(UsageError):

@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from staindiffuser.imaging.arrays import UInt8Array
-from staindiffuser.imaging.pixel_size import PixelSize
+from staindiffuser.imaging.pixel_size import SAME_PIXEL_SIZE, PixelSize
 from staindiffuser.imaging.slides import Slide
 
 __all__ = ["ModelView", "reflected"]
 
-TOLERANCE = 0.02
-"""Pixel sizes that differ by less than this share count as equal (ours: scanners are not calibrated any better)."""
 BLOCK = 512
 """Approximate side of a block, pixels at the model's pixel size."""
 BICUBIC_SUPPORT = 2
@@ -48,7 +46,7 @@ class ModelView:
         self.level = _best_level(slide, mpp, model_mpp)
         self._source = slide.level_sizes[self.level]
         level_mpp = [mpp[axis] * slide.size[axis] / self._source[axis] for axis in (0, 1)]
-        self.resampled = any(abs(level_mpp[axis] / model_mpp - 1) > TOLERANCE for axis in (0, 1))
+        self.resampled = any(abs(level_mpp[axis] / model_mpp - 1) > SAME_PIXEL_SIZE for axis in (0, 1))
         if self.resampled:
             self.size: tuple[int, int] = (
                 max(1, round(slide.size[0] * mpp[0] / model_mpp)),
@@ -167,6 +165,6 @@ def _best_level(slide: Slide, mpp: PixelSize, model_mpp: float) -> int:
     for level in slide.exact_levels:
         width, height = slide.level_sizes[level]
         level_mpp = max(mpp[0] * slide.size[0] / width, mpp[1] * slide.size[1] / height)
-        if level_mpp <= model_mpp * (1 + TOLERANCE) and width < slide.level_sizes[best][0]:
+        if level_mpp <= model_mpp * (1 + SAME_PIXEL_SIZE) and width < slide.level_sizes[best][0]:
             best = level
     return best

@@ -16,13 +16,17 @@ class StainingOptions:
     seed: int = 0
     """Determines the noise: the same seed gives the same pixels. 0 … 2⁶³ − 1."""
     mpp: float | None = None
-    """Pixel size of the input, µm per pixel, instead of the one in the file."""
+    """Pixel size of an input that does not state its own, µm per pixel."""
+    force_mpp: bool = False
+    """Use ``mpp`` even if the file states another pixel size."""
     batch: int = 4
     """Tiles per request, up to the model's limit."""
     in_flight: int = 3
     """Concurrent requests."""
     cells: bool = True
     """Write cell maps and cells."""
+    allow_damaged: bool = False
+    """Stain a slide some tiles of which cannot be decoded; they are left out and listed in ``run.json``."""
     preview: bool = False
     """Write ``preview.png``."""
     overwrite: bool = False
@@ -35,6 +39,8 @@ class StainingOptions:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")
         if self.mpp is not None and not 0.01 <= self.mpp <= 100:
             raise ValueError(f"mpp must be from 0.01 to 100 µm, not {self.mpp:g}")
+        if self.force_mpp and self.mpp is None:
+            raise ValueError("force_mpp needs mpp")
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, not {self.batch}")
         if self.in_flight < 1:

@@ -11,6 +11,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from staindiffuser.client.run_record import printable
+
 __all__ = ["QuietReporter", "Reporter", "Stopwatch", "TerminalReporter"]
 
 
@@ -62,7 +64,7 @@ class TerminalReporter:
 
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
-        self._console.print(line, markup=False)
+        self._console.print(printable(line), markup=False)
 
     def start(self, name: str, tiles: int) -> None:
         """Show the progress bar."""
@@ -77,7 +79,7 @@ class TerminalReporter:
             TimeRemainingColumn(elapsed_when_finished=True),
             console=self._console,
         )
-        self._task = self._progress.add_task(name, total=tiles, rate="…")
+        self._task = self._progress.add_task(printable(name), total=tiles, rate="…")
         self._progress.start()
 
     def advance(self, tiles: int) -> None:

@@ -15,7 +15,7 @@ from staindiffuser.client.cells import BlockCells, CellsFile
 from staindiffuser.client.contract import ModelContract, ServedStain
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.progress import Stopwatch
-from staindiffuser.client.run_record import SYNTHETIC, description
+from staindiffuser.client.run_record import SYNTHETIC, description, printable
 from staindiffuser.imaging.ome_tiff import ImageInfo, PyramidWriter
 
 __all__ = ["CELLS_FILE", "PREVIEW_FILE", "ResultFiles", "cell_map_file", "image_file", "output_images"]
@@ -122,7 +122,7 @@ class ResultFiles:
             image=image,
             writer=writer,
             info=ImageInfo(
-                name=f"{stain.label} {'cell map' if is_map else 'virtual stain'} of {source.name}",
+                name=f"{stain.label} {'cell map' if is_map else 'virtual stain'} of {printable(source.name)}",
                 description=f"{about} stain: {stain.label}; content: {content}",
                 mpp=view.mpp,
                 channel=stain.label,

@@ -39,12 +39,12 @@ class ResultFolder:
         Raises:
             OutputError: the output cannot be written, or already holds a result.
         """
-        if (self.path / RUN_JSON).exists() and not self._overwrite:
-            raise OutputError(
-                f"{self.path} already holds a result: use --overwrite to replace it, --resume to keep it, "
-                "or another --output"
-            )
         try:
+            if (self.path / RUN_JSON).exists() and not self._overwrite:
+                raise OutputError(
+                    f"{self.path} already holds a result: use --overwrite to replace it, --resume to keep it, "
+                    "or another --output"
+                )
             missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
             for folder in reversed(missing):
                 folder.mkdir(exist_ok=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from pydantic.dataclasses import dataclass
 import staindiffuser
 from staindiffuser.client.contract import ModelContract, ServedStain
 from staindiffuser.client.errors import RunRecordError
+from staindiffuser.files import file_sha256
+from staindiffuser.imaging.slides import DamagedRegion
 from staindiffuser.records import STRICT, RecordError, decode, read_json
 
 __all__ = [
@@ -33,13 +37,15 @@ __all__ = [
     "find_run",
     "library_versions",
     "model_record",
+    "printable",
     "read_run",
+    "slide_sha256",
     "utc_now",
     "write_run",
 ]
 
 RUN_JSON = "run.json"
-FORMAT = 1
+FORMAT = 2
 SYNTHETIC = "Synthetic image, computed from H&E; research use only."
 _LIBRARIES = (
     "imagecodecs",
@@ -60,7 +66,9 @@ class InputRecord:
 
     path: str
     sha256: str
+    """Of the file; of a slide of several files, see :func:`slide_sha256`."""
     bytes: int
+    """Of all its files."""
     format: str
     """Its format and the library that read it, such as ``aperio (tifffile)``."""
     size: tuple[int, int]
@@ -68,7 +76,7 @@ class InputRecord:
     mpp: tuple[float, float]
     """Pixel size at level 0, µm per pixel."""
     mpp_from: str
-    """``file`` or ``--mpp``."""
+    """``file``, ``--mpp`` or ``--force-mpp``."""
     level_read: int
 
 
@@ -93,8 +101,9 @@ class Request:
     stains: tuple[str, ...]
     seed: int
     mpp: float | None
-    """The pixel size given instead of the file's, µm per pixel."""
+    """The pixel size given for a file without one, or instead of its own, µm per pixel."""
     cells: bool
+    allow_damaged: bool
     preview: bool
 
 
@@ -154,6 +163,8 @@ class RunRecord:
     steps: int
     result: ResultRecord
     tiles: TilesRecord
+    damaged: tuple[DamagedRegion, ...]
+    """Regions of the input that could not be decoded and are left out, in pixels of the level."""
     tissue_fraction: float
     cells: dict[str, int]
     """Number of cells per stain label."""
@@ -207,6 +218,19 @@ def write_run(folder: Path, record: RunRecord) -> None:
     (folder / RUN_JSON).write_text(text + "\n", encoding="utf-8")
 
 
+def slide_sha256(files: Sequence[Path]) -> str:
+    """SHA-256 of a slide: of its file, or of the lines ``<hash>  <name>`` of all its files."""
+    if len(files) == 1:
+        return file_sha256(files[0])
+    lines = [f"{file_sha256(path)}  {path.name}\n" for path in files]
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def printable(text: str) -> str:
+    """The text with ``?`` for control characters, which neither XML nor a terminal line may hold."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def library_versions() -> dict[str, str]:
     """Versions of Python, this package and the libraries that touch the pixels."""
     found = {"staindiffuser": staindiffuser.__version__, "python": platform.python_version()}
@@ -242,7 +266,7 @@ def description(contract: ModelContract, seed: int, source: Path) -> str:
         "model": f"{contract.model_name} {contract.model_version}",
         "steps": contract.steps,
         "seed": seed,
-        "source": source.name,
+        "source": printable(source.name),
         "software": f"StainDiffuser {staindiffuser.__version__}",
     }
     return " ".join([SYNTHETIC, contract.notice, *(f"{key}: {value};" for key, value in parts.items())])

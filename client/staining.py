@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,9 +10,9 @@ from types import TracebackType
 from typing import Self
 
 from staindiffuser.client import run_record
-from staindiffuser.client.blending import Mosaic
+from staindiffuser.client.blending import Mosaic, Rectangle
 from staindiffuser.client.contract import ServedStain, Stainer
-from staindiffuser.client.errors import OutputError
+from staindiffuser.client.errors import FileNameError, OutputError
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.pipeline import stained_rows
@@ -19,16 +20,17 @@ from staindiffuser.client.preview import PANEL, write_preview
 from staindiffuser.client.progress import QuietReporter, Reporter, Stopwatch
 from staindiffuser.client.result_files import PREVIEW_FILE, ResultFiles, output_images
 from staindiffuser.client.result_folder import ResultFolder
-from staindiffuser.client.run_record import RUN_JSON, Request, RunRecord
+from staindiffuser.client.run_record import RUN_JSON, Request, RunRecord, slide_sha256
 from staindiffuser.client.tiling import GridTile, TileGrid
-from staindiffuser.files import file_sha256
+from staindiffuser.imaging.errors import PixelSizeError
+from staindiffuser.imaging.pixel_size import SAME_PIXEL_SIZE
 from staindiffuser.imaging.slides import Slide, open_slide
 from staindiffuser.imaging.tissue import TissueMask, find_tissue, read_overview
 
 __all__ = ["SlideJob", "stain_slide"]
 
-COARSE = 1.5
-"""A pixel size above the model's by this factor causes a warning."""
+COARSE, UPSAMPLING = 1.5, 2.0
+"""Input pixels larger than the model's by the first factor cause a warning, by the second a refusal."""
 
 
 def stain_slide(
@@ -53,6 +55,8 @@ def stain_slide(
     Raises:
         SlideError: the input is missing, damaged or unsupported.
         MissingPixelSizeError: the input does not state its pixel size.
+        PixelSizeError: ``mpp`` contradicts the input's own pixel size, or the pixels are too large for the model.
+        FileNameError: a name is not UTF-8.
         UnknownStainError: the model does not have a requested stain.
         OutputError: the output cannot be written, or already holds a result.
         ServerError: the server failed or was lost. After any of these errors no new file has a final name.
@@ -76,8 +80,10 @@ class SlideJob:
 
     def __enter__(self) -> Self:
         try:
-            self._slide = self._open.enter_context(open_slide(self._path))
-            self._mpp = self._slide.pixel_size(self._options.mpp)
+            _require_utf8(self._path, self._output)
+            self._slide = self._open.enter_context(open_slide(self._path, allow_damaged=self._options.allow_damaged))
+            force = None if self._options.force_mpp else "--force-mpp"
+            self._mpp = self._slide.pixel_size(self._options.mpp, force=force)
             self._old = run_record.find_run(self._output) if self._options.resume else None
             if self._old is None:
                 self._folder = self._enter_folder()
@@ -98,6 +104,7 @@ class SlideJob:
             seed=self._options.seed,
             mpp=self._options.mpp,
             cells=self._options.cells,
+            allow_damaged=self._options.allow_damaged,
             preview=self._options.preview,
         )
         if self._old is not None and self._is_complete(self._old, request):
@@ -106,7 +113,7 @@ class SlideJob:
         folder = self._folder or self._enter_folder()
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="hash") as hasher:
-                sha256 = hasher.submit(file_sha256, self._path)
+                sha256 = hasher.submit(slide_sha256, self._slide.files)
                 record = _stain(
                     self._slide, self._mpp, sha256, request, stains, stainer, self._options, reporter, folder
                 )
@@ -124,7 +131,7 @@ class SlideJob:
         return (
             run.request == request
             and all((self._output / name).is_file() for name in run.outputs)
-            and run.input.sha256 == file_sha256(self._path)
+            and run.input.sha256 == slide_sha256(self._slide.files)
         )
 
 
@@ -141,6 +148,7 @@ def _stain(
 ) -> RunRecord:
     """Write every file of the result but ``run.json`` to the staging folder."""
     started, watch, contract = run_record.utc_now(), Stopwatch(), stainer.contract
+    _require_fine_pixels(slide, mpp, contract.mpp)
     view = ModelView(slide, mpp, contract.mpp)
     grid = TileGrid.for_model(contract, *view.size)
     with watch.stage("tissue"):
@@ -149,7 +157,7 @@ def _stain(
     warnings = _warnings(slide, mpp, tiles, contract.mpp)
     for line in [_announcement(slide, mpp, view, grid, tiles), *warnings]:
         reporter.say(line)
-    mosaic = Mosaic(grid, output_images(stains, cells=options.cells), mask)
+    mosaic = Mosaic(grid, output_images(stains, cells=options.cells), mask, lambda: _left_out(slide, view))
     with ResultFiles(
         folder.staging, slide.path, view, contract, stains, seed=options.seed, cells=options.cells, watch=watch
     ) as files:
@@ -173,11 +181,11 @@ def _stain(
         input=run_record.InputRecord(
             path=str(slide.path.absolute()),
             sha256=sha256.result(),
-            bytes=slide.path.stat().st_size,
+            bytes=sum(path.stat().st_size for path in slide.files),
             format=slide.format,
             size=slide.size,
             mpp=mpp,
-            mpp_from="--mpp" if options.mpp is not None else "file",
+            mpp_from=_mpp_source(slide, options),
             level_read=view.level,
         ),
         model=run_record.model_record(contract),
@@ -195,6 +203,7 @@ def _stain(
             batch=min(options.batch, contract.max_batch),
             in_flight=options.in_flight,
         ),
+        damaged=slide.damaged,
         tissue_fraction=round(mask.fraction, 4),
         cells=cell_counts,
         warnings=tuple(warnings),
@@ -218,6 +227,43 @@ def _tiles_with_tissue(grid: TileGrid, mask: TissueMask) -> list[GridTile]:
     return tiles
 
 
+def _require_utf8(*paths: Path) -> None:
+    """Refuse names that JSON and OME-XML cannot hold."""
+    for path in paths:
+        try:
+            str(path).encode("utf-8")
+        except UnicodeEncodeError:
+            raise FileNameError(f"the name {str(path)!a} is not valid UTF-8: rename the file or folder") from None
+
+
+def _require_fine_pixels(slide: Slide, mpp: tuple[float, float], model_mpp: float) -> None:
+    """Refuse an input that would be upsampled so much that the model cannot see nuclei in it."""
+    if max(mpp) > UPSAMPLING * model_mpp * (1 + SAME_PIXEL_SIZE):
+        raise PixelSizeError(
+            f"{slide.path} has pixels of {max(mpp):.4g} µm, but the model needs {model_mpp:g} µm and at most "
+            f"{UPSAMPLING:g} times that: scan at a higher magnification, or correct the pixel size with --mpp"
+        )
+
+
+def _mpp_source(slide: Slide, options: StainingOptions) -> str:
+    if options.force_mpp:
+        return "--force-mpp"
+    return "file" if slide.mpp is not None else "--mpp"
+
+
+def _left_out(slide: Slide, view: ModelView) -> list[Rectangle]:
+    """The damaged regions in pixels of the result, rounded outwards."""
+    rectangles = []
+    for region in slide.damaged:
+        width, height = slide.level_sizes[region.level]
+        x, y = view.size[0] / width, view.size[1] / height
+        right, bottom = region.x + region.width, region.y + region.height
+        rectangles.append(
+            (math.floor(region.x * x), math.floor(region.y * y), math.ceil(right * x), math.ceil(bottom * y))
+        )
+    return rectangles
+
+
 def _announcement(
     slide: Slide, mpp: tuple[float, float], view: ModelView, grid: TileGrid, tiles: list[GridTile]
 ) -> str:
@@ -229,7 +275,7 @@ def _announcement(
 
 
 def _warnings(slide: Slide, mpp: tuple[float, float], tiles: list[GridTile], model_mpp: float) -> list[str]:
-    found = []
+    found = [f"warning: {note}" for note in slide.notes]
     if max(mpp) > COARSE * model_mpp:
         found.append(
             f"warning: {slide.path.name} has pixels of {max(mpp):.2f} µm, but the model was trained at "

@@ -3,6 +3,7 @@
 InputError
 ├── SlideError             a slide is missing, damaged or of an unsupported kind
 │   └── IncompleteSlideError  its data go on after the end of its file
+├── PixelSizeError         a slide's pixel size contradicts the given one, or is too large for the model
 ├── MissingPixelSizeError  a slide does not state its pixel size
 └── ImageError             a tile's image is missing, damaged or not 8-bit
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from staindiffuser.errors import InputError
 
-__all__ = ["ImageError", "IncompleteSlideError", "MissingPixelSizeError", "SlideError"]
+__all__ = ["ImageError", "IncompleteSlideError", "MissingPixelSizeError", "PixelSizeError", "SlideError"]
 
 
 class SlideError(InputError):
@@ -24,6 +25,10 @@ class IncompleteSlideError(SlideError):
 
 class MissingPixelSizeError(InputError):
     """A slide does not state its pixel size."""
+
+
+class PixelSizeError(InputError):
+    """A slide's pixel size contradicts the given one, or is too large for the model."""
 
 
 class ImageError(InputError):

@@ -14,7 +14,7 @@ from staindiffuser.files import replacing
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.errors import ImageError
 
-__all__ = ["image_size", "on_white", "read_image", "require_8_bits", "rgb_of", "write_png"]
+__all__ = ["WHITE", "image_size", "on_white", "read_image", "require_8_bits", "rgb_of", "write_png"]
 
 WHITE = 255
 _UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -67,11 +67,18 @@ def rgb_of(image: Image.Image) -> UInt8Array:
     return on_white(np.asarray(image.convert("RGBA"))) if _is_transparent(image) else np.asarray(image.convert("RGB"))
 
 
-def on_white(rgba_HW4: UInt8Array) -> UInt8Array:
-    """Lay an image with transparency on white, as glass is."""
+def on_white(rgba_HW4: UInt8Array, *, premultiplied: bool = False) -> UInt8Array:
+    """Composite an image with transparency onto white, like glass.
+
+    Args:
+        rgba_HW4: the image.
+        premultiplied: the colours are already multiplied by alpha.
+    """
     alpha_HW1 = rgba_HW4[..., 3:].astype(np.uint16)
     if alpha_HW1.min(initial=255) == 255:
         return np.ascontiguousarray(rgba_HW4[..., :3])
+    if premultiplied:
+        return np.minimum(rgba_HW4[..., :3] + (WHITE - alpha_HW1), WHITE).astype(np.uint8)
     blended = rgba_HW4[..., :3] * alpha_HW1 + WHITE * (255 - alpha_HW1)
     return ((blended + 127) // 255).astype(np.uint8)
 

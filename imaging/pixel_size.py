@@ -1,4 +1,4 @@
-"""The size of a slide's pixels (µm per pixel, "mpp") from what files say of themselves."""
+"""The pixel size of a slide (µm per pixel, "mpp") from the metadata of its file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from staindiffuser.errors import UsageError
 
 __all__ = [
     "LARGEST_GIVEN",
+    "SAME_PIXEL_SIZE",
     "SMALLEST",
     "PixelSize",
     "check_given",
     "from_dpi",
+    "from_imagej",
     "from_ome_xml",
     "from_openslide",
     "from_resolution",
@@ -25,6 +27,8 @@ PixelSize = tuple[float, float]
 
 SMALLEST, LARGEST = 0.05, 10.0
 """Outside of these, what a file states is the resolution of a screen or a printer, or a mistake."""
+SAME_PIXEL_SIZE = 0.02
+"""Pixel sizes that differ by less than this share count as equal (ours: scanners are not calibrated any better)."""
 LARGEST_GIVEN = 100.0
 """A user may name larger pixels than a file is believed: an overview image's."""
 
@@ -56,26 +60,24 @@ def from_openslide(properties: Mapping[str, str]) -> PixelSize | None:
         return None
 
 
-def from_ome_xml(xml: str | None) -> PixelSize | None:
-    """``PhysicalSizeX`` and ``PhysicalSizeY`` of the first image; their unit is µm unless the file names another."""
+def from_ome_xml(xml: str | None, image: int = 0) -> PixelSize | None:
+    """``PhysicalSizeX`` and ``PhysicalSizeY`` of an image; their unit is µm unless the file names another."""
     if not xml:
         return None
     try:
         root = ElementTree.fromstring(xml)
     except ElementTree.ParseError:
         return None
-    for element in root.iter():
-        if element.tag.rpartition("}")[2] != "Pixels":
-            continue
-        try:
-            sizes = [
-                float(element.attrib[f"PhysicalSize{axis}"]) * _UNIT_IN_UM[element.get(f"PhysicalSize{axis}Unit", "µm")]
-                for axis in "XY"
-            ]
-        except (KeyError, ValueError):
-            return None
-        return plausible(*sizes)
-    return None
+    pixels = [element for element in root.iter() if element.tag.rpartition("}")[2] == "Pixels"]
+    try:
+        element = pixels[image]
+        sizes = [
+            float(element.attrib[f"PhysicalSize{axis}"]) * _UNIT_IN_UM[element.get(f"PhysicalSize{axis}Unit", "µm")]
+            for axis in "XY"
+        ]
+    except (IndexError, KeyError, ValueError):
+        return None
+    return plausible(*sizes)
 
 
 def from_resolution(x: tuple[int, int] | None, y: tuple[int, int] | None, unit: int | None) -> PixelSize | None:
@@ -83,6 +85,15 @@ def from_resolution(x: tuple[int, int] | None, y: tuple[int, int] | None, unit: 
     if not x or not y or unit not in (_INCH, _CENTIMETRE) or not all((*x, *y)):
         return None
     length = 25400.0 if unit == _INCH else 10000.0
+    return plausible(length * x[1] / x[0], length * y[1] / y[0])
+
+
+def from_imagej(unit: str | None, x: tuple[int, int] | None, y: tuple[int, int] | None) -> PixelSize | None:
+    """ImageJ's resolution: pixels per ``unit`` in TIFF's resolution tags, the unit in the image description."""
+    name = (unit or "").strip().replace("\\u00B5", "µ").lower()
+    length = _UNIT_IN_UM.get({"micron": "µm", "microns": "µm", "inch": "in", "centimeter": "cm"}.get(name, name))
+    if not length or not x or not y or not all((*x, *y)):
+        return None
     return plausible(length * x[1] / x[0], length * y[1] / y[0])
 
 

@@ -20,13 +20,15 @@ def run_record(*, outputs: dict[str, int] | None = None) -> RunRecord:
         ),
         model=records.model_record(FAKE_CONTRACT),
         request=records.Request(
-            model_version=FAKE_CONTRACT.model_version, stains=("cd3",), seed=0, mpp=None, cells=True, preview=False
+            model_version=FAKE_CONTRACT.model_version, stains=("cd3",), seed=0, mpp=None, cells=True,
+            allow_damaged=False, preview=False
         ),
         stains=FAKE_CONTRACT.stains[:1],
         seed=0,
         steps=2,
         result=records.ResultRecord(size=(100, 80), mpp=(0.5, 0.5), resampled=False),
         tiles=records.TilesRecord(total=1, stained=1, side=256, stride=192, margin=32, batch=4, in_flight=3),
+        damaged=(),
         tissue_fraction=0.5,
         cells={"CD3": 3},
         warnings=(),

@@ -1,5 +1,5 @@
-"""Readers of slides and tiles, one per kind of file; ``open_slide`` chooses."""
+"""Slide readers, one per kind of file; :func:`open_slide` chooses."""
 
-from staindiffuser.imaging.slides.slide import Slide, open_slide
+from staindiffuser.imaging.slides.slide import DamagedRegion, Slide, open_slide
 
-__all__ = ["Slide", "open_slide"]
+__all__ = ["DamagedRegion", "Slide", "open_slide"]

@@ -1,42 +1,62 @@
-"""PNG and JPEG tiles, read whole by Pillow."""
+"""PNG and JPEG tiles, read into memory by Pillow."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.errors import ImageError, SlideError
 from staindiffuser.imaging.image_files import require_8_bits, rgb_of
 from staindiffuser.imaging.pixel_size import from_dpi
+from staindiffuser.imaging.slides.codestreams import DamagedCodestreamError, require_intact_jpeg
 from staindiffuser.imaging.slides.slide import Slide
 
 __all__ = ["ImageSlide"]
 
+_MODES = {
+    "1": "black and white",
+    "L": "greyscale",
+    "LA": "greyscale",
+    "CMYK": "CMYK",
+    "LAB": "CIELab",
+    "HSV": "HSV",
+}
+
 
 class ImageSlide(Slide):
-    """An image held in memory."""
+    """A flat image, held in memory."""
 
     def __init__(self, path: Path) -> None:
-        """Decode the file.
+        """Decode the file; an EXIF orientation is applied.
 
         Raises:
-            SlideError: it is damaged, not colour, or so large that it must be a tiled format.
+            SlideError: the image is damaged, not 8-bit RGB, or so large that it should be a tiled TIFF.
         """
-        self.path = path
+        super().__init__(path)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(path) as image:
+                    if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
+                        raise SlideError(f"{path} holds {frames} images: save the H&E as a file of its own")
+                    if image.format in ("JPEG", "MPO"):
+                        require_intact_jpeg(path.read_bytes())
                     self.format = f"{(image.format or 'image').lower()} (pillow)"
-                    self.mpp = from_dpi(image.info.get("dpi"))
-                    self._pixels_HW3 = _rgb(image, path)
+                    dpi = image.info.get("dpi")
+                    require_8_bits(image, path)
+                    upright = ImageOps.exif_transpose(image)
+                    rotated = upright.size != image.size
+                    self.mpp = from_dpi((dpi[1], dpi[0]) if dpi and rotated else dpi)
+                    self._pixels_HW3 = _rgb(upright, path)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise SlideError(f"{path} is too large for a PNG or JPEG ({error}): make it a tiled TIFF") from error
         except ImageError as error:
             raise SlideError(str(error)) from error
+        except DamagedCodestreamError as error:
+            raise SlideError(f"{path} is damaged: {error}") from error
         except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all of these for damaged files
             raise SlideError(f"{path} is damaged or incomplete: {error}") from error
         height, width = self._pixels_HW3.shape[:2]
@@ -49,11 +69,10 @@ class ImageSlide(Slide):
         return self._pixels_HW3[y : y + height, x : x + width]
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: the file is already closed."""
 
 
 def _rgb(image: Image.Image, path: Path) -> UInt8Array:
-    require_8_bits(image, path)
     if image.mode not in ("RGB", "RGBA", "P"):
-        raise SlideError(f"{path} is an image of mode {image.mode}: H&E must be 8-bit RGB")
+        raise SlideError(f"{path} is {_MODES.get(image.mode, image.mode)}: H&E must be 8-bit RGB")
     return rgb_of(image)

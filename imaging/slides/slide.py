@@ -1,40 +1,74 @@
-"""Slides and tiles as readers of RGB regions, whatever their format.
+"""The interface of slide readers, and the choice of the reader for a file.
 
-``open_slide`` chooses: OpenSlide for what it knows (with tifffile decoding the tiles where that gives the same pixels
-several times faster), tifffile for OME-TIFF and other TIFFs, Pillow for PNG and JPEG.
+OpenSlide reads the formats it knows, with tifffile decoding the tiles if that gives the same pixels several times
+faster; tifffile reads OME-TIFF and other TIFFs; Pillow reads PNG and JPEG. A reader refuses what it cannot read
+faithfully, and says why.
 """
 
 from __future__ import annotations
 
+import stat
+import threading
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from staindiffuser.imaging.arrays import UInt8Array
-from staindiffuser.imaging.errors import MissingPixelSizeError, SlideError
-from staindiffuser.imaging.pixel_size import PixelSize
+import numpy as np
 
-__all__ = ["Slide", "open_slide"]
+from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.errors import MissingPixelSizeError, PixelSizeError, SlideError
+from staindiffuser.imaging.image_files import WHITE
+from staindiffuser.imaging.pixel_size import SAME_PIXEL_SIZE, PixelSize
+
+__all__ = ["DamagedRegion", "Slide", "open_slide"]
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_FLAT_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+_SPOTS, _SPOT = 12, 8
+"""Regions per axis, and their side in pixels of the reduced level, that are compared with the level above."""
+_DIFFERENT, _SPOTS_WRONG = 40.0, 2
+"""Mean colours this many grey levels apart, in this many regions, are not the same image (ours)."""
+
+
+@dataclass(frozen=True, order=True)
+class DamagedRegion:
+    """A part of a slide that could not be decoded and was replaced by white."""
+
+    level: int
+    x: int
+    """Left edge, pixels of that level."""
+    y: int
+    """Upper edge, pixels of that level."""
+    width: int
+    height: int
 
 
 class Slide(ABC):
-    """An image that is read by regions; safe to read from many threads at once."""
+    """An image that is read by regions; thread-safe."""
 
     path: Path
-    """The file."""
+    """The file that was opened."""
     format: str
-    """What it is and who reads it, such as ``aperio (tifffile)``."""
+    """Its format and the library that reads it, such as ``aperio (tifffile)``."""
     mpp: PixelSize | None
-    """Width and height of a level-0 pixel, µm; None where the file does not say."""
+    """Width and height of a pixel at level 0, µm; None if the file does not state them."""
     level_sizes: tuple[tuple[int, int], ...]
     """(width, height) per level, largest first."""
     exact_levels: tuple[int, ...]
-    """Levels whose own pixels ``read`` gives; others may be shifted by part of a pixel."""
+    """Levels whose own pixels :meth:`read` returns; others may be shifted by part of a pixel."""
     chunk: tuple[int, int]
-    """Width and height of what is decoded at once at level 0: aligned reads are cheaper."""
+    """Width and height of the unit of decoding at level 0: aligned reads are cheaper."""
+    notes: tuple[str, ...] = ()
+    """Warnings about the file, one line each."""
+
+    def __init__(self, path: Path, *, allow_damaged: bool = False) -> None:
+        """Start reading ``path``; with ``allow_damaged``, parts that cannot be decoded are white and listed."""
+        self.path = path
+        self._allow_damaged = allow_damaged
+        self._damaged: set[DamagedRegion] = set()
+        self._lock = threading.Lock()
 
     @abstractmethod
     def read(self, level: int, x: int, y: int, width: int, height: int) -> UInt8Array:
@@ -53,23 +87,53 @@ class Slide(ABC):
         """(width, height) at level 0."""
         return self.level_sizes[0]
 
-    def pixel_size(self, override: float | None = None, *, option: str = "--mpp") -> PixelSize:
-        """The pixel size to work with: ``override`` where given, else the file's own.
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that belongs to the slide."""
+        return (self.path,)
+
+    @property
+    def damaged(self) -> tuple[DamagedRegion, ...]:
+        """The regions that were read so far and could not be decoded; empty unless damage is allowed."""
+        with self._lock:
+            return tuple(sorted(self._damaged))
+
+    def pixel_size(
+        self, override: float | None = None, *, option: str = "--mpp", force: str | None = None
+    ) -> PixelSize:
+        """The pixel size to work with: ``override`` if given, else the file's own.
 
         Args:
-            override: µm.
-            option: name of the caller's option for it, for the error's text.
+            override: µm per pixel.
+            option: the caller's option for it, named in the error.
+            force: the option that would be needed to override a different size in the file; None to always override.
 
         Raises:
-            MissingPixelSizeError: neither is there.
+            MissingPixelSizeError: there is neither.
+            PixelSizeError: ``override`` differs from the file's own by more than 2 % and ``force`` is needed.
         """
         if override is not None:
-            return (override, override)
+            if force is None or self.mpp is None:
+                return (override, override)
+            if max(abs(own / override - 1) for own in self.mpp) > SAME_PIXEL_SIZE:
+                raise PixelSizeError(
+                    f"{self.path} states a pixel size of {self.mpp[0]:.4g} µm, not {override:.4g}: "
+                    f"omit {option}, or add {force} to override the file"
+                )
+            return self.mpp
         if self.mpp is None:
             raise MissingPixelSizeError(
-                f"{self.path} does not say how large its pixels are: give µm per pixel as {option}"
+                f"{self.path} does not state its pixel size: give it in µm per pixel as {option}"
             )
         return self.mpp
+
+    def _white_if_allowed(self, region: DamagedRegion, error: SlideError) -> UInt8Array:
+        """White for a damaged region, which is remembered; raises ``error`` unless damage is allowed."""
+        if not self._allow_damaged:
+            raise error
+        with self._lock:
+            self._damaged.add(region)
+        return np.full((region.height, region.width, 3), WHITE, dtype=np.uint8)
 
     def __enter__(self) -> Self:
         return self
@@ -78,40 +142,86 @@ class Slide(ABC):
         self.close()
 
 
-def open_slide(path: Path) -> Slide:
+def open_slide(path: Path, *, allow_damaged: bool = False) -> Slide:
     """Open a slide or a tile of any supported format.
 
+    Args:
+        path: the file.
+        allow_damaged: read what can be decoded, and list the rest in :attr:`Slide.damaged`.
+
     Raises:
-        SlideError: it is missing, empty, damaged, or nothing here reads it.
+        SlideError: the file is missing, damaged, unsupported, or cannot be read faithfully.
     """
+    slide = _reader(path, allow_damaged=allow_damaged)
+    try:
+        ignore_wrong_levels(slide)
+    except BaseException:
+        slide.close()
+        raise
+    return slide
+
+
+def ignore_wrong_levels(slide: Slide) -> None:
+    """Drop reduced levels that do not show the same image as the level above: some files hold blank ones.
+
+    Compares the mean colours of small regions all over the slide.
+
+    Raises:
+        SlideError: a region is damaged.
+    """
+    for level in range(1, len(slide.level_sizes)):
+        (width, height), (reduced_width, reduced_height) = slide.level_sizes[level - 1 : level + 1]
+        side_x, side_y = min(_SPOT, reduced_width), min(_SPOT, reduced_height)
+        scale_x, scale_y = width / reduced_width, height / reduced_height
+        wrong = 0
+        for row, column in np.ndindex(_SPOTS, _SPOTS):
+            x, y = (reduced_width - side_x) * column // (_SPOTS - 1), (reduced_height - side_y) * row // (_SPOTS - 1)
+            left, top = int(x * scale_x), int(y * scale_y)
+            right, bottom = min(width, int((x + side_x) * scale_x)), min(height, int((y + side_y) * scale_y))
+            reduced = slide.read(level, x, y, side_x, side_y).mean(axis=(0, 1))
+            full = slide.read(level - 1, left, top, max(1, right - left), max(1, bottom - top)).mean(axis=(0, 1))
+            wrong += bool(np.abs(reduced - full).max() > _DIFFERENT)
+        if wrong >= _SPOTS_WRONG:
+            slide.notes += (f"{slide.path.name}: level {level} does not show the same image as the one above: ignored",)
+            slide.level_sizes = slide.level_sizes[:level]
+            slide.exact_levels = tuple(exact for exact in slide.exact_levels if exact < level)
+            return
+
+
+def _reader(path: Path, *, allow_damaged: bool) -> Slide:
     from staindiffuser.imaging.slides import image_file, openslide_file, tiff_file
 
     magic = _first_bytes(path)
     vendor = openslide_file.detect(path)
     is_tiff = magic.startswith(_TIFF_MAGIC)
     if vendor is not None and not (is_tiff and vendor == "generic-tiff"):
-        return openslide_file.OpenSlideSlide(path)
+        return openslide_file.OpenSlideSlide(path, allow_damaged=allow_damaged)
     if is_tiff:
-        # tifffile sees the levels of an OME-TIFF that lie in SubIFDs, OpenSlide does not.
-        return tiff_file.TiffSlide(path)
-    if magic.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
+        # OpenSlide does not see the levels of an OME-TIFF that lie in SubIFDs.
+        return tiff_file.TiffSlide(path, allow_damaged=allow_damaged)
+    if magic.startswith(_FLAT_MAGIC):
         return image_file.ImageSlide(path)
     raise SlideError(
-        f"{path} is no slide or image that can be read: it must be a whole slide that OpenSlide opens, "
-        "an OME-TIFF, or a TIFF, PNG or JPEG in 8-bit RGB"
+        f"{path} is not a supported slide or image: it must be a whole slide that OpenSlide reads, an OME-TIFF, "
+        "or a TIFF, PNG or JPEG in 8-bit RGB"
     )
 
 
 def _first_bytes(path: Path) -> bytes:
     try:
-        if path.is_dir():
-            raise SlideError(f"{path} is a folder, not a slide: name the slides themselves")
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise SlideError(f"{path} is a folder, not a slide: name the slides in it")
+        if not stat.S_ISREG(mode):  # opening a FIFO would wait for ever
+            raise SlideError(f"{path} is not a regular file: slides are read at random positions, copy it to a disk")
         with path.open("rb") as file:
             magic = file.read(16)
     except FileNotFoundError:
         raise SlideError(f"{path} does not exist") from None
     except OSError as error:
         raise SlideError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a null byte in the name
+        raise SlideError(f"{str(path)!r} is not a file name: {error}") from error
     if not magic:
         raise SlideError(f"{path} is empty")
     return magic

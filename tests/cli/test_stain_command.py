@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_a_result_is_not_overwritten_silently(tile: Path, tmp_path: Path, server
     refused(stain(tmp_path, tile, "--server", server), 2, "--overwrite", "--resume")
     resumed = stain(tmp_path, tile, "--server", server, "--no-cells", "--resume")
     assert resumed.returncode == 0
-    assert "complete already" in resumed.stderr
+    assert "already complete" in resumed.stderr
     assert stain(tmp_path, tile, "--server", server, "--overwrite").returncode == 0
 
 
@@ -120,6 +121,30 @@ def test_a_slide_without_mpp_is_refused_and_accepted_with_it(real_data: Path, tm
     result = stain(tmp_path, path, "--server", server, "--output", "out", "--mpp", 0.1, "--no-cells", "--stains", "cd3")
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "out/run.json").read_text())["input"]["mpp_from"] == "--mpp"
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_any_work(tile: Path, tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/b-\xe9.tif"
+    os.replace(tile, name)  # noqa: PTH105 - pathlib has no bytes
+    refused(stain(tmp_path, os.fsdecode(name), "--server", NOWHERE, "--output", "out"), 2, "UTF-8")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["🧬 slide.tif", "new\nline.tif", "bell\x07.tif", "a" * 230 + ".tif", "<&>'\".tif"])
+def test_odd_names_are_stained(tile: Path, tmp_path: Path, server: str, name: str) -> None:
+    tile.rename(tmp_path / name)
+    result = stain(tmp_path, name, "--server", server, "--no-cells", "--stains", "cd3", "--output", "out")
+    assert result.returncode == 0, result.stderr
+    with tifffile.TiffFile(tmp_path / "out/cd3.ome.tiff") as tiff:
+        assert "cd3" in ElementTree.fromstring(tiff.ome_metadata or "").find(".//{*}Image").get("Name", "").lower()  # type: ignore[union-attr]
+    assert Path(json.loads((tmp_path / "out/run.json").read_text(encoding="utf-8"))["input"]["path"]).name == name
+
+
+def test_a_name_too_long_for_its_result_is_refused(tile: Path, tmp_path: Path, server: str) -> None:
+    name = "a" * 250 + ".tif"
+    tile.rename(tmp_path / name)
+    refused(stain(tmp_path, name, "--server", server), 2, "too long")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_an_unknown_stain(tile: Path, tmp_path: Path, server: str) -> None:

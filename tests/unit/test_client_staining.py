@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import threading
 from pathlib import Path
@@ -17,13 +18,13 @@ from staindiffuser.client.errors import OutputError
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.result_folder import ResultFolder
-from staindiffuser.client.run_record import read_run
+from staindiffuser.client.run_record import read_run, slide_sha256
 from staindiffuser.client.staining import stain_slide
 from staindiffuser.client.testing import FAKE_CONTRACT, FakeStainer, identity
 from staindiffuser.errors import ServerLostError
 from staindiffuser.imaging.arrays import UInt8Array
-from staindiffuser.imaging.errors import MissingPixelSizeError, SlideError
-from staindiffuser.imaging.slides import open_slide
+from staindiffuser.imaging.errors import MissingPixelSizeError, PixelSizeError, SlideError
+from staindiffuser.imaging.slides import DamagedRegion, open_slide
 from staindiffuser.imaging.tissue import find_tissue, read_overview
 
 CMU = "slides/CMU-1-Small-Region.svs"
@@ -92,6 +93,12 @@ def position(tensor: str, tiles_BTT3: UInt8Array, origins_B2: NDArray[np.int64])
     y = origins_B2[:, 1, None, None] + np.arange(side)[None, :, None]
     value = ((x // 3 + y // 5) % 256).astype(np.uint8)
     return np.broadcast_to(value[..., None], (*value.shape, 3 if tensor.startswith("STAIN") else 1)).copy()
+
+
+def all_positive(tensor: str, tiles_BTT3: UInt8Array, origins_B2: NDArray[np.int64]) -> UInt8Array:
+    """A brown image, and cells everywhere."""
+    value, channels = (100, 3) if tensor.startswith("STAIN") else (255, 1)
+    return np.full((*tiles_BTT3.shape[:3], channels), value, np.uint8)
 
 
 @pytest.mark.parametrize(("batch", "in_flight"), [(1, 1), (3, 4), (8, 2)])
@@ -224,6 +231,59 @@ def test_a_damaged_tile_is_found_while_reading_and_leaves_nothing(tmp_path: Path
     with pytest.raises(SlideError, match="tile 12"):
         stain_slide(path, tmp_path / "out", FakeStainer())
     assert names(tmp_path) == ["hurt.tif", "t.tif"]
+
+
+def test_a_damaged_tile_may_be_left_out(tmp_path: Path) -> None:
+    pixels = tissue_tile(tmp_path / "t.tif", 1200, 1200)
+    path = tmp_path / "hurt.tif"
+    tifffile.imwrite(
+        path, pixels, photometric="rgb", tile=(256, 256), compression="zlib",
+        resolution=(20000, 20000), resolutionunit="CENTIMETER",
+    )  # fmt: skip
+    with tifffile.TiffFile(path) as tiff:
+        offset, count = tiff.pages.first.dataoffsets[12], tiff.pages.first.databytecounts[12]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(count))
+    stainer = FakeStainer(all_positive)
+    run = stain_slide(path, tmp_path / "out", stainer, StainingOptions(allow_damaged=True))
+    assert run.damaged == (DamagedRegion(level=0, x=512, y=512, width=256, height=256),)
+    assert read_run(tmp_path / "out").damaged == run.damaged
+    cells = tifffile.imread(tmp_path / "out/cd3.cells.ome.tiff")
+    assert (cells[512:768, 512:768] == 0).all()
+    assert (tifffile.imread(tmp_path / "out/cd3.ome.tiff")[520:760, 520:760] == 255).all()
+    cells[512:768, 512:768] = 255
+    assert (cells[:, :500] == 255).all(), "only the damaged tile is left out"
+
+
+@pytest.mark.parametrize("mpp", [1.03, 50.0])
+def test_pixels_too_large_for_the_model_are_refused(tmp_path: Path, mpp: float) -> None:
+    tissue_tile(tmp_path / "t.tif")
+    stainer = FakeStainer()
+    with pytest.raises(PixelSizeError, match=r"needs 0\.5 µm and at most 2 times"):
+        stain_slide(tmp_path / "t.tif", tmp_path / "out", stainer, StainingOptions(mpp=mpp, force_mpp=True))
+    assert stainer.batches == []
+    assert names(tmp_path) == ["t.tif"]
+
+
+def test_a_given_pixel_size_overrides_the_files_only_by_force(tmp_path: Path) -> None:
+    tissue_tile(tmp_path / "t.tif")
+    with pytest.raises(PixelSizeError, match="--force-mpp"):
+        stain_slide(tmp_path / "t.tif", tmp_path / "out", FakeStainer(), StainingOptions(mpp=0.25))
+    run = stain_slide(tmp_path / "t.tif", tmp_path / "out", FakeStainer(), StainingOptions(mpp=0.25, force_mpp=True))
+    assert run.input.mpp == (0.25, 0.25)
+    assert run.input.mpp_from == "--force-mpp"
+
+
+def test_the_hash_covers_every_file_of_a_slide(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"1")
+    two.write_bytes(b"2")
+    assert slide_sha256([one]) == hashlib.sha256(b"1").hexdigest()
+    both = slide_sha256([one, two])
+    assert both == slide_sha256([two, one])
+    two.write_bytes(b"3")
+    assert both != slide_sha256([one, two])
 
 
 def test_a_full_disk_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,9 +180,8 @@ def test_a_damaged_tile_is_refused_on_reading(tmp_path: Path) -> None:
 def test_what_is_not_rgb_is_refused(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "grey.tif", image()[..., 0], photometric="minisblack")
     tifffile.imwrite(tmp_path / "deep.tif", image().astype(np.uint16), photometric="rgb")
-    tifffile.imwrite(tmp_path / "planes.tif", np.moveaxis(image(), 2, 0), photometric="rgb", planarconfig="separate")
     Image.fromarray(image()[..., 0]).save(tmp_path / "grey.png")
-    for name in ("grey.tif", "deep.tif", "planes.tif", "grey.png"):
+    for name in ("grey.tif", "deep.tif", "grey.png"):
         with pytest.raises(SlideError, match="RGB"):
             open_slide(tmp_path / name)
 

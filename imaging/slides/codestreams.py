@@ -1,0 +1,69 @@
+"""Finds out whether a compressed JPEG or JPEG 2000 image is intact.
+
+Decoders fill what is missing or corrupt with grey and report success, or at most print a warning. A slide decoded that
+way is a wrong image, so every image is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import simplejpeg
+
+__all__ = ["DamagedCodestreamError", "require_intact_jpeg", "require_intact_jpeg2000"]
+
+_J2K_SIGNATURE = b"\xff\x4f\xff\x51"
+_SOT, _EOC = 0xFF90, b"\xff\xd9"
+
+
+class DamagedCodestreamError(ValueError):
+    """A compressed image is corrupt or incomplete."""
+
+
+def require_intact_jpeg(data: bytes, tables: bytes | None = None) -> None:
+    """Decode a JPEG strictly: libjpeg's warnings (corrupt, missing or superfluous data) count as errors.
+
+    Args:
+        data: the image, which may lack its tables (an abbreviated stream, as in TIFF).
+        tables: the tables' own stream, from SOI to EOI.
+
+    Raises:
+        DamagedCodestreamError: the image is corrupt, or ends before its last row.
+    """
+    stream = data if not tables or len(tables) < 4 else tables[:-2] + data[2:]
+    try:
+        *_, space, _ = simplejpeg.decode_jpeg_header(stream, strict=True)
+        # In greyscale only one component is transformed, but the entropy coding of all of them is read.
+        simplejpeg.decode_jpeg(stream, colorspace="CMYK" if space in ("CMYK", "YCCK") else "GRAY", strict=True)
+    except ValueError as error:
+        raise DamagedCodestreamError(" ".join(str(error).split())) from error
+
+
+def require_intact_jpeg2000(data: bytes) -> None:
+    """Follow the tile-parts of a raw JPEG 2000 codestream to its end marker (ISO 15444-1, Annex A).
+
+    Raises:
+        DamagedCodestreamError: a tile-part is missing or cut off. Changed bytes inside a packet cannot be detected.
+    """
+    if not data.startswith(_J2K_SIGNATURE):
+        if data[4:8] == b"jP  ":  # a JP2 file: its codestream is inside
+            start = data.find(_J2K_SIGNATURE)
+            if start < 0:
+                raise DamagedCodestreamError("it holds no codestream")
+            data = data[start:]
+        else:
+            raise DamagedCodestreamError("it does not start as a JPEG 2000 codestream")
+    position = 2
+    while position + 4 <= len(data):
+        marker = int.from_bytes(data[position : position + 2], "big")
+        if marker == 0xFFD9:
+            return
+        if marker == _SOT:
+            length = int.from_bytes(data[position + 6 : position + 10], "big")
+            if length == 0:  # the last tile-part: up to the end marker
+                break
+            position += length
+        elif marker > 0xFF00:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        else:
+            raise DamagedCodestreamError("a tile-part is damaged")
+    if data.rstrip(b"\x00")[-2:] != _EOC or data[position : position + 2] not in (_EOC, b"\xff\x90"):
+        raise DamagedCodestreamError("its end marker is missing")

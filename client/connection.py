@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,19 +14,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from staindiffuser.client.contract import ENSEMBLE, ModelContract
-from staindiffuser.client.errors import ContractError, RefusedRequestError, ServerUnreachableError
+from staindiffuser.client.errors import ContractError, ModelChangedError, RefusedRequestError, ServerUnreachableError
 from staindiffuser.errors import ServerError, ServerLostError, StainDiffuserError
 from staindiffuser.imaging.arrays import UInt8Array
 
 __all__ = ["StainClient"]
 
 INT32_MAX = 2**31 - 1
+SERVER_ID = "server_id"
+"""The ensemble's parameter that holds the random identity of a server's start."""
+RETRY_SECONDS = 0.5
+"""Pause between attempts to reach a lost server."""
+_LOST = ("UNAVAILABLE", "CANCELLED", "NOT_FOUND")
+"""Statuses of a server that is gone, stopping, overloaded, or replaced by one with another model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Served:
+    """What a server says about itself."""
+
+    contract: ModelContract
+    server_version: str
+    server_id: str
+    """Random for each start; empty for a server that does not say."""
+    ensemble_version: str
+    """The number that Triton gives the ensemble's version; it is derived from the model version."""
 
 
 class StainClient:
     """Stains tiles on a server; thread-safe.
 
     Each call is one request. At most ``in_flight`` requests run at a time; further callers wait.
+
+    A request whose server is lost is sent again when the same model is served again. Every request names the version of
+    the model that was found when the client connected, so that no other model can answer it.
 
     Raises:
         ServerUnreachableError: no server answers at ``url``, or it is not ready.
@@ -38,6 +61,7 @@ class StainClient:
         in_flight: int = 4,
         deadline: float = 300.0,
         connect_timeout: float = 10.0,
+        patience: float = 30.0,
         use_proxy: bool = False,
     ) -> None:
         """Connect and read the model's contract.
@@ -47,6 +71,7 @@ class StainClient:
             in_flight: concurrent requests.
             deadline: seconds to wait for the answer to a request before the server counts as lost.
             connect_timeout: seconds to wait for the first answer.
+            patience: seconds to wait for a lost server to return with the same model.
             use_proxy: obey ``http_proxy``, as gRPC does by default. Off here, because a proxy meant for the web
                 intercepts even requests to the loopback address.
         """
@@ -56,6 +81,7 @@ class StainClient:
             raise ValueError(f"in_flight must be at least 1, not {in_flight}")
         self._url = url
         self._deadline = deadline
+        self._patience = patience
         self._slots = threading.BoundedSemaphore(in_flight)
         self._cancelled = threading.Event()
         self._triton = triton
@@ -66,10 +92,11 @@ class StainClient:
                 ("grpc.max_send_message_length", INT32_MAX),
                 ("grpc.max_receive_message_length", INT32_MAX),
                 ("grpc.enable_http_proxy", int(use_proxy)),
+                ("grpc.max_reconnect_backoff_ms", int(1000 * RETRY_SECONDS)),
             ],
         )
         try:
-            self._contract, self._server_version = self._read_contract(connect_timeout)
+            self._served = self._introduce(connect_timeout)
         except BaseException:
             self.close()
             raise
@@ -82,12 +109,17 @@ class StainClient:
     @property
     def server_version(self) -> str:
         """Name and version of the server, such as ``triton 2.51.0``."""
-        return self._server_version
+        return self._served.server_version
+
+    @property
+    def server_id(self) -> str:
+        """Random identity of the server's start, as it was when the client connected."""
+        return self._served.server_id
 
     @property
     def contract(self) -> ModelContract:
         """Inputs, outputs and identity of the served model."""
-        return self._contract
+        return self._served.contract
 
     def stain_tiles(
         self,
@@ -116,10 +148,11 @@ class StainClient:
         Raises:
             UnknownStainError: the model does not have a requested stain.
             RefusedRequestError: the server rejects the request, for example an origin that is not a multiple of 16.
-            ServerLostError: the server went away or did not answer within the deadline.
+            ServerLostError: the server went away and did not return, or did not answer within the deadline.
+            ModelChangedError: the server was replaced by one with another model.
         """
         triton = self._triton
-        selected = self._contract.select(stains)
+        selected = self.contract.select(stains)
         names = [s.image_tensor for s in selected] * images + [s.cells_tensor for s in selected] * cells
         if not names:
             raise ValueError("request images, cells or both")
@@ -133,9 +166,7 @@ class StainClient:
         ]
         outputs = [triton.InferRequestedOutput(name) for name in names]
         with self._slots, self._lost("while staining"):
-            if self._cancelled.is_set():
-                raise ServerLostError(f"the requests to {self._url} were cancelled")
-            result = self._client.infer(ENSEMBLE, inputs, outputs=outputs, client_timeout=self._deadline)
+            result = self._infer(inputs, outputs)
         tensors: dict[str, UInt8Array] = {}
         for name in names:
             tensor = result.as_numpy(name)
@@ -168,7 +199,41 @@ class StainClient:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _read_contract(self, timeout: float) -> tuple[ModelContract, str]:
+    def _infer(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+        """Send a request; if the server is lost, send it again once the same model is served again."""
+        give_up: float | None = None
+        while True:
+            if self._cancelled.is_set():
+                raise ServerLostError(f"the requests to {self._url} were cancelled")
+            try:
+                return self._client.infer(
+                    ENSEMBLE,
+                    inputs,
+                    model_version=self._served.ensemble_version,
+                    outputs=outputs,
+                    client_timeout=self._deadline,
+                )
+            except self._triton.InferenceServerException as error:
+                give_up = give_up or time.monotonic() + self._patience
+                lost = any(status in str(error.status()) for status in _LOST)
+                if not lost or self._cancelled.is_set() or time.monotonic() > give_up:
+                    raise
+            self._await_same_model(give_up)
+
+    def _await_same_model(self, give_up: float) -> None:
+        """Wait until a server answers, or until ``give_up``.
+
+        Raises:
+            ModelChangedError: it serves another model.
+        """
+        while not self._cancelled.wait(RETRY_SECONDS) and time.monotonic() < give_up:
+            with contextlib.suppress(ServerUnreachableError):
+                found = self._introduce(timeout=max(1.0, give_up - time.monotonic())).contract
+                if found != self.contract:
+                    raise ModelChangedError(_change(self._url, self.contract, found))
+                return
+
+    def _introduce(self, timeout: float) -> _Served:
         try:
             if not self._client.is_server_ready(client_timeout=timeout):
                 raise ServerUnreachableError(
@@ -181,12 +246,20 @@ class StainClient:
                 "or omit --server to use the demonstration model"
             ) from error
         try:
-            config: Any = self._client.get_model_config(ENSEMBLE, client_timeout=timeout).config
+            versions = self._client.get_model_metadata(ENSEMBLE, client_timeout=timeout).versions
+            version = max(versions, key=int, default="")
+            # Naming the version makes sure that both answers come from servers with the same model.
+            config: Any = self._client.get_model_config(ENSEMBLE, version, client_timeout=timeout).config
         except self._triton.InferenceServerException as error:
             raise ContractError(f"the server at {self._url} has no model {ENSEMBLE!r} ({_reason(error)})") from error
         parameters: Mapping[str, str] = {key: value.string_value for key, value in config.parameters.items()}
         contract = ModelContract.from_config(parameters, max_batch=max(1, config.max_batch_size), server=self._url)
-        return contract, f"{metadata.name} {metadata.version}"
+        return _Served(
+            contract=contract,
+            server_version=f"{metadata.name} {metadata.version}",
+            server_id=parameters.get(SERVER_ID, ""),
+            ensemble_version=version,
+        )
 
     @contextlib.contextmanager
     def _lost(self, when: str) -> Iterator[None]:
@@ -209,11 +282,25 @@ class StainClient:
                 f"the server at {self._url} did not answer within {self._deadline:g} s: raise --timeout, "
                 "or send smaller batches with --batch"
             )
-        if "UNAVAILABLE" in status or "CANCELLED" in status:
+        if any(lost in status for lost in _LOST):
             return ServerLostError(
-                f"the server at {self._url} was lost {when} ({_reason(error)}): nothing was written; restart it"
+                f"the server at {self._url} was lost {when} ({_reason(error)}) and did not return within "
+                f"{self._patience:g} s: nothing was written; restart it"
             )
         return ServerError(f"the server at {self._url} failed {when}: {_reason(error)}")
+
+
+def _change(url: str, before: ModelContract, after: ModelContract) -> str:
+    """The line for a server that was replaced by one that may stain differently."""
+    change = (
+        f"model {after.model_name} ({after.model_version[:12]}), not {before.model_name} ({before.model_version[:12]})"
+    )
+    if after.model_version == before.model_version:
+        different = [
+            field.name for field in fields(before) if getattr(before, field.name) != getattr(after, field.name)
+        ]
+        change = f"the same model with another {', '.join(different)}"
+    return f"the server at {url} was replaced while staining: it now serves {change}; nothing was written, start again"
 
 
 def _reason(error: Exception) -> str:

@@ -145,6 +145,11 @@ class Stainer(Protocol):
         ...
 
     @property
+    def server_id(self) -> str:
+        """Random identity of the server's start; empty if unknown."""
+        ...
+
+    @property
     def contract(self) -> ModelContract:
         """Inputs, outputs and identity of its model."""
         ...

@@ -9,6 +9,7 @@ StainDiffuserError
 ├── ServerError
 │   ├── ServerUnreachableError 3  no gRPC server answers at the address, or it is not ready
 │   ├── ServerLostError        3  the server went away, or did not answer in time, during the work
+│   ├── ModelChangedError      3  the server was replaced by one with another model during the work
 │   └── ContractError          3  the server has no ensemble that this client understands
 └── InputError
     └── RunRecordError         4  a result's run.json is missing or malformed
@@ -19,6 +20,7 @@ from staindiffuser.errors import InputError, ServerError, UsageError
 __all__ = [
     "ContractError",
     "FileNameError",
+    "ModelChangedError",
     "OutputError",
     "RefusedRequestError",
     "RunRecordError",
@@ -45,6 +47,10 @@ class RefusedRequestError(UsageError):
 
 class ServerUnreachableError(ServerError):
     """No gRPC server answers at the address, or it is not ready."""
+
+
+class ModelChangedError(ServerError):
+    """The server was replaced by one with another model during the work, whose results must not be mixed."""
 
 
 class ContractError(ServerError):

@@ -138,6 +138,8 @@ class ServerRecord:
 
     url: str
     version: str
+    id: str = ""
+    """Random identity of the server's start."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

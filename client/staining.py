@@ -207,7 +207,7 @@ def _stain(
         tissue_fraction=round(mask.fraction, 4),
         cells=cell_counts,
         warnings=tuple(warnings),
-        server=run_record.ServerRecord(url=stainer.url, version=stainer.server_version),
+        server=run_record.ServerRecord(url=stainer.url, version=stainer.server_version, id=stainer.server_id),
         started=started,
         seconds=run_record.Seconds(total=round(watch.total, 3), stages_summed_over_threads=watch.seconds()),
         versions=run_record.library_versions(),

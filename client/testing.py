@@ -6,6 +6,7 @@ tile and origin. By default the image is the H&E itself, so a stained slide must
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ class FakeStainer:
 
     url = "fake:0"
     server_version = "fake 0"
+    server_id = "fake"
 
     def __init__(
         self, paint: Paint = identity, contract: ModelContract = FAKE_CONTRACT, *, fail_after: int = -1
@@ -111,6 +113,7 @@ class FakeTriton:
         self.requests = 0
         self.parameters = _parameters(contract)
         self.model = ENSEMBLE
+        self.version = str(int(contract.model_version[:15], 16))
         self._paint, self._contract, self._delay, self._port = paint, contract, delay, port
 
     @property
@@ -144,6 +147,10 @@ class FakeTriton:
 
         fake = self
 
+        def require_model(name: str, version: str, context: Any) -> None:
+            if name != fake.model or version not in ("", fake.version):
+                context.abort(grpc.StatusCode.NOT_FOUND, f"unknown model: '{name}' version {version}")
+
         class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
             def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
                 return service_pb2.ServerReadyResponse(ready=True)
@@ -151,9 +158,12 @@ class FakeTriton:
             def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
                 return service_pb2.ServerMetadataResponse(name="fake", version="0")
 
+            def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+                require_model(request.name, "", context)
+                return service_pb2.ModelMetadataResponse(name=fake.model, versions=[fake.version])
+
             def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
-                if request.name != fake.model:
-                    context.abort(grpc.StatusCode.NOT_FOUND, f"unknown model: '{request.name}'")
+                require_model(request.name, request.version, context)
                 config = model_config_pb2.ModelConfig(name=fake.model, max_batch_size=fake._contract.max_batch)
                 for key, value in fake.parameters.items():
                     config.parameters[key].string_value = value
@@ -161,6 +171,7 @@ class FakeTriton:
 
             def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
                 fake.requests += 1
+                require_model(request.model_name, request.model_version, context)
                 time.sleep(fake._delay)
                 tensors: dict[str, NDArray[Any]] = {
                     tensor.name: np.frombuffer(raw, dtype=np.uint8 if tensor.datatype == "UINT8" else np.int64).reshape(
@@ -204,4 +215,5 @@ def _parameters(contract: ModelContract) -> dict[str, str]:
         "model_name": contract.model_name,
         "model_version": contract.model_version,
         "notice": contract.notice,
+        "server_id": secrets.token_hex(16),
     }

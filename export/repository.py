@@ -155,6 +155,7 @@ def prepare_build(
         "flavour": flavour,
         "options": dataclasses.asdict(options),
         "keys": keys,
+        "ensemble": triton_config.version_folder(triton_config.ENSEMBLE, graphs),
         "configs": configs,
         "sources": {path.name: file_sha256(path) for path in (*engine_sources, *noise_sources[1:])},
         "noise": file_sha256(noise_sources[0]),
@@ -231,7 +232,7 @@ def _write_models(
         }
         configs = triton_config.model_configs(wanted.graphs, wanted.builder, files, wanted.options, wanted.flavour)
     for model, text in configs.items():
-        version = folder / model / "1"
+        version = folder / model / triton_config.version_folder(model, wanted.graphs)
         version.mkdir(parents=True, exist_ok=True)
         (folder / model / "config.pbtxt").write_text(text, encoding="utf-8")
         for source in wanted.sources.get(model, ()):

@@ -43,6 +43,7 @@ __all__ = [
     "model_configs",
     "parse",
     "to_text",
+    "version_folder",
 ]
 
 ENSEMBLE = "staindiffuser"
@@ -99,6 +100,15 @@ def contract_parameters(contract: Contract, model_name: str) -> dict[str, str]:
         "model_name": model_name,
         "notice": contract.notice,
     }
+
+
+def version_folder(model: str, contract: Contract) -> str:
+    """Name of a model's version folder, which Triton requires to be a number.
+
+    The ensemble's is derived from the model version: Triton reports it in every answer and refuses a request for
+    another one, so that a client notices at once if a server with another model has taken over the address.
+    """
+    return str(int(contract.model_version[:15], 16) or 1) if model == ENSEMBLE else "1"  # Triton's limit is 2^63
 
 
 def wire_inputs(tile: int) -> tuple[TensorSpec, ...]:

@@ -11,23 +11,26 @@ import contextlib
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from staindiffuser.errors import ServerLostError
 from staindiffuser.export.manifest import Manifest, verify
+from staindiffuser.export.triton_config import ENSEMBLE
 from staindiffuser.serving import supervisor
-from staindiffuser.serving.errors import PortInUseError, ServerMissingError, ServerStartError
+from staindiffuser.serving.errors import ServerMissingError, ServerStartError
+from staindiffuser.serving.model_links import SERVER_ID, link_models
+from staindiffuser.serving.ports import PortClaim
 from staindiffuser.serving.preflight import require_shared_memory
 from staindiffuser.serving.runtime import TritonRuntime, find_runtime
 from staindiffuser.serving.triton_log import likely_reason, start_error
 
-__all__ = ["TritonServer"]
+__all__ = ["TritonServer", "require_identity"]
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT = 180.0
@@ -70,7 +73,9 @@ class TritonServer:
         self._folder: Path | None = None
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._manifest: Manifest | None = None
+        self._claims: list[PortClaim] = []
         self._grpc_port = self._metrics_port = self._pid = self._log_start = 0
+        self._identity = ""
         self._prefix = f"staindiffuser_{os.getpid()}_{secrets.token_hex(4)}_"
 
     @property
@@ -87,6 +92,11 @@ class TritonServer:
     def pid(self) -> int:
         """Process id of tritonserver."""
         return self._pid
+
+    @property
+    def identity(self) -> str:
+        """Random identity of this start of the server; clients read it as the ensemble's parameter ``server_id``."""
+        return self._identity
 
     @property
     def manifest(self) -> Manifest:
@@ -109,6 +119,22 @@ class TritonServer:
             ServerMissingError: no tritonserver on this machine, or too little shared memory.
             ServerStartError: the server did not become ready; quotes its log.
         """
+        try:
+            self._claim_ports()
+            self._start(self._check())
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _claim_ports(self) -> None:
+        for port, option in zip(self._ports, ("--grpc-port", "--metrics-port"), strict=True):
+            self._claims.append(PortClaim(port, option=option))
+        self._grpc_port, self._metrics_port = (claim.port for claim in self._claims)
+
+    def _check(self) -> TritonRuntime:
+        """Verify the repository and this machine."""
         self._manifest = verify(self.repository, checkpoint=self._checkpoint)
         if self._manifest.flavour != "python":
             raise ServerMissingError(
@@ -117,16 +143,7 @@ class TritonServer:
             )
         runtime = find_runtime()
         require_shared_memory(self._manifest)
-        for port in self._ports:
-            if port is not None:
-                _require_free(port)
-        try:
-            self._start(runtime)
-            self._wait_until_ready()
-        except BaseException:
-            self.stop()
-            raise
-        return self
+        return runtime
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -147,6 +164,8 @@ class TritonServer:
             assert self._supervisor.stdout is not None
             self._supervisor.stdout.close()
             self._supervisor = None
+        while self._claims:
+            self._claims.pop().close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
@@ -168,15 +187,12 @@ class TritonServer:
     def _start(self, runtime: TritonRuntime) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="staindiffuser-server-"))
         backends = runtime.prepare_backends(self._folder / "backends")
-        models = _link_models(self.repository, self.manifest, self._folder / "models")
-        reserved = [_reserve(port) for port in self._ports]
-        self._grpc_port, self._metrics_port = (port for _, port in reserved)
+        self._identity = secrets.token_hex(16)
+        models = link_models(self.repository, self.manifest, self._folder / "models", identity=self._identity)
         command = [str(runtime.server), *self._arguments(models, backends)]
         environment = runtime.environment(os.environ)
         if self._threads is not None:
             environment["STAINDIFFUSER_THREADS"] = str(self._threads)
-        for held, _ in reserved:
-            held.close()
         with self._log_path().open("ab") as log:
             self._log_start = log.tell()
             self._supervisor = subprocess.Popen(
@@ -186,6 +202,7 @@ class TritonServer:
                 stderr=log,
                 env=environment,
                 start_new_session=True,
+                pass_fds=[claim.fileno() for claim in self._claims],  # held until the supervisor has ended the server
             )
         assert self._supervisor.stdout is not None
         self._pid = int(self._supervisor.stdout.readline() or 0)
@@ -206,6 +223,7 @@ class TritonServer:
             "allow-http": "false",
             "grpc-address": LOOPBACK,
             "grpc-port": str(self._grpc_port),
+            "reuse-grpc-port": "false",
             "metrics-address": LOOPBACK,
             "metrics-port": str(self._metrics_port),
             "allow-metrics": "true",
@@ -233,6 +251,8 @@ class TritonServer:
                     raise start_error(self._reason())
                 with contextlib.suppress(triton.InferenceServerException):
                     if client.is_server_ready(client_timeout=5):
+                        config = client.get_model_config(ENSEMBLE, client_timeout=5).config
+                        require_identity(config, self._identity, self.url)
                         return
                 time.sleep(0.05)
         raise ServerStartError(f"Triton was not ready after {START_TIMEOUT:.0f} s: {self._reason()}")
@@ -241,34 +261,14 @@ class TritonServer:
         return likely_reason(self._log_path(), self._log_start)
 
 
-def _link_models(repository: Path, manifest: Manifest, folder: Path) -> Path:
-    """A repository of links to exactly the files that were verified.
+def require_identity(config: Any, identity: str, url: str) -> None:
+    """Check that the ensemble's configuration comes from the server that was started.
 
-    The Python backend writes compiled files beside its models and would run any it finds there. With links, the
-    repository stays as it was built, may be read-only, and nothing unverified is executed.
+    Raises:
+        ServerStartError: another server answers at ``url``.
     """
-    for name in manifest.files:
-        link = folder / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(repository / name)
-    return folder
-
-
-def _require_free(port: int) -> None:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((LOOPBACK, port))
-        except (OSError, OverflowError) as error:
-            raise PortInUseError(
-                f"port {port} cannot be used on {LOOPBACK} ({error}): choose another with --grpc-port or --metrics-port"
-            ) from error
-
-
-def _reserve(port: int | None) -> tuple[socket.socket, int]:
-    """A port that is asked for or free, with a socket that holds a free one until the server is started."""
-    held = socket.socket()
-    if port is None:
-        held.bind((LOOPBACK, 0))
-        port = held.getsockname()[1]
-    return held, port
+    if config.parameters[SERVER_ID].string_value != identity:
+        raise ServerStartError(
+            f"another server answers at {url}, although the port was free: find out which process listens there, and "
+            "stop it"
+        )

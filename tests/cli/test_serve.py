@@ -62,7 +62,7 @@ def test_lost_server_and_taken_port(repository: Path) -> None:
     stdout, stderr = second.communicate(timeout=30)
     assert second.returncode == 2
     assert stdout == ""
-    assert f"error: port {port} cannot be used" in stderr
+    assert f"error: port {port} is in use by another StainDiffuser server" in stderr
     os.kill(ready["pid"], signal.SIGKILL)
     _, stderr = first.communicate(timeout=30)
     assert first.returncode == 3

@@ -25,7 +25,7 @@ from staindiffuser.export.repository import build_repository
 from staindiffuser.serving import server as server_module
 from staindiffuser.serving.errors import PortInUseError, ServerMissingError, ServerStartError
 from staindiffuser.serving.runtime import find_runtime
-from staindiffuser.serving.server import RESTRICTED, TritonServer
+from staindiffuser.serving.server import RESTRICTED, TritonServer, require_identity
 from tests.synthetic_graphs import write_graphs
 
 
@@ -181,16 +181,24 @@ def test_port_in_use_is_named(repository: Path) -> None:
         held.listen()
         port = held.getsockname()[1]
         with (
-            pytest.raises(PortInUseError, match=f"port {port} cannot be used") as error,
+            pytest.raises(PortInUseError, match=f"port {port} is in use by process") as error,
             TritonServer(repository, grpc_port=port),
         ):
             pass
         assert isinstance(error.value, UsageError)
         with (
-            pytest.raises(PortInUseError, match=f"port {port} cannot be used"),
+            pytest.raises(PortInUseError, match=f"port {port} is in use by process"),
             TritonServer(repository, metrics_port=port),
         ):
             pass
+
+
+def test_ready_means_that_the_server_which_was_started_answers(running: TritonServer) -> None:
+    with triton.InferenceServerClient(running.url) as client:
+        config = client.get_model_config("staindiffuser").config
+    assert config.parameters["server_id"].string_value == running.identity
+    with pytest.raises(ServerStartError, match=f"another server answers at {running.url}"):
+        require_identity(config, "0" * 32, running.url)
 
 
 def test_chosen_ports_and_log(repository: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The connection, against a stand-in that speaks gRPC as Triton does."""
 
+import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import pytest
 from staindiffuser.client import StainClient
 from staindiffuser.client.errors import (
     ContractError,
+    ModelChangedError,
     RefusedRequestError,
     ServerUnreachableError,
     UnknownStainError,
@@ -105,13 +107,58 @@ def test_the_webs_proxy_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_that_dies_is_lost() -> None:
-    with FakeTriton(delay=5) as server, StainClient(server.url) as client, ThreadPoolExecutor(1) as pool:
+    with FakeTriton(delay=5) as server, StainClient(server.url, patience=1) as client, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.stain_tiles, TILES, ORIGINS, 0)
         while server.requests == 0:
             time.sleep(0.01)
         server.kill()
-        with pytest.raises(ServerLostError, match="lost"):
+        with pytest.raises(ServerLostError, match=r"lost while staining .* did not return within 1 s"):
             answer.result(timeout=20)
+
+
+def wait_for_a_request(server: FakeTriton) -> None:
+    while server.requests == 0:
+        time.sleep(0.01)
+
+
+def test_a_request_outlives_a_restart_with_the_same_model() -> None:
+    with FakeTriton(delay=5) as first, ThreadPoolExecutor(1) as pool, StainClient(first.url) as client:
+        identity = client.server_id
+        answer = pool.submit(client.stain_tiles, TILES, ORIGINS, 0)
+        wait_for_a_request(first)
+        first.kill()
+        time.sleep(1)
+        with FakeTriton(port=int(first.url.rpartition(":")[2])) as second:
+            np.testing.assert_array_equal(answer.result(timeout=20)["STAIN_CD3"], TILES)
+            assert second.requests == 1
+            assert client.server_id == identity
+            with StainClient(second.url) as other:
+                assert other.server_id != identity
+
+
+@pytest.mark.parametrize(
+    ("changed", "words", "pending"),
+    [
+        ({"model_version": "a" * 64}, r"now serves model fake \(aaaaaaaaaaaa\), not fake \(ffffffffffff\)", True),
+        ({"model_version": "a" * 64}, r"now serves model fake \(aaaaaaaaaaaa\), not fake \(ffffffffffff\)", False),
+        ({"margin": 16}, "the same model with another margin", True),
+    ],
+)
+def test_another_model_at_the_address_is_refused(changed: dict, words: str, pending: bool) -> None:
+    """Whether the first server dies during a request or between two: gRPC would reconnect without a word."""
+    with FakeTriton(delay=3 * pending) as first, ThreadPoolExecutor(1) as pool, StainClient(first.url) as client:
+        answer = pool.submit(client.stain_tiles, TILES, ORIGINS, 0)
+        wait_for_a_request(first)
+        if not pending:
+            answer.result(timeout=20)
+        first.kill()
+        port = int(first.url.rpartition(":")[2])
+        with FakeTriton(contract=dataclasses.replace(FAKE_CONTRACT, **changed), port=port):
+            if not pending:
+                answer = pool.submit(client.stain_tiles, TILES, ORIGINS, 0)
+            with pytest.raises(ModelChangedError, match=words) as error:
+                answer.result(timeout=20)
+        assert error.value.exit_code == 3
 
 
 def test_an_answer_that_takes_too_long_is_a_lost_server() -> None:

@@ -174,6 +174,22 @@ def test_names_that_do_not_are_said_not_to(tmp_path: Path) -> None:
         run("bci", source, tmp_path / "v", asked=Asked(slide_pattern=re.compile(r"^(case\d)?")))
 
 
+def test_patients_are_dealt_whole(tmp_path: Path) -> None:
+    """Twelve slides, three of them of one patient."""
+    source = folder(tmp_path / "s")
+    asked = Asked(patient_pattern=re.compile(r"^case(\d)"))
+    result, tiles = run("folder", source, tmp_path / "t", asked=asked)
+    patients = {tile.slide: tile.patient for tile in tiles.tiles}
+    assert patients["case10"] == patients["case11"] == patients["case1"] == "1"
+    assert len({tile.split for tile in tiles.tiles if tile.patient == "1"}) == 1
+    assert result.slides["train"] + result.slides["val"] == 12
+    with pytest.raises(DataError, match="does not match the patient pattern"):
+        run("folder", source, tmp_path / "u", asked=Asked(patient_pattern=re.compile(r"(case1\d)")))
+    crossed = Asked(slide_pattern=re.compile(r"(case)"), patient_pattern=re.compile(r"^case(\d)"))
+    with pytest.raises(DataError, match="slide 'case' is of patient"):
+        run("folder", source, tmp_path / "u", asked=crossed)
+
+
 def test_hemit_is_drawn_from_fluorescence(tmp_path: Path) -> None:
     result, tiles = run("hemit", hemit(tmp_path / "s"), tmp_path / "t")
     panck, cd3 = tiles.tiles[0], tiles.tiles[3]

@@ -294,3 +294,21 @@ def test_a_copy_in_another_split_is_refused_whatever_its_name(folder: Path) -> N
 def test_tiles_of_bare_glass_may_be_equal(folder: Path) -> None:
     assert len({(folder / f"he/{number}.png").read_bytes() for number in range(3)}) == 1
     assert len(PairedTiles.load(folder, check="pixels").tiles) == 3
+
+
+def with_patients(folder: Path, patients: list[str]) -> None:
+    write(folder, [row | {"patient": patient} for row, patient in zip(rows(), patients, strict=True)])
+
+
+def test_a_patient_is_in_one_split(folder: Path) -> None:
+    with_patients(folder, ["a", "b", ""])
+    assert [tile.patient for tile in PairedTiles.load(folder).tiles] == ["a", "b", None]
+    with_patients(folder, ["a", "b", "a"])
+    with pytest.raises(DataError, match=r"row 4: patient 'a' is in split 'test' here and in 'train' in row 2"):
+        PairedTiles.load(folder)
+
+
+def test_a_slide_is_of_one_patient(folder: Path) -> None:
+    write(folder, [row | {"patient": str(number), "slide": "s", "split": "train"} for number, row in enumerate(rows())])
+    with pytest.raises(DataError, match=r"row 3: slide 's' is of patient '1' here and of '0' in row 2"):
+        PairedTiles.load(folder)

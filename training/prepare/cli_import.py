@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from staindiffuser.errors import UsageError
 
 __all__ = ["EPILOG", "LayoutName", "import_"]
 
@@ -61,6 +64,9 @@ def import_(
     slide_pattern: Annotated[
         str | None, typer.Option(help="Regular expression; its first group, in an image's name, is the slide.")
     ] = None,
+    patient_pattern: Annotated[
+        str | None, typer.Option(help="The same for the patient: patients are then never split.")
+    ] = None,
     swap: Annotated[bool, typer.Option("--swap", help="pix2pix: the H&E is the right image.")] = False,
     channels: Annotated[
         str, typer.Option(help="hemit: what the label's red, green and blue channels are.")
@@ -87,29 +93,22 @@ def import_(
     """
     import dataclasses
     import json
-    import re
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from staindiffuser.errors import UsageError
     from staindiffuser.training.prepare.importing import ImportRequest, import_tiles
     from staindiffuser.training.prepare.layouts import Asked
     from staindiffuser.training.tiles.mask_codes import MASK_CODES
 
-    try:
-        pattern = re.compile(slide_pattern) if slide_pattern else None
-    except re.error as error:
-        raise UsageError(f"--slide-pattern {slide_pattern}: not a regular expression: {error}") from error
-    if pattern is not None and not pattern.groups:
-        raise UsageError(f"--slide-pattern {slide_pattern}: it needs a group in brackets, which is the slide")
     request = ImportRequest(
         layout=layout.value,
         source=source,
         output=output,
         asked=Asked(
             stains=tuple(name.lower() for name in stain or ()),
-            slide_pattern=pattern,
+            slide_pattern=_pattern("--slide-pattern", slide_pattern),
+            patient_pattern=_pattern("--patient-pattern", patient_pattern),
             swap=swap,
             channels=tuple(name.strip().lower() for name in channels.split(",")),
         ),
@@ -137,3 +136,15 @@ def import_(
     typer.echo(f"pixels: {result.source_mpp:g} → {result.mpp:g} µm")
     for note in result.notes:
         typer.echo(f"note: {note}")
+
+
+def _pattern(option: str, text: str | None) -> re.Pattern[str] | None:
+    if not text:
+        return None
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise UsageError(f"{option} {text}: not a regular expression: {error}") from error
+    if not pattern.groups:
+        raise UsageError(f"{option} {text}: it needs a group in brackets, which is the {option[2:].split('-')[0]}")
+    return pattern

@@ -142,14 +142,21 @@ def import_tiles(
     description = _description(request, source_mpp, stains, jobs, codes)
     check_described(request.output, IMPORT_JSON, description, what="another import")
     if not dry_run:
-        with PairedTilesWriter(request.output, stains, resume=True) as writer:
+        patients = request.asked.patient_pattern is not None
+        with PairedTilesWriter(request.output, stains, patients=patients, resume=True) as writer:
             write_json(request.output / IMPORT_JSON, description)
             missing = [job for job in jobs if not all(writer.has(name) for name, _, _ in job.tiles())]
             progress(len(jobs) - len(missing), len(jobs))
             for done, job in enumerate(_converted(missing, request.jobs), start=len(jobs) - len(missing) + 1):
                 for name, _, _ in job.tiles():
                     if not writer.has(name):
-                        writer.add_row(name, slide=job.pair.slide, split=splits[job.pair.slide], mpp=mpp)
+                        writer.add_row(
+                            name,
+                            slide=job.pair.slide,
+                            split=splits[job.pair.slide],
+                            mpp=mpp,
+                            patient=job.pair.patient,
+                        )
                         written += 1
                 progress(done, len(jobs))
             tiles = writer.count
@@ -281,6 +288,7 @@ def _description(
         "stains": list(stains),
         "images": hashlib.sha256(json.dumps(images).encode()).hexdigest(),
         "slide_pattern": asked.slide_pattern.pattern if asked.slide_pattern else None,
+        "patient_pattern": asked.patient_pattern.pattern if asked.patient_pattern else None,
         "swap": asked.swap,
         "channels": list(asked.channels),
         "mask_codes": dict(codes),

@@ -61,6 +61,8 @@ class Pair:
     stains: Mapping[str, Panel]
     masks: Mapping[str, Panel]
     """Of the stains that have one in the source."""
+    patient: str | None = None
+    """None: nobody says whose tissue it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,8 @@ class Asked:
     """Names the stain where the layout does not, chooses among stains where it does."""
     slide_pattern: re.Pattern[str] | None = None
     """Its first group, searched in an image's name, is the slide."""
+    patient_pattern: re.Pattern[str] | None = None
+    """Its first group, searched in an image's name, is the patient."""
     swap: bool = False
     """pix2pix: the H&E is the right image."""
     channels: tuple[str, ...] = ("panck", "cd3", "dapi")
@@ -120,13 +124,13 @@ def find_pairs(name: str, source: Path, asked: Asked) -> tuple[Pair, ...]:
     if not parts:
         seen = ", ".join(sorted(entry.name for entry in source.iterdir())[:8]) or "nothing"
         raise DataError(f"{source} is not laid out as {name!r}: expected {layout.expected}; it holds {seen}")
-    pairs = tuple(pair for part in parts for pair in _pairs(part, layout, asked.slide_pattern))
+    pairs = tuple(pair for part in parts for pair in _pairs(part, layout, asked))
     if not pairs:
         raise DataError(f"{source}: no images in {', '.join(str(part.he.path) for part in parts)}")
     return pairs
 
 
-def _pairs(part: _Part, layout: Layout, pattern: re.Pattern[str] | None) -> Iterator[Pair]:
+def _pairs(part: _Part, layout: Layout, asked: Asked) -> Iterator[Pair]:
     panels = (part.he, *part.stains.values(), *part.masks.values())
     files = {path: _images(path, layout.nested) for path in {panel.path for panel in panels}}
     columns = {**part.stains, **{f"{stain}_mask": panel for stain, panel in part.masks.items()}}
@@ -140,12 +144,11 @@ def _pairs(part: _Part, layout: Layout, pattern: re.Pattern[str] | None) -> Iter
                 kind = column if there is panel else "H&E"
                 raise DataError(f"{path} has no partner ({kind}) {there.path / lonely[0]}{more}")
     for name, path in sorted(he.items()):
-        slide = pattern or layout.slide
-        found = slide.search(name) if slide else None
-        if pattern and not (found and found.group(1)):
-            raise DataError(f"{path}: its name does not match the slide pattern {pattern.pattern!r}")
+        found = _asked_of_name(asked.slide_pattern, path, name, "slide")
+        if found is None and layout.slide and (match := layout.slide.search(name)):
+            found = match.group(1)
         if found:
-            known, slide_name = True, found.group(1)
+            known, slide_name = True, found
         elif "/" in name:
             known, slide_name = True, name.rpartition("/")[0]
         else:
@@ -162,7 +165,18 @@ def _pairs(part: _Part, layout: Layout, pattern: re.Pattern[str] | None) -> Iter
             he=file(part.he),
             stains={stain: file(panel) for stain, panel in part.stains.items()},
             masks={stain: file(panel) for stain, panel in part.masks.items()},
+            patient=_asked_of_name(asked.patient_pattern, path, name, "patient"),
         )
+
+
+def _asked_of_name(pattern: re.Pattern[str] | None, path: Path, name: str, what: str) -> str | None:
+    """What a user's pattern finds in an image's name; None without a pattern."""
+    if pattern is None:
+        return None
+    found = pattern.search(name)
+    if not (found and found.group(1)):
+        raise DataError(f"{path}: its name does not match the {what} pattern {pattern.pattern!r}")
+    return found.group(1)
 
 
 def _images(folder: Path, nested: bool) -> dict[str, Path]:

@@ -36,6 +36,8 @@ class PairRequest:
     output: Path
     slide: str | None = None
     """Name of the slide in the tiles; the H&E's file name by default."""
+    patient: str | None = None
+    """Whose tissue it is; then patients are dealt to splits instead of slides."""
     tile: int = 256
     """Edge of a tile, pixels."""
     mpp: float = MODEL_MPP
@@ -91,7 +93,7 @@ class PairRequest:
     @property
     def chosen_split(self) -> Split:
         """The split asked for, or dealt."""
-        return self.split or split_of(self.name, val_share=self.val_share, test_share=self.test_share)
+        return self.split or split_of(self.patient or self.name, val_share=self.val_share, test_share=self.test_share)
 
     def settings(self) -> dict[str, Any]:
         """What must be equal for a run to continue another."""
@@ -104,6 +106,7 @@ class PairRequest:
             "files": sizes,
             "he_mpp": self.he_mpp,
             "ihc_mpp": self.ihc_mpp,
+            "patient": self.patient,
             "split": self.chosen_split,
             "least_tissue": self.least_tissue,
             "working_side": self.working_side,

@@ -247,7 +247,8 @@ def _cut(
     written = 0
     # Not before: a pair that was refused, or a dry run, must not decide what the folder is for.
     write_json(request.output / PREPARE_JSON, _description(request))
-    with PairedTilesWriter(request.output, tuple(request.ihc), resume=True) as writer:
+    patients = request.patient is not None
+    with PairedTilesWriter(request.output, tuple(request.ihc), patients=patients, resume=True) as writer:
         records = Records(_records_file(request), settings)
         whole = [
             region
@@ -269,7 +270,7 @@ def _cut(
         for done, record in enumerate(_in_order(make, missing, request.jobs), start=len(whole) + 1):
             for position in record.kept:
                 if not writer.has(tile_name := _tile_name(name, position)):
-                    writer.add_row(tile_name, slide=name, split=result.split, mpp=request.mpp)
+                    writer.add_row(tile_name, slide=name, split=result.split, mpp=request.mpp, patient=request.patient)
                     written += 1
             records.add(record)
             progress("cutting", done, len(regions))

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +15,9 @@ from numpy.typing import NDArray
 from staindiffuser.errors import UsageError
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.tiles.copies import check_no_leak, copies_of_files
-from staindiffuser.training.tiles.paired_tiles import PairedTiles
-from staindiffuser.training.tiles.reading import check_one_split, located
+from staindiffuser.training.tiles.folds import Fold, deal_fold
+from staindiffuser.training.tiles.paired_tiles import PairedTiles, with_fold
+from staindiffuser.training.tiles.reading import Check, check_one_split, located
 from staindiffuser.training.tiles.tile import MPP_TOLERANCE, PairedTile, Split
 
 __all__ = ["MixedTiles", "Schedule", "open_tiles"]
@@ -78,7 +78,7 @@ class MixedTiles:
 
 
 def open_tiles(
-    specs: Sequence[str | Path], *, check: Literal["headers", "pixels"] = "headers", mpp: float | None = None
+    specs: Sequence[str | Path], *, check: Check = "headers", mpp: float | None = None, fold: Fold | None = None
 ) -> PairedTiles | MixedTiles:
     """Open what ``--data`` names: one folder, or several to be mixed.
 
@@ -86,6 +86,7 @@ def open_tiles(
         specs: folders, each ``FOLDER`` or ``FOLDER=WEIGHT``; a folder without a weight has weight 1.
         check: as :meth:`PairedTiles.load`.
         mpp: the pixel size that is needed, µm.
+        fold: deals the patients of train and val anew; by default the splits are those of the tables.
 
     Raises:
         UsageError: no folder, the same one twice, or a weight that is none.
@@ -101,6 +102,9 @@ def open_tiles(
     if not folders:
         raise UsageError("--data: name at least one folder of paired tiles")
     parts = tuple(PairedTiles.load(folder, check=check, mpp=mpp) for folder in folders)
+    if fold is not None:
+        validated = deal_fold([tile for part in parts for tile in part.tiles], fold)
+        parts = tuple(with_fold(part, validated) for part in parts)
     if len(parts) == 1:
         return parts[0]
     return MixedTiles(parts=parts, weights=tuple(weights))

@@ -1,19 +1,20 @@
 """Paired tiles on disk: H&E and IHC of the same position, the contract between data preparation and training.
 
 A folder with ``tiles.csv``, one row a tile, paths relative to the folder: ``he``, one column per stain (``cd3``, …),
-one ``<stain>_mask`` per stain (a cell may be empty: the mask is then derived), ``slide``, ``split`` and ``mpp``.
+one ``<stain>_mask`` per stain (a cell may be empty: the mask is then derived), ``slide``, ``split``, ``mpp`` and,
+optionally, ``patient``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from staindiffuser.training.tiles.reading import Check, read_table
 from staindiffuser.training.tiles.tile import TILES_CSV, PairedTile, Split
 
-__all__ = ["PairedTile", "PairedTiles", "Split", "spread"]
+__all__ = ["PairedTile", "PairedTiles", "Split", "spread", "with_fold"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +62,14 @@ def spread(rows: Sequence[PairedTile], count: int) -> tuple[PairedTile, ...]:
     """At most ``count`` rows, evenly spread over all of them: they stand slide by slide."""
     count = min(count, len(rows))
     return tuple(rows[number * len(rows) // count] for number in range(count))
+
+
+def with_fold(tiles: PairedTiles, validated: Mapping[str, bool]) -> PairedTiles:
+    """The same tiles with the splits of a fold (see :func:`~.folds.deal_fold`); the test split stays as it is."""
+
+    def dealt(tile: PairedTile) -> PairedTile:
+        if tile.split == "test":
+            return tile
+        return replace(tile, split="val" if validated[tile.patient_or_slide] else "train")
+
+    return replace(tiles, tiles=tuple(map(dealt, tiles.tiles)))

@@ -16,7 +16,7 @@ from staindiffuser.imaging.image_files import image_size, read_image
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.tiles.copies import Located, check_no_leak, copies_of_files, group_copies, pixel_hash
 from staindiffuser.training.tiles.mask_codes import MaskCode, MaskSurvey
-from staindiffuser.training.tiles.stain_names import OTHER_COLUMNS, is_stain_name
+from staindiffuser.training.tiles.stain_names import OTHER_COLUMNS, PATIENT, is_stain_name
 from staindiffuser.training.tiles.tile import MASK, MPP_TOLERANCE, SPLITS, PairedTile
 
 __all__ = ["Check", "check_one_split", "located", "read_table"]
@@ -102,20 +102,35 @@ def _mask_code(path: Path, tiles: Sequence[PairedTile], stain: str, check: Check
 
 
 def check_one_split(tiles: Iterable[PairedTile]) -> None:
-    """Refuse a slide that is in two splits.
+    """Refuse a slide or a patient in two splits, and a slide of two patients.
 
     Raises:
         DataError: naming both rows.
     """
-    first: dict[str, PairedTile] = {}
+    slides: dict[str, PairedTile] = {}
+    patients: dict[str, PairedTile] = {}
     for tile in tiles:
-        other = first.setdefault(tile.slide, tile)
-        if other.split != tile.split:
-            where = "" if other.file == tile.file else f" of {other.file}"
+        other = slides.setdefault(tile.slide, tile)
+        _check_same_split(tile, other, f"slide {tile.slide!r}")
+        if tile.patient != other.patient:
             raise DataError(
-                f"{tile.file}, row {tile.row}: slide {tile.slide!r} is in split {tile.split!r} here and in "
-                f"{other.split!r} in row {other.row}{where}; all tiles of a slide belong to one split"
+                f"{tile.file}, row {tile.row}: slide {tile.slide!r} is of patient {tile.patient!r} here and of "
+                f"{other.patient!r} in row {other.row}{_elsewhere(tile, other)}"
             )
+        if tile.patient is not None:
+            _check_same_split(tile, patients.setdefault(tile.patient, tile), f"patient {tile.patient!r}")
+
+
+def _check_same_split(tile: PairedTile, other: PairedTile, what: str) -> None:
+    if other.split != tile.split:
+        raise DataError(
+            f"{tile.file}, row {tile.row}: {what} is in split {tile.split!r} here and in {other.split!r} in row "
+            f"{other.row}{_elsewhere(tile, other)}; all tiles of a {what.split()[0]} belong to one split"
+        )
+
+
+def _elsewhere(tile: PairedTile, other: PairedTile) -> str:
+    return "" if other.file == tile.file else f" of {other.file}"
 
 
 def _stains_of_header(path: Path, header: list[str]) -> tuple[str, ...]:
@@ -129,7 +144,8 @@ def _stains_of_header(path: Path, header: list[str]) -> tuple[str, ...]:
     for column in header:
         if header.count(column) > 1:
             raise DataError(f"{path}, row 1: column {column!r} appears twice")
-    stains = tuple(column for column in header if column not in OTHER_COLUMNS and not column.endswith(MASK))
+    reserved = (*OTHER_COLUMNS, PATIENT)
+    stains = tuple(column for column in header if column not in reserved and not column.endswith(MASK))
     for stain in stains:
         if not is_stain_name(stain):
             raise DataError(f"{path}, row 1: column {stain!r} cannot name a stain: it must match [a-z][a-z0-9_]*")
@@ -186,6 +202,7 @@ def _tile(path: Path, row: int, values: dict[str, str], stains: tuple[str, ...],
         mpp=mpp,
         size=size,
         file=path,
+        patient=values.get(PATIENT) or None,
     )
 
 

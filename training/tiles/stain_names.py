@@ -5,13 +5,15 @@ This is the one place where labels are decided before a checkpoint exists; from 
 
 import re
 
-__all__ = ["OTHER_COLUMNS", "STAIN_NAME", "is_stain_name", "stain_label"]
+__all__ = ["OTHER_COLUMNS", "PATIENT", "STAIN_NAME", "is_stain_name", "stain_label"]
 
 STAIN_NAME = re.compile(r"[a-z][a-z0-9_]*")
 """What a stain's machine name must match in full."""
 
 OTHER_COLUMNS = ("he", "slide", "split", "mpp")
-"""Columns of ``tiles.csv`` that are no stain's."""
+"""Columns that every ``tiles.csv`` has beside those of the stains."""
+PATIENT = "patient"
+"""Optional column of ``tiles.csv``."""
 
 _LABELS = {
     "cd3": "CD3",
@@ -42,7 +44,8 @@ _LABELS = {
 
 def is_stain_name(name: str) -> bool:
     """Whether ``name`` can name a stain: ``[a-z][a-z0-9_]*``, and not another column of ``tiles.csv``."""
-    return STAIN_NAME.fullmatch(name) is not None and name not in OTHER_COLUMNS and not name.endswith("_mask")
+    reserved = name in (*OTHER_COLUMNS, PATIENT) or name.endswith("_mask")
+    return STAIN_NAME.fullmatch(name) is not None and not reserved
 
 
 def stain_label(name: str) -> str:

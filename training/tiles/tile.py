@@ -48,6 +48,13 @@ class PairedTile:
     """Width and height, pixels."""
     file: Path
     """The ``tiles.csv`` that the row stands in."""
+    patient: str | None = None
+    """Whose tissue it is; None where the table does not say."""
+
+    @property
+    def patient_or_slide(self) -> str:
+        """What must never be in two splits: the patient, or where none is named, the slide."""
+        return self.slide if self.patient is None else f"patient {self.patient}"
 
     def read_mask(self, stain: str) -> UInt8Array | None:
         """A stain's mask with 0 for negative and 255 for positive, uint8 [H, W]; None where the tile has none.

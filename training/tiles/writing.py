@@ -14,7 +14,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from staindiffuser.errors import UsageError
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.image_files import write_png
-from staindiffuser.training.tiles.stain_names import OTHER_COLUMNS, is_stain_name
+from staindiffuser.training.tiles.stain_names import OTHER_COLUMNS, PATIENT, is_stain_name
 from staindiffuser.training.tiles.tile import MASK, TILES_CSV, Split
 
 __all__ = ["PairedTilesWriter"]
@@ -31,13 +31,22 @@ class PairedTilesWriter:
         folder: made if it does not exist.
         stains: machine names, in the order of the columns.
         masks: whether rows have masks.
+        patients: whether rows name a patient.
         resume: keep the rows of an interrupted or an earlier run; otherwise start anew.
 
     Raises:
         UsageError: the folder cannot be written, or a stain's name cannot be.
     """
 
-    def __init__(self, folder: Path | str, stains: Iterable[str], *, masks: bool = True, resume: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        stains: Iterable[str],
+        *,
+        masks: bool = True,
+        patients: bool = False,
+        resume: bool = False,
+    ) -> None:
         self.folder = Path(folder)
         self.stains = tuple(stains)
         for stain in self.stains:
@@ -47,7 +56,8 @@ class PairedTilesWriter:
                 )
         if len(set(self.stains)) != len(self.stains) or not self.stains:
             raise UsageError("stains: name at least one stain, each once")
-        self._columns = ["he", *self.stains, *(stain + MASK for stain in self.stains if masks), *OTHER_COLUMNS[1:]]
+        mask_columns = [stain + MASK for stain in self.stains if masks]
+        self._columns = ["he", *self.stains, *mask_columns, *OTHER_COLUMNS[1:], *([PATIENT] if patients else [])]
         self._masks = masks
         self._partial = self.folder / (TILES_CSV + ".partial")
         self._done: dict[str, list[str]] = {}
@@ -113,9 +123,10 @@ class PairedTilesWriter:
         for column, image in images.items():
             write_png(self.folder / paths[column], image)
 
-    def add_row(self, name: str, *, slide: str, split: Split, mpp: float) -> None:
-        """Append the row of a tile whose images are written."""
+    def add_row(self, name: str, *, slide: str, split: Split, mpp: float, patient: str | None = None) -> None:
+        """Append the row of a tile whose images are written; the patient needs a writer with ``patients``."""
         values: dict[str, object] = {**self.paths(name), "slide": slide, "split": split, "mpp": mpp}
+        values[PATIENT] = patient or ""
         try:
             self._rows.writerow([values[column] for column in self._columns])
             self._file.flush()
@@ -133,10 +144,11 @@ class PairedTilesWriter:
         slide: str,
         split: Split,
         mpp: float,
+        patient: str | None = None,
     ) -> None:
         """Write a tile's images and append its row; see :meth:`write_images`."""
         self.write_images(name, he, stains, masks)
-        self.add_row(name, slide=slide, split=split, mpp=mpp)
+        self.add_row(name, slide=slide, split=split, mpp=mpp, patient=patient)
 
     def close(self, *, complete: bool = True) -> None:
         """Close; with ``complete`` the rows get their final name."""
@@ -188,7 +200,7 @@ def _rows_of(path: Path, columns: list[str]) -> dict[str, list[str]]:
             f"{path}, row 1: the columns are {', '.join(rows[0])}, not {', '.join(columns)}: put them in this order, "
             "or choose another --output"
         )
-    images = len(columns) - len(OTHER_COLUMNS) + 1
+    images = columns.index("slide")
     return {
         row[0]: row
         for row in rows[1:]

@@ -16,6 +16,7 @@ from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.data.dataset import load_tile
 from staindiffuser.training.errors import DataError
+from staindiffuser.training.evaluation.cell_scores import CELL_METRICS
 from staindiffuser.training.evaluation.evaluate import (
     Evaluation,
     evaluate,
@@ -195,6 +196,18 @@ def test_report_has_a_column_per_number_of_steps_and_images(evaluations: Sequenc
     assert (tmp_path / "metrics.png").stat().st_size > 1000
 
 
+def test_cells_are_scored_beside_baselines_and_reported(evaluations: Sequence[Evaluation], tmp_path: Path) -> None:
+    summary = json.loads(json.dumps(summarize(evaluations), allow_nan=False))
+    for result in summary["results"]:
+        for found in result["cells"].values():
+            assert set(found["metrics"]) == set(CELL_METRICS)
+            assert found["counts"]["cells"] > 0
+            assert sum(count for _, _, count in found["reliability"]) == found["counts"]["cells"]
+    text = write_report(evaluations, tmp_path).read_text(encoding="utf-8")
+    assert "| hematoxylin_auroc | " in text
+    assert "than the hematoxylin of the H&E does" in text
+
+
 def test_a_margin_is_stained_but_not_scored(checkpoint: Checkpoint, tiles: PairedTiles, tmp_path: Path) -> None:
     rows = tiles.split("test")
 
@@ -214,7 +227,7 @@ def test_a_margin_is_stained_but_not_scored(checkpoint: Checkpoint, tiles: Paire
     assert whole["psnr"] < 20
     evaluations = evaluate_steps(checkpoint, tiles, steps=[1], detail=False, margin=16)
     assert evaluations[0].summary()["margin"] == 16
-    assert "Without 16 pixels" in write_report(evaluations, tmp_path).read_text()
+    assert "A border of 16 pixels is stained but not scored" in write_report(evaluations, tmp_path).read_text()
     with pytest.raises(DataError, match="a margin of 32 leaves nothing"):
         evaluate_steps(checkpoint, tiles, steps=[1], margin=32)
 

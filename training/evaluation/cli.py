@@ -62,8 +62,9 @@ def evaluate(
     """Score a checkpoint on paired tiles that it never saw, at one or several step counts.
 
     Per stain, with bootstrap 95 % intervals: DAB-Dice, IoU, Hausdorff 95, optical-density correlation, positive-area
-    error, positive-cell F1, cell-map Dice and F1, radial power, SSIM, PSNR, KID on a frozen encoder. The report
-    defines each metric and says how it is pooled.
+    error, positive-cell F1, cell-map Dice and F1, radial power, SSIM, PSNR, KID on a frozen encoder. Per cell, on
+    nuclei found in the H&E: AUROC and F1 beside baselines that need no network, and calibration. The report defines
+    each metric and says how it is pooled.
 
     Example: staindiffuser evaluate runs/demo/checkpoint --data tiles --steps 1,2,4,18 --json s.json --report scores
     """
@@ -121,6 +122,11 @@ def evaluate(
         columns = [evaluation.scores[stain].metrics() for evaluation in evaluations]
         for metric in columns[0]:
             table.add_row(metric, *(figure(values[metric]) for values in columns))
+        per_cell = [evaluation.cells[stain].metrics() for evaluation in evaluations if stain in evaluation.cells]
+        if per_cell:
+            table.add_section()
+        for metric in per_cell[0] if per_cell else ():
+            table.add_row(f"per cell: {metric}", *(figure(values[metric]) for values in per_cell))
         Console().print(table)
 
 

@@ -15,6 +15,7 @@ from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.config import ModelConfig
 from staindiffuser.training.data.dataset import load_tile
 from staindiffuser.training.errors import DataError
+from staindiffuser.training.evaluation.cell_scores import CellScore, measure_nuclei
 from staindiffuser.training.evaluation.feature_distances import Networks
 from staindiffuser.training.evaluation.metrics import StainScore
 from staindiffuser.training.evaluation.scoring import KID_TILES, ScoredTile, Stainer, inner, score_tiles
@@ -114,6 +115,8 @@ class Evaluation:
     """Width of the border that was stained but not scored, pixels."""
     networks: Mapping[str, str] = field(default_factory=dict)
     """Feature networks: name to weights."""
+    cells: Mapping[str, CellScore] = field(default_factory=dict)
+    """Scores per cell; empty in a quick evaluation."""
 
     def head(self) -> dict[str, Any]:
         """What all step counts of a run share."""
@@ -138,11 +141,23 @@ class Evaluation:
             "stains": {stain: finite(score.metrics()) for stain, score in self.scores.items()},
             "intervals_95": {stain: finite(score.intervals()) for stain, score in self.scores.items()},
             "counts": {stain: score.counts() for stain, score in self.scores.items()},
+            "cells": {stain: _cell_figures(score) for stain, score in self.cells.items()},
         }
 
     def summary(self) -> dict[str, Any]:
         """All numbers, ready for JSON."""
         return self.head() | self.figures()
+
+
+def _cell_figures(score: CellScore) -> dict[str, Any]:
+    """The scores per cell of one stain, ready for JSON."""
+    return {
+        "metrics": finite(score.metrics()),
+        "intervals_95": finite(score.intervals()),
+        "counts": score.counts(),
+        "reliability": score.reliability(),
+        "better_than_hematoxylin": score.passes(),
+    }
 
 
 def summarize(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
@@ -213,10 +228,13 @@ def evaluate_steps(
     if limit is not None:
         rows = spread(rows, limit)
     done = 0
+    cells = [{stain: CellScore() for stain in checkpoint.config.model.stain_names if detail} for _ in samplers]
 
-    def seen(_tile: ScoredTile) -> None:
+    def seen(tile: ScoredTile) -> None:
         nonlocal done
         done += 1
+        if detail:
+            _add_cells(cells, tile)
         if progress is not None:
             progress(done, len(rows))
 
@@ -245,6 +263,22 @@ def evaluate_steps(
             scores=score,
             margin=margin,
             networks=networks.identities() if networks else {},
+            cells=of_cells,
         )
-        for k, score in zip(steps, scores, strict=True)
+        for k, score, of_cells in zip(steps, scores, cells, strict=True)
     )
+
+
+def _add_cells(cells: Sequence[Mapping[str, CellScore]], tile: ScoredTile) -> None:
+    """Score the cells of a tile: per sampler and stain."""
+    found = measure_nuclei(tile.data["he"], tile.row.mpp)
+    for scores, result in zip(cells, tile.results, strict=True):
+        for stain, score in scores.items():
+            score.add(
+                tile.row.slide,
+                found,
+                real=tile.data[stain],
+                mask=tile.data[f"{stain}_mask"],
+                virtual=result[f"STAIN_{stain.upper()}"],
+                cells=result[f"CELLS_{stain.upper()}"][..., 0],
+            )

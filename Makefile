@@ -91,8 +91,8 @@ demo-weights: install  ## train the demonstration model again (hours on two core
 graphs: install  ## export the demonstration model's graphs from its weights
 	$(VENV)/bin/staindiffuser export graphs checkpoints/demo --output checkpoints/demo/graphs
 
-verify-gpu:  ## check and measure the engines on this NVIDIA GPU; PYTHON needs torch with CUDA only
-	PYTHONPATH=src $(PYTHON) -m staindiffuser.benchmarks.verify_gpu
+verify-gpu:  ## check and measure everything on this NVIDIA GPU, eight minutes; PYTHON has torch with CUDA; ARGS, see docs/gpu.md
+	PYTHONPATH=src $(PYTHON) -m staindiffuser.benchmarks.verify_gpu $(ARGS)
 
 clean:  ## remove the environments and what was built
 	rm -rf .venv .venv-serve $(NUMPY2_VENV) build dist site demo-output *.egg-info src/*.egg-info

@@ -23,11 +23,10 @@ from staindiffuser.export.manifest import MANIFEST_JSON, SAMPLER, EngineRecord, 
 from staindiffuser.export.parity import EngineParity, Golden, check_parity
 from staindiffuser.export.publishing import locked, staging_folder
 from staindiffuser.files import file_sha256
+from staindiffuser.triton_models import FOLDER, NOISE_FILES
 
 __all__ = ["BuildReport", "RepositoryBuild", "build", "build_repository", "prepare_build"]
 
-TRITON_MODELS = Path(__file__).resolve().parent.parent / "triton_models"
-NOISE_FILES = ("model.py", "philox.py", "philox_gpu.py", "philox.cu", "normal_quantiles.npy")
 Progress = Callable[[str], None]
 
 
@@ -142,8 +141,8 @@ def prepare_build(
     )
     engine_sources: tuple[Path, ...] = ()
     if flavour == "python":
-        engine_sources = (TRITON_MODELS / "engine" / "model.py", TRITON_MODELS / "engine" / f"{builder.runner}.py")
-    noise_sources = tuple(TRITON_MODELS / "noise" / name for name in NOISE_FILES)
+        engine_sources = (FOLDER / "engine" / "model.py", FOLDER / "engine" / f"{builder.runner}.py")
+    noise_sources = tuple(FOLDER / "noise" / name for name in NOISE_FILES)
     sources: dict[str, tuple[Path, ...]] = {
         triton_config.NOISE_MODEL: noise_sources,
         **dict.fromkeys(graphs.engines, engine_sources),

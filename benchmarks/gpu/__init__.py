@@ -1,0 +1,1 @@
+"""The steps of ``make verify-gpu``, one module each; see :mod:`staindiffuser.benchmarks.verify_gpu`."""

@@ -17,9 +17,9 @@ from staindiffuser.errors import DependencyError
 __all__ = ["run"]
 
 PACKAGES = (
-    "cupy-cuda13x", "cupy-cuda12x", "lightning", "numpy", "nvidia-pytriton", "onnx", "onnxruntime", "onnxscript",
-    "pydantic", "safetensors", "scikit-image", "scipy", "tensorrt", "tensorrt-rtx-cu13-bindings", "tifffile", "torch",
-    "tritonclient", "typer",
+    "cupy-cuda13x", "cupy-cuda12x", "lightning", "numpy", "nvidia-ml-py", "nvidia-pytriton", "onnx", "onnxruntime",
+    "onnxscript", "pydantic", "safetensors", "scikit-image", "scipy", "tensorrt", "tensorrt-rtx-cu13-bindings",
+    "tifffile", "torch", "tritonclient", "typer",
 )  # fmt: skip
 MODULES = (
     "staindiffuser.export.parity",

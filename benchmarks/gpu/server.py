@@ -14,9 +14,10 @@ __all__ = ["run"]
 
 def run(options: GpuOptions, result: StepResult) -> None:
     """Build a repository, serve it, stain the golden samples through gRPC."""
-    missing = [name for name in ("pytriton", "tritonclient") if importlib.util.find_spec(name) is None]
+    needed = {"pytriton": "nvidia-pytriton", "tritonclient": "'tritonclient[grpc]'", "pynvml": "nvidia-ml-py"}
+    missing = [package for name, package in needed.items() if importlib.util.find_spec(name) is None]
     if missing:
-        result.skipped = f"not installed: {', '.join(missing)} (pip install nvidia-pytriton 'tritonclient[grpc]')"
+        result.skipped = f"not installed: pip install {' '.join(missing)}"
         return
     result.attempt("serve", _serve, options, result)
 

@@ -6,7 +6,6 @@ No GPU has run it yet; the tests run it on a simulated one.
 from __future__ import annotations
 
 import functools
-import importlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from staindiffuser.benchmarks.gpu.options import Check, GpuOptions, StepResult, grey_levels
 from staindiffuser.benchmarks.gpu.stages import Bench, Timed, random_network, stage_inputs
 from staindiffuser.export.builders.base import BuildOptions
+from staindiffuser.export.builders.trt_network import installed, serialize
 from staindiffuser.export.modules import BranchEngine, EncoderEngine
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
 from staindiffuser.training.model.network import DualDiffusion
@@ -90,16 +90,8 @@ def _shipped(options: GpuOptions, target: str, *, stripped: bool) -> dict[str, A
 
 def tensorrt_modules() -> dict[str, Any]:
     """What is installed of TensorRT and TensorRT-RTX."""
-    found: dict[str, Any] = {}
-    for label, names in (("tensorrt", ("tensorrt",)), ("tensorrt-rtx", ("tensorrt_rtx", "tensorrt_rtx_bindings"))):
-        for name in names:
-            try:
-                module = importlib.import_module(name)
-            except (ImportError, OSError):
-                continue
-            if label not in found and hasattr(module, "Builder"):
-                found[label] = module
-    return found
+    found = {name.replace("_", "-"): installed(name) for name in ("tensorrt", "tensorrt_rtx")}
+    return {label: module for label, module in found.items() if module is not None}
 
 
 class TensorRTStage:
@@ -120,7 +112,6 @@ class TensorRTStage:
     def __init__(self, trt: Any, network: DualDiffusion, name: str, trunk: torch.dtype, *, options: GpuOptions) -> None:
         from torch.utils.flop_counter import FlopCounterMode
 
-        from staindiffuser.export.builders.trt_network import serialize
         from staindiffuser.export.graphs import write_engines
 
         self._network, self._name, self._tile = network, name, options.tile
@@ -133,7 +124,7 @@ class TensorRTStage:
                 network, Path(folder), sigmas=START_SIGMAS[steps], tile=options.tile, trunk=trunk, only=only
             )
             self._graph = graphs[only]
-            profiles = chosen.profiles if trt.__name__ == "tensorrt" else chosen.one_profile
+            profiles = chosen.one_profile if "rtx" in trt.__name__ else chosen.profiles
             plan = serialize(trt, Path(folder) / self._graph.file, profiles, chosen)
         self.plan_bytes = len(plan)
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))

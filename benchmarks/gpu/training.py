@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -73,6 +74,9 @@ def _train(arguments: list[str], options: GpuOptions, result: StepResult, run_fo
     result.data["exit_code"] = code
     result.data["finished"] = code == 0
     result.data["files"] = sorted(p.relative_to(run_folder).as_posix() for p in run_folder.rglob("*") if p.is_file())
+    speed = run_folder / "speed.json"
+    if speed.is_file():
+        result.data["speed"] = json.loads(speed.read_text(encoding="utf-8"))
     result.data["log"] = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()[-15:]
     if code not in (0, 130):
         raise RuntimeError(f"exit {code}: {' '.join(result.data['log'][-2:])}")

@@ -19,7 +19,7 @@ from staindiffuser.export.builders.base import BuildOptions, Device, Engine, Hos
 from staindiffuser.export.builders.checks import check_graph
 from staindiffuser.export.builders.devices import find_gpu
 from staindiffuser.export.builders.missing import missing
-from staindiffuser.export.builders.trt_network import serialize
+from staindiffuser.export.builders.trt_network import installed, serialize
 from staindiffuser.export.description import EngineGraph
 from staindiffuser.export.errors import ExportUsageError
 from staindiffuser.files import cache_folder, replacing
@@ -100,11 +100,8 @@ class TensorRTBuilder:
             "pip install 'staindiffuser[gpu-cuda13]', or gpu-cuda12 (it downloads from NVIDIA's own index), "
             "or use the container nvcr.io/nvidia/tritonserver"
         )
-        try:
-            module = importlib.import_module("tensorrt")
-        except (ImportError, OSError):
-            raise missing(self.target, f"TensorRT is not installed: {install}") from None
-        if not hasattr(module, "Builder"):  # stubs for type checkers leave an empty package behind
+        module = installed("tensorrt")
+        if module is None:
             raise missing(self.target, f"TensorRT is not installed: {install}")
         if tuple(int(part) for part in module.__version__.split(".")[:2]) < _OLDEST:
             raise missing(self.target, f"TensorRT {module.__version__} is too old: {install}")

@@ -21,7 +21,7 @@ from staindiffuser.export.builders.base import BuildOptions, Device, Engine, Hos
 from staindiffuser.export.builders.checks import check_graph
 from staindiffuser.export.builders.devices import find_gpu
 from staindiffuser.export.builders.missing import missing
-from staindiffuser.export.builders.trt_network import serialize
+from staindiffuser.export.builders.trt_network import installed, serialize
 from staindiffuser.export.description import EngineGraph
 from staindiffuser.export.errors import ExportUsageError
 
@@ -111,11 +111,7 @@ class TensorRTRtxBuilder:
         return HostEngine(engine_tensorrt.load(path))
 
     def _module(self) -> Any:
-        for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):  # the second comes without the wrapping package
-            try:
-                module = importlib.import_module(name)
-            except (ImportError, OSError):
-                continue
-            if hasattr(module, "Builder"):
-                return module
+        module = installed("tensorrt_rtx")
+        if module is not None:
+            return module
         raise missing(self.target, f"TensorRT-RTX is not installed: {_INSTALL}")

@@ -7,6 +7,7 @@ and the torch target computes float32 graphs without it too.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,25 @@ from typing import Any
 from staindiffuser.export.builders.base import BuildOptions, Profile
 from staindiffuser.export.errors import BuildError
 
-__all__ = ["serialize"]
+__all__ = ["installed", "serialize"]
 
 _VERBOSITY = {"none": "NONE", "names": "LAYER_NAMES_ONLY", "detailed": "DETAILED"}
+
+
+def installed(name: str) -> Any:
+    """``tensorrt`` or ``tensorrt_rtx``, or its bindings alone, which is all that a machine with the libraries needs.
+
+    Returns:
+        The module, or None if it is not installed (stubs for type checkers leave an empty package behind).
+    """
+    for candidate in (name, f"{name}_bindings"):
+        try:
+            module = importlib.import_module(candidate)
+        except (ImportError, OSError):
+            continue
+        if hasattr(module, "Builder"):
+            return module
+    return None
 
 
 def serialize(

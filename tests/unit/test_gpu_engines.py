@@ -59,6 +59,15 @@ def load(path: Path, device: int = 0) -> Any:
     return engine_tensorrt.load(path, device=device)
 
 
+def test_bindings_alone_are_enough(gpu: Any, graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container has TensorRT's libraries; the wheel of the bindings alone is then what is missing."""
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_bindings", gpu)
+    path = plan(graphs, tmp_path, "he_encoder")
+    result = load(path).run({"HE": np.zeros((1, 32, 32, 3), np.uint8)}, ["FEATURES_0"])
+    assert result["FEATURES_0"].shape[0] == 1
+
+
 def test_bindings_have_every_name_that_is_used() -> None:
     facts = json.loads(api.FACTS.read_text(encoding="utf-8"))
     assert sorted(facts) == LINES
@@ -161,27 +170,24 @@ def test_a_plan_of_another_version_is_refused(gpu: Any, graphs: Path, tmp_path: 
         load(path)
 
 
-def serve(monkeypatch: pytest.MonkeyPatch, repository: Path, inputs: dict[str, Any], device: int) -> dict[str, Any]:
+def serve(repository: Path, inputs: dict[str, Any], device: int, log: list[str]) -> dict[str, Any]:
     """The ensemble, model after model, each fed with what the one before left on the GPU."""
     tensors = dict(inputs)
     for name in ("he_encoder", "noise", "stain_cd3", "cells_cd3"):
-        model = simulated_triton.load_model(monkeypatch, repository / name, device=device)
-        config = (repository / name / "config.pbtxt").read_text(encoding="utf-8")
-        message = triton_config.parse(config)
+        message = triton_config.parse((repository / name / "config.pbtxt").read_text(encoding="utf-8"))
         wanted = {tensor.name: tensors[tensor.name] for tensor in message.input if tensor.name != "AFTER"}
-        outputs = [tensor.name for tensor in message.output]
-        (response,) = model.execute([simulated_triton.Request(wanted, outputs)])
-        response.arrays()  # an error is raised
-        tensors.update({tensor.name(): tensor._values for tensor in response.output_tensors})
-        tensors.update({f"{tensor.name()} seen": tensor.then for tensor in response.output_tensors})
+        with simulated_triton.loaded(repository / name, device=device, log=log) as model:
+            (response,) = model.execute([simulated_triton.Request(wanted, [tensor.name for tensor in message.output])])
+        tensors.update(response.tensors())
+        tensors.update({f"{name} seen": array for name, array in simulated_triton.seen(response).items()})
     return tensors
 
 
-def test_tritons_models_on_a_gpu(gpu: Any, graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tritons_models_on_a_gpu(gpu: Any, graphs: Path, tmp_path: Path) -> None:
     repository = build(graphs, tmp_path / "repository", target="tensorrt", options=BuildOptions(max_batch=4)).repository
-    log = simulated_triton.install(monkeypatch)
     golden = Golden.load(graphs / "golden.npz")
-    found = serve(monkeypatch, repository, dict(golden.inputs), device=1)
+    log: list[str] = []
+    found = serve(repository, dict(golden.inputs), 1, log)
     for name in ("STAIN_CD3", "CELLS_CD3"):
         levels = np.abs(found[f"{name} seen"].astype(int) - golden.outputs[name])
         assert levels.max() <= 1, name
@@ -189,46 +195,44 @@ def test_tritons_models_on_a_gpu(gpu: Any, graphs: Path, tmp_path: Path, monkeyp
     assert log == []
 
 
-def test_requests_are_merged_and_answered_apart(
-    gpu: Any, graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_are_merged_and_answered_apart(gpu: Any, graphs: Path, tmp_path: Path) -> None:
     repository = build(graphs, tmp_path / "repository", target="tensorrt", options=BuildOptions(max_batch=4)).repository
-    log = simulated_triton.install(monkeypatch)
-    model = simulated_triton.load_model(monkeypatch, repository / "he_encoder", device=0)
     he = Golden.load(graphs / "golden.npz").inputs["HE"]
     outputs = [f"FEATURES_{level}" for level in range(4)]
-    requests = [
-        simulated_triton.Request({"HE": he[:2]}, outputs),
-        simulated_triton.Request({"HE": he[2:]}, ["FEATURES_0"]),
-    ]
-    two, one = (response.arrays() for response in model.execute(requests))
-    assert {name: len(array) for name, array in two.items()} == dict.fromkeys(outputs, 2)
     expected = builders.get("onnxruntime").load(graphs / "he_encoder.onnx", threads=1).run({"HE": he}, outputs)
-    np.testing.assert_array_equal(two["FEATURES_3"], expected["FEATURES_3"][:2])
-    np.testing.assert_array_equal(one["FEATURES_0"], expected["FEATURES_0"][2:])
-    bad = simulated_triton.Request({"HE": he[:1, :16]}, outputs)
-    good, refused = model.execute([requests[1], bad])
-    np.testing.assert_array_equal(good.arrays()["FEATURES_0"], expected["FEATURES_0"][2:])
-    with pytest.raises(simulated_triton.TritonError, match="outside the plan's profile"):
-        refused.arrays()
+    first, second, bad = (
+        simulated_triton.Request({"HE": tiles}, names)
+        for tiles, names in ((he[:2], outputs), (he[2:], ["FEATURES_0"]), (he[:1, :16], outputs))
+    )
+    log: list[str] = []
+    with simulated_triton.loaded(repository / "he_encoder", device=0, log=log) as model:
+        two, one = (simulated_triton.seen(response) for response in model.execute([first, second]))
+        assert {name: len(array) for name, array in two.items()} == dict.fromkeys(outputs, 2)
+        np.testing.assert_array_equal(two["FEATURES_3"], expected["FEATURES_3"][:2])
+        np.testing.assert_array_equal(one["FEATURES_0"], expected["FEATURES_0"][2:])
+        good, refused = model.execute([second, bad])
+        np.testing.assert_array_equal(simulated_triton.seen(good)["FEATURES_0"], expected["FEATURES_0"][2:])
+        with pytest.raises(simulated_triton.TritonError, match="outside the plan's profile"):
+            refused.tensors()
+        model.finalize()
     assert len(log) == 1
-    model.finalize()
 
 
 def test_noise_without_cupy_is_made_on_the_host(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NVIDIA's Triton container has no CuPy: the noise model must load there all the same."""
     repository = build(graphs, tmp_path / "repository", options=BuildOptions(max_batch=4)).repository
-    log = simulated_triton.install(monkeypatch)
     monkeypatch.setitem(sys.modules, "cupy", None)
-    model = simulated_triton.load_model(monkeypatch, repository / "noise", device=0)
+    inputs = {"ORIGIN": np.array([[-16, 32]]), "SEED": np.array([[7]])}
+    log: list[str] = []
+    with simulated_triton.loaded(repository / "noise", device=0, log=log) as model:
+        (response,) = model.execute([simulated_triton.Request(inputs, ["NOISE", "NOISE_CELLS"])])
+        (off_grid,) = model.execute([simulated_triton.Request({**inputs, "ORIGIN": np.array([[8, 0]])}, ["NOISE"])])
     assert len(log) == 1
     assert "pip install cupy-cuda13x" in log[0]
-    inputs = {"ORIGIN": np.array([[-16, 32]]), "SEED": np.array([[7]])}
-    (found,) = model.execute([simulated_triton.Request(inputs, ["NOISE", "NOISE_CELLS"])])
     from staindiffuser.triton_models.noise import philox
 
     expected = philox.tile_noise(inputs["SEED"], inputs["ORIGIN"], steps=2, height=32, width=32)
-    np.testing.assert_array_equal(found.arrays()["NOISE"], expected[0])
-    np.testing.assert_array_equal(found.arrays()["NOISE_CELLS"], expected[1])
-    (off_grid,) = model.execute([simulated_triton.Request({**inputs, "ORIGIN": np.array([[8, 0]])}, ["NOISE"])])
+    found = simulated_triton.seen(response)
+    np.testing.assert_array_equal(found["NOISE"], expected[0])
+    np.testing.assert_array_equal(found["NOISE_CELLS"], expected[1])
     assert off_grid.error.code == simulated_triton.TritonError.INVALID_ARG

@@ -47,7 +47,15 @@ def test_the_whole_of_it_is_rehearsed(tiny_graphs: Path, tmp_path: Path) -> None
 
 
 def test_checks_that_need_no_server(tiny_graphs: Path, tmp_path: Path) -> None:
-    arguments = ["--graphs", str(tiny_graphs), "--no-compile", "--only", "environment,noise,engines,stages", "--limit", "4800"]
+    arguments = [
+        "--graphs",
+        str(tiny_graphs),
+        "--no-compile",
+        "--only",
+        "environment,noise,engines,stages",
+        "--limit",
+        "4800",
+    ]
     code, steps = verify(tmp_path, *arguments)
     assert code == 0, steps
     assert set(steps["environment"]["imports"].values()) == {"ok"}

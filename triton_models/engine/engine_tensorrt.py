@@ -20,13 +20,16 @@ __all__ = ["TensorRTEngine", "load"]
 
 
 def runtime_module(path: Path) -> Any:
-    """``tensorrt`` for ``.plan`` files, TensorRT-RTX for ``.rtx`` files."""
-    if path.suffix != ".rtx":
-        return importlib.import_module("tensorrt")
+    """``tensorrt`` for ``.plan`` files, TensorRT-RTX for ``.rtx`` files; each may come as bindings alone.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    name = "tensorrt_rtx" if path.suffix == ".rtx" else "tensorrt"
     try:
-        return importlib.import_module("tensorrt_rtx")
+        return importlib.import_module(name)
     except ModuleNotFoundError:
-        return importlib.import_module("tensorrt_rtx_bindings")
+        return importlib.import_module(f"{name}_bindings")
 
 
 class TensorRTEngine:

@@ -13,7 +13,7 @@ __all__ = ["default_margin", "effective_radius", "theoretical_radius"]
 
 ORIGIN_MULTIPLE = 2**LEVELS
 LARGEST_OVERHEAD = 1.8
-"""(tile / (tile − 2 margin))² at most: how much work a margin may cost (DESIGN, "The model")."""
+"""(tile / (tile − 2 margin))² at most: how much work a margin may cost (docs/explanation/model.md)."""
 
 QUANTILE = 0.99
 """Share of a column's values that context must leave alone (ours)."""

@@ -1,4 +1,4 @@
-"""The properties that DESIGN promises of the network."""
+"""The properties that docs/explanation/model.md promises of the network."""
 
 import dataclasses
 

@@ -42,7 +42,7 @@ def heun(
 
 
 def few_step(denoise: Denoise, noises: Tensor | Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
-    """Multistep consistency sampling (Song et al. 2023, Algorithm 1; DESIGN, "The mathematics"):
+    """Multistep consistency sampling (Song et al. 2023, Algorithm 1; docs/explanation/mathematics.md):
     ``x_1 = σ_1 z_1;  x_{i+1} = D(x_i, σ_i) + σ_{i+1} z_{i+1}``, and D(x_k, σ_k) is the result.
 
     Args:

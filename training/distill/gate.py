@@ -1,4 +1,4 @@
-"""Which number of steps ships (DESIGN, "Gate"): a table of scores, and the judgement on it.
+"""Which number of steps ships (docs/explanation/mathematics.md, "Gate"): a table of scores, and the judgement on it.
 
 The smallest k whose DAB-Dice is within 0.01 of the best of k = 1, 2, 4 and the 18-step teacher, and whose radial power
 is within 20 % of the real IHC's. With several stains, a k passes only if every stain does. If no k passes, the one that

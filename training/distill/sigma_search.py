@@ -157,7 +157,7 @@ def _moved(sigmas: Sigmas, place: int, factor: float) -> Sigmas:
 def search_sigmas(
     network: DualDiffusion, tiles: FewTiles, *, steps: Sequence[int] = (1, 2, 4)
 ) -> dict[int, SigmaSearch]:
-    """Noise levels for k = 1 (nothing to search), 2 (a grid, then finer) and 4 (coordinates, from DESIGN's start)."""
+    """Noise levels for k = 1 (nothing to search), 2 (a grid, then finer) and 4 (coordinates, from ``START_SIGMAS``)."""
     first = network.config.sigma_max
 
     def objective(sigmas: Sigmas) -> float:

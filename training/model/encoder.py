@@ -14,7 +14,7 @@ __all__ = ["HEEncoder"]
 
 
 class HEEncoder(nn.Module):
-    """Pixel-unshuffle by 2, then four levels (1/2 … 1/16) of residual blocks (DESIGN, "The model").
+    """Pixel-unshuffle by 2, then four levels (1/2 … 1/16) of residual blocks (docs/explanation/model.md).
 
     It never sees the noise level or the noisy image: it runs once per tile for all stains, steps and cell maps.
 

@@ -23,6 +23,8 @@ __all__ = ["StainClient"]
 INT32_MAX = 2**31 - 1
 SERVER_ID = "server_id"
 """The ensemble's parameter that holds the random identity of a server's start."""
+PATIENCE = 30.0
+"""Seconds to wait for a lost server to return."""
 RETRY_SECONDS = 0.5
 """Pause between attempts to reach a lost server."""
 _LOST = ("UNAVAILABLE", "CANCELLED", "NOT_FOUND")
@@ -61,7 +63,7 @@ class StainClient:
         in_flight: int = 4,
         deadline: float = 300.0,
         connect_timeout: float = 10.0,
-        patience: float = 30.0,
+        patience: float = PATIENCE,
         use_proxy: bool = False,
     ) -> None:
         """Connect and read the model's contract.

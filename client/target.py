@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from staindiffuser.client.connection import StainClient
+from staindiffuser.client.connection import PATIENCE, StainClient
 
 __all__ = ["Target"]
 
@@ -58,9 +58,11 @@ class Target:
             say("serving the demonstration model, which is meant only for trying out the software")
         with (
             TritonServer(self.repository or demo_repository(say)) as server,
-            self._client(server.url, in_flight) as client,
+            self._client(server.url, in_flight, patience=0) as client,  # nobody restarts this server
         ):
             yield client
 
-    def _client(self, address: str, in_flight: int) -> StainClient:
-        return StainClient(address, in_flight=in_flight, deadline=self.timeout, use_proxy=self.use_proxy)
+    def _client(self, address: str, in_flight: int, patience: float = PATIENCE) -> StainClient:
+        return StainClient(
+            address, in_flight=in_flight, deadline=self.timeout, patience=patience, use_proxy=self.use_proxy
+        )

@@ -139,10 +139,15 @@ def prepare_build(
     configs = triton_config.model_configs(
         graphs, builder, {name: {capability: file} for name, file in files.items()}, options, flavour
     )
+    gate = FOLDER / "shared" / "gate.py"
     engine_sources: tuple[Path, ...] = ()
     if flavour == "python":
-        engine_sources = (FOLDER / "engine" / "model.py", FOLDER / "engine" / f"{builder.runner}.py")
-    noise_sources = tuple(FOLDER / "noise" / name for name in NOISE_FILES)
+        engine_sources = (
+            FOLDER / "engine" / "model.py",
+            FOLDER / "engine" / f"{builder.runner}.py",
+            gate,
+        )
+    noise_sources = (*(FOLDER / "noise" / name for name in NOISE_FILES), gate)
     sources: dict[str, tuple[Path, ...]] = {
         triton_config.NOISE_MODEL: noise_sources,
         **dict.fromkeys(graphs.engines, engine_sources),

@@ -44,6 +44,7 @@ __all__ = [
     "parse",
     "to_text",
     "version_folder",
+    "wire_outputs",
 ]
 
 ENSEMBLE = "staindiffuser"
@@ -128,13 +129,13 @@ def noise_outputs(tile: int, steps: int) -> tuple[TensorSpec, ...]:
     )
 
 
-def wire_outputs(graphs: GraphSet) -> tuple[TensorSpec, ...]:
+def wire_outputs(contract: Contract) -> tuple[TensorSpec, ...]:
     """The ensemble's outputs."""
     specs = []
-    for stain in graphs.stains:
+    for stain in contract.stains:
         name = stain.name.upper()
-        specs.append(TensorSpec(name=f"STAIN_{name}", dtype="uint8", shape=(graphs.tile, graphs.tile, 3)))
-        specs.append(TensorSpec(name=f"CELLS_{name}", dtype="uint8", shape=(graphs.tile, graphs.tile, 1)))
+        specs.append(TensorSpec(name=f"STAIN_{name}", dtype="uint8", shape=(contract.tile, contract.tile, 3)))
+        specs.append(TensorSpec(name=f"CELLS_{name}", dtype="uint8", shape=(contract.tile, contract.tile, 1)))
     return tuple(specs)
 
 
@@ -212,6 +213,8 @@ def model_configs(
             continue
         file = next(iter(engine_files[name].values()))
         parameters = {"engine": file, "runner": builder.runner, "threads": str(options.threads)}
+        if name == ENCODER:
+            parameters["gate"] = "true"
         messages.append(_python_model(name, engine.inputs, engine.outputs, options, gpu, parameters))
     messages.append(_ensemble(graphs, options))
     return {message.name: to_text(message) for message in messages}

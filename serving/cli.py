@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from staindiffuser.serving.server import TritonServer
 
 __all__ = ["serve"]
 
@@ -22,27 +26,43 @@ def serve(
         Path | None, typer.Option(help="Refuse engines that do not come from this checkpoint.")
     ] = None,
     log: Annotated[Path | None, typer.Option(help="Append Triton's log to this file.")] = None,
+    restarts: Annotated[int, typer.Option(min=0, help="Restarts in a row after crashes before giving up.")] = 5,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that SIGTERM leaves for the requests in progress.")
+    ] = 30.0,
+    audit: Annotated[
+        Path | None, typer.Option(help="Append starts, loads, refusals, crashes, restarts and stops to this file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ready line as one JSON object.")] = False,
 ) -> None:
     """Serve a model repository on this machine, gRPC on loopback only, until SIGTERM (exit 0) or Ctrl-C (130).
 
+    SIGTERM drains: requests in progress finish, new ones are refused as unavailable. A crash is followed by a restart.
+
     Example: staindiffuser serve models --grpc-port 8001
     """
-    import json
     import signal
     from types import FrameType
 
-    from staindiffuser.errors import EXIT_INTERRUPTED
+    from staindiffuser.errors import EXIT_INTERRUPTED, StainDiffuserError
+    from staindiffuser.serving import systemd
+    from staindiffuser.serving.audit import AuditLog
     from staindiffuser.serving.demo import demo_repository
     from staindiffuser.serving.server import TritonServer
+    from staindiffuser.serving.watch import keep_running
+
+    def say(message: str) -> None:
+        typer.echo(message, err=True)
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise _Stop(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    log_book = AuditLog(audit)
     try:
-        chosen = repository or demo_repository(lambda message: typer.echo(message, err=True))
+        chosen = repository or demo_repository(say)
+        log_book.record("start", repository=str(chosen.absolute()), grpc_port=grpc_port)
         server = TritonServer(
             chosen,
             grpc_port=grpc_port or None,
@@ -52,37 +72,52 @@ def serve(
             checkpoint=checkpoint,
         )
         with server:
-            manifest = server.manifest
-            if as_json:
-                ready = {
-                    "ready": True,
-                    "grpc": server.url,
-                    "metrics": server.metrics_url,
-                    "pid": server.pid,
-                    "model_name": manifest.model_name,
-                    "model_version": manifest.model_version,
-                    "notice": manifest.notice,
-                    "stains": [stain.name for stain in manifest.stains],
-                    "tile": manifest.tile,
-                    "steps": manifest.steps,
-                    "max_batch": manifest.max_batch,
-                    "target": manifest.target,
-                }
-                typer.echo(json.dumps(ready, ensure_ascii=False))
-            else:
-                stains = ", ".join(stain.label for stain in manifest.stains)
-                typer.echo(
-                    f"ready: {server.url} serves {stains} of model {manifest.model_name} "
-                    f"({manifest.model_version[:12]}), tiles of {manifest.tile} px, batches up to {manifest.max_batch}"
-                )
-                typer.echo(f"metrics: {server.metrics_url}")
-                typer.echo(manifest.notice)
-            while True:
-                server.wait(3600)
+            try:
+                ready = _ready(server)
+                log_book.record("ready", **ready, server_id=server.identity)
+                typer.echo(json.dumps(ready, ensure_ascii=False) if as_json else _ready_text(server))
+                systemd.notify("READY=1")
+                keep_running(server, restarts=restarts, audit=log_book, say=say)
+            except _Stop as signalled:
+                systemd.notify("STOPPING=1")
+                if signalled.number == signal.SIGTERM:
+                    log_book.record("drained", complete=server.drain(drain_timeout))
+                raise
+    except StainDiffuserError as error:
+        log_book.record("failed", reason=str(error), exit_code=error.exit_code)
+        raise
     except _Stop as signalled:
-        typer.echo("stopped", err=True)
+        log_book.record("stop", signal=signal.Signals(signalled.number).name)
+        say("stopped")
         if signalled.number == signal.SIGINT:
             raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _ready(server: TritonServer) -> dict[str, Any]:
+    manifest = server.manifest
+    return {
+        "ready": True,
+        "grpc": server.url,
+        "metrics": server.metrics_url,
+        "pid": server.pid,
+        "model_name": manifest.model_name,
+        "model_version": manifest.model_version,
+        "notice": manifest.notice,
+        "stains": [stain.name for stain in manifest.stains],
+        "tile": manifest.tile,
+        "steps": manifest.steps,
+        "max_batch": manifest.max_batch,
+        "target": manifest.target,
+    }
+
+
+def _ready_text(server: TritonServer) -> str:
+    manifest = server.manifest
+    stains = ", ".join(stain.label for stain in manifest.stains)
+    return (
+        f"ready: {server.url} serves {stains} of model {manifest.model_name} ({manifest.model_version[:12]}), tiles of "
+        f"{manifest.tile} px, batches up to {manifest.max_batch}\nmetrics: {server.metrics_url}\n{manifest.notice}"
+    )
 
 
 class _Stop(BaseException):

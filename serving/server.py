@@ -11,30 +11,33 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+
+import psutil
 
 from staindiffuser.errors import ServerLostError
 from staindiffuser.export.manifest import Manifest, verify
-from staindiffuser.export.triton_config import ENSEMBLE
 from staindiffuser.serving import supervisor
-from staindiffuser.serving.errors import ServerMissingError, ServerStartError
-from staindiffuser.serving.model_links import SERVER_ID, link_models
+from staindiffuser.serving.arguments import LOOPBACK, triton_arguments
+from staindiffuser.serving.drain import drain, open_gate
+from staindiffuser.serving.errors import ServerMissingError
+from staindiffuser.serving.model_links import link_models
 from staindiffuser.serving.ports import PortClaim
 from staindiffuser.serving.preflight import require_shared_memory
+from staindiffuser.serving.readiness import wait_until_ready
 from staindiffuser.serving.runtime import TritonRuntime, find_runtime
 from staindiffuser.serving.triton_log import likely_reason, start_error
+from staindiffuser.triton_models.shared import gate
 
-__all__ = ["TritonServer", "require_identity"]
+__all__ = ["TritonServer"]
 
-LOOPBACK = "127.0.0.1"
-START_TIMEOUT = 180.0
-RESTRICTED = ("model-repository", "shared-memory", "trace", "logging")
+POLL_SECONDS = 0.2
 
 
 class TritonServer:
@@ -76,6 +79,7 @@ class TritonServer:
         self._claims: list[PortClaim] = []
         self._grpc_port = self._metrics_port = self._pid = self._log_start = 0
         self._identity = ""
+        self._processes: list[psutil.Process] = []
         self._prefix = f"staindiffuser_{os.getpid()}_{secrets.token_hex(4)}_"
 
     @property
@@ -121,8 +125,7 @@ class TritonServer:
         """
         try:
             self._claim_ports()
-            self._start(self._check())
-            self._wait_until_ready()
+            self._launch()
         except BaseException:
             self.stop()
             raise
@@ -132,6 +135,12 @@ class TritonServer:
         for port, option in zip(self._ports, ("--grpc-port", "--metrics-port"), strict=True):
             self._claims.append(PortClaim(port, option=option))
         self._grpc_port, self._metrics_port = (claim.port for claim in self._claims)
+
+    def _launch(self) -> None:
+        self._start(self._check())
+        wait_until_ready(self.url, self.manifest, identity=self._identity, require_alive=self._require_started)
+        triton = psutil.Process(self._pid)
+        self._processes = [triton, *triton.children(recursive=True)]
 
     def _check(self) -> TritonRuntime:
         """Verify the repository and this machine."""
@@ -151,7 +160,60 @@ class TritonServer:
         self.stop()
 
     def stop(self) -> None:
-        """Stop the server and everything it started; does nothing if it is not running."""
+        """Stop the server and everything it started, and release its ports; does nothing if it is not running."""
+        self._end()
+        while self._claims:
+            self._claims.pop().close()
+
+    def restart(self) -> None:
+        """Replace the server by a new process on the same ports.
+
+        Raises:
+            VerificationError, ServerMissingError, ServerStartError: as when it was started first.
+        """
+        if self.alive:  # it is broken, and may not react to a gentler signal
+            os.kill(self._pid, signal.SIGKILL)
+        self._end()
+        try:
+            self._launch()
+        except BaseException:
+            self._end()
+            raise
+
+    def drain(self, timeout: float) -> bool:
+        """Refuse new requests and wait until those in progress are finished.
+
+        Args:
+            timeout: seconds.
+
+        Returns:
+            False if requests were still in progress when the time was up.
+        """
+        if self._folder is None or not self.alive:
+            return True
+        return drain(self._folder / "gate", self.metrics_url, timeout)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for at most ``seconds`` while the server is running.
+
+        Raises:
+            ServerLostError: it has ended, or one of its backend processes has: Triton then still says that it is ready,
+                but fails every request.
+        """
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            if self._supervisor is None:
+                raise ServerLostError("the server was not started")
+            ended = [process for process in self._processes if not _runs(process)]
+            if self._supervisor.poll() is not None or self._processes[0] in ended:
+                raise ServerLostError(self._ending(self._supervisor.wait()))
+            if ended:
+                raise ServerLostError(f"an engine's process (id {ended[0].pid}) has ended: out of memory?")
+            time.sleep(min(POLL_SECONDS, left))
+
+    def _end(self) -> None:
+        """End the process and remove its files."""
+        self._processes = []
         if self._supervisor is not None:
             assert self._supervisor.stdin is not None
             with contextlib.suppress(OSError):
@@ -164,33 +226,26 @@ class TritonServer:
             assert self._supervisor.stdout is not None
             self._supervisor.stdout.close()
             self._supervisor = None
-        while self._claims:
-            self._claims.pop().close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
-
-    def wait(self, seconds: float) -> None:
-        """Wait for at most ``seconds`` while the server is running.
-
-        Raises:
-            ServerLostError: it ended by itself.
-        """
-        if self._supervisor is None:
-            raise ServerLostError("the server was not started")
-        try:
-            status = self._supervisor.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return
-        raise ServerLostError(f"Triton ended by itself (status {status}): {self._reason()}")
 
     def _start(self, runtime: TritonRuntime) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="staindiffuser-server-"))
         backends = runtime.prepare_backends(self._folder / "backends")
         self._identity = secrets.token_hex(16)
         models = link_models(self.repository, self.manifest, self._folder / "models", identity=self._identity)
-        command = [str(runtime.server), *self._arguments(models, backends)]
+        arguments = triton_arguments(
+            self.manifest,
+            models,
+            backends,
+            grpc_port=self._grpc_port,
+            metrics_port=self._metrics_port,
+            shm_prefix=self._prefix,
+        )
+        command = [str(runtime.server), *arguments]
         environment = runtime.environment(os.environ)
+        environment[gate.ENVIRONMENT] = str(open_gate(self._folder / "gate"))
         if self._threads is not None:
             environment["STAINDIFFUSER_THREADS"] = str(self._threads)
         with self._log_path().open("ab") as log:
@@ -211,64 +266,19 @@ class TritonServer:
         assert self._folder is not None
         return self._log if self._log is not None else self._folder / "triton.log"
 
-    def _arguments(self, models: Path, backends: Path) -> list[str]:
-        arguments = {
-            "model-repository": str(models),
-            "backend-directory": str(backends),
-            "model-control-mode": "none",
-            "disable-auto-complete-config": "",  # an incomplete configuration is refused
-            "strict-readiness": "true",
-            "exit-on-error": "true",
-            "exit-timeout-secs": "5",
-            "allow-http": "false",
-            "grpc-address": LOOPBACK,
-            "grpc-port": str(self._grpc_port),
-            "reuse-grpc-port": "false",
-            "metrics-address": LOOPBACK,
-            "metrics-port": str(self._metrics_port),
-            "allow-metrics": "true",
-            "log-format": "ISO8601",
-            # The key is thrown away: these protocols are closed, not protected by a secret.
-            "grpc-restricted-protocol": f"{','.join(RESTRICTED)}:closed={secrets.token_hex(32)}",
-            "backend-config": f"python,shm-region-prefix-name={self._prefix}",
-        }
-        if self.manifest.engines["he_encoder"].device.kind == "cpu":
-            arguments["pinned-memory-pool-byte-size"] = "0"
-            arguments["allow-gpu-metrics"] = "false"
-        else:
-            # Holds the features between models; Triton silently falls back to host memory when it is full.
-            arguments["cuda-memory-pool-byte-size"] = f"0:{self.manifest.cuda_pool_bytes}"
-        return [f"--{name}={value}" if value else f"--{name}" for name, value in arguments.items()]
+    def _require_started(self) -> None:
+        if not self.alive:
+            raise start_error(likely_reason(self._log_path(), self._log_start))
 
-    def _wait_until_ready(self) -> None:
-        import tritonclient.grpc as triton
-
-        deadline = time.monotonic() + START_TIMEOUT
-        # By default gRPC obeys http_proxy even for loopback, and hospitals set it.
-        with triton.InferenceServerClient(self.url, channel_args=[("grpc.enable_http_proxy", 0)]) as client:
-            while time.monotonic() < deadline:
-                if not self.alive:
-                    raise start_error(self._reason())
-                with contextlib.suppress(triton.InferenceServerException):
-                    if client.is_server_ready(client_timeout=5):
-                        config = client.get_model_config(ENSEMBLE, client_timeout=5).config
-                        require_identity(config, self._identity, self.url)
-                        return
-                time.sleep(0.05)
-        raise ServerStartError(f"Triton was not ready after {START_TIMEOUT:.0f} s: {self._reason()}")
-
-    def _reason(self) -> str:
-        return likely_reason(self._log_path(), self._log_start)
+    def _ending(self, status: int) -> str:
+        """How Triton ended."""
+        if status > supervisor.SIGNALLED:
+            name = signal.Signals(status - supervisor.SIGNALLED).name
+            return f"Triton was ended by {name}" + (": out of memory?" if name == "SIGKILL" else "")
+        return f"Triton ended by itself (status {status}): {likely_reason(self._log_path(), self._log_start)}"
 
 
-def require_identity(config: Any, identity: str, url: str) -> None:
-    """Check that the ensemble's configuration comes from the server that was started.
-
-    Raises:
-        ServerStartError: another server answers at ``url``.
-    """
-    if config.parameters[SERVER_ID].string_value != identity:
-        raise ServerStartError(
-            f"another server answers at {url}, although the port was free: find out which process listens there, and "
-            "stop it"
-        )
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False

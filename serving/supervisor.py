@@ -27,6 +27,8 @@ from types import FrameType
 from typing import NoReturn
 
 GRACE_SECONDS = 10.0
+SIGNALLED = 128
+"""Exit status of a server that a signal has ended, minus the signal's number."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -61,7 +63,7 @@ def main(arguments: list[str]) -> int:
                 path.unlink()
         if ordered:
             shutil.rmtree(folder, ignore_errors=True)
-    return server.returncode
+    return SIGNALLED - server.returncode if server.returncode < 0 else server.returncode
 
 
 class _StopSignal(Exception):  # noqa: N818 - not an error

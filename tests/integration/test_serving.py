@@ -23,9 +23,11 @@ from staindiffuser.export.errors import ManifestError
 from staindiffuser.export.manifest import Manifest
 from staindiffuser.export.repository import build_repository
 from staindiffuser.serving import server as server_module
+from staindiffuser.serving.arguments import RESTRICTED
 from staindiffuser.serving.errors import PortInUseError, ServerMissingError, ServerStartError
+from staindiffuser.serving.readiness import require_identity
 from staindiffuser.serving.runtime import find_runtime
-from staindiffuser.serving.server import RESTRICTED, TritonServer, require_identity
+from staindiffuser.serving.server import TritonServer
 from tests.synthetic_graphs import write_graphs
 
 
@@ -139,7 +141,7 @@ def test_killed_server_is_reported_and_cleaned_up(repository: Path) -> None:
     with TritonServer(repository) as server:
         pid, prefix = server.pid, server._prefix
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(ServerLostError, match="ended by itself"):
+        with pytest.raises(ServerLostError, match="Triton was ended by SIGKILL"):
             server.wait(20)
         assert not server.alive
     assert eventually(lambda: processes(pid) == [])

@@ -4,6 +4,7 @@
 
 - ``runner``: the file beside this one that loads the engine (``engine_onnxruntime``, ``engine_tensorrt``, …);
 - ``engine``: the engine's file name in this folder;
+- ``gate``: ``true`` for the ensemble's first model, which refuses requests while the server stops (``gate.py``);
 - ``threads``: a CPU engine's threads, 0 for all that the process may use (``STAINDIFFUSER_THREADS`` overrides it).
 
 Requests that arrive together are concatenated along the batch, run once and split again. If that run fails, each
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from gate import Gate
 
 _DLPACK = np.lib.NumpyVersion(np.__version__) >= "2.0.0"
 """Whether host tensors are exchanged by DLPack. A Python backend built before numpy 2, such as the wheel's, otherwise
@@ -53,6 +55,8 @@ class TritonPythonModel:
         self.inputs = [tensor["name"] for tensor in config["input"]]
         self.outputs = [tensor["name"] for tensor in config["output"]]
         self.gpu = args["model_instance_kind"] == "GPU"
+        self.gate = Gate()
+        self.guards_gate = parameters.get("gate") == "true"
         runner = importlib.import_module(parameters["runner"])
         self.engine: Engine = runner.load(
             Path(__file__).with_name(parameters["engine"]),
@@ -61,7 +65,20 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Run the requests as one batch; if that fails, one by one."""
+        """Run the requests as one batch; if that fails, one by one. A closed gate refuses them."""
+        if self.guards_gate and self.gate.closed:
+            stopping = pb_utils.TritonError(
+                "the server is stopping: send the request again", pb_utils.TritonError.UNAVAILABLE
+            )
+            return [pb_utils.InferenceResponse(error=stopping) for _ in requests]
+        with self.gate.busy():
+            return self._execute(requests)
+
+    def finalize(self) -> None:
+        """Free the engine."""
+        self.engine.close()
+
+    def _execute(self, requests: list[Any]) -> list[Any]:
         if len(requests) > 1:
             try:
                 return self._run(requests)
@@ -75,10 +92,6 @@ class TritonPythonModel:
                 message = f"{self.name}: {type(error).__name__}: {error}"
                 responses.append(pb_utils.InferenceResponse(error=pb_utils.TritonError(message)))
         return responses
-
-    def finalize(self) -> None:
-        """Free the engine."""
-        self.engine.close()
 
     def _run(self, requests: list[Any]) -> list[Any]:
         parts = [{name: self.engine.receive(_tensor(request, name)) for name in self.inputs} for request in requests]

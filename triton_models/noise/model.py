@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from gate import Gate
 from philox import tile_noise
 from philox_gpu import GpuNoise
 
@@ -32,6 +33,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         shapes = {output["name"]: [int(size) for size in output["dims"]] for output in config["output"]}
         self.steps, _, self.height, self.width = shapes["NOISE"]
+        self.gate = Gate()
         self.gpu: GpuNoise | None = None
         if args["model_instance_kind"] == "GPU":
             try:
@@ -44,7 +46,8 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request; a request that is refused does not touch the others."""
-        return [self._respond(request) for request in requests]
+        with self.gate.busy():
+            return [self._respond(request) for request in requests]
 
     def _respond(self, request: Any) -> Any:
         try:

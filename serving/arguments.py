@@ -1,0 +1,57 @@
+"""The command line of tritonserver."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+from staindiffuser.export.manifest import Manifest
+from staindiffuser.export.triton_config import ENCODER
+
+__all__ = ["LOOPBACK", "RESTRICTED", "triton_arguments"]
+
+LOOPBACK = "127.0.0.1"
+RESTRICTED = ("model-repository", "shared-memory", "trace", "logging")
+"""Protocols that nobody may use."""
+
+
+def triton_arguments(
+    manifest: Manifest, models: Path, backends: Path, *, grpc_port: int, metrics_port: int, shm_prefix: str
+) -> list[str]:
+    """Arguments for a server on loopback: no HTTP, no model control, no port reuse, closed administration protocols.
+
+    Args:
+        manifest: of the repository.
+        models: the model repository for Triton.
+        backends: the backend directory.
+        grpc_port: for clients.
+        metrics_port: for Prometheus.
+        shm_prefix: prefix of the names of shared-memory regions.
+    """
+    arguments = {
+        "model-repository": str(models),
+        "backend-directory": str(backends),
+        "model-control-mode": "none",
+        "disable-auto-complete-config": "",  # an incomplete configuration is refused
+        "strict-readiness": "true",
+        "exit-on-error": "true",
+        "exit-timeout-secs": "5",
+        "allow-http": "false",
+        "grpc-address": LOOPBACK,
+        "grpc-port": str(grpc_port),
+        "reuse-grpc-port": "false",
+        "metrics-address": LOOPBACK,
+        "metrics-port": str(metrics_port),
+        "allow-metrics": "true",
+        "log-format": "ISO8601",
+        # The key is thrown away: these protocols are closed, not protected by a secret.
+        "grpc-restricted-protocol": f"{','.join(RESTRICTED)}:closed={secrets.token_hex(32)}",
+        "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
+    }
+    if manifest.engines[ENCODER].device.kind == "cpu":
+        arguments["pinned-memory-pool-byte-size"] = "0"
+        arguments["allow-gpu-metrics"] = "false"
+    else:
+        # Holds the features between models; Triton silently falls back to host memory when it is full.
+        arguments["cuda-memory-pool-byte-size"] = f"0:{manifest.cuda_pool_bytes}"
+    return [f"--{name}={value}" if value else f"--{name}" for name, value in arguments.items()]

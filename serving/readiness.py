@@ -1,0 +1,84 @@
+"""Whether a server is ready: the process that was started has answered a probe tile through every engine."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from staindiffuser.export.manifest import Manifest
+from staindiffuser.export.triton_config import ENSEMBLE, wire_outputs
+from staindiffuser.serving.errors import ServerStartError
+from staindiffuser.serving.model_links import SERVER_ID
+
+__all__ = ["require_identity", "wait_until_ready"]
+
+START_TIMEOUT = 180.0
+
+
+def wait_until_ready(url: str, manifest: Manifest, *, identity: str, require_alive: Callable[[], None]) -> None:
+    """Wait until the server answers a probe tile.
+
+    Args:
+        url: ``HOST:PORT`` of gRPC.
+        manifest: what it serves.
+        identity: what it was given as :data:`~staindiffuser.serving.model_links.SERVER_ID`.
+        require_alive: raises the error to report once the server's process has ended.
+
+    Raises:
+        ServerStartError: it was not ready in time, failed on the probe tile, or another server answers at ``url``.
+    """
+    import tritonclient.grpc as triton
+
+    deadline = time.monotonic() + START_TIMEOUT
+    # By default gRPC obeys http_proxy even for loopback, and hospitals set it.
+    with triton.InferenceServerClient(url, channel_args=[("grpc.enable_http_proxy", 0)]) as client:
+        while time.monotonic() < deadline:
+            require_alive()
+            with contextlib.suppress(triton.InferenceServerException):
+                if client.is_server_ready(client_timeout=5):
+                    require_identity(client.get_model_config(ENSEMBLE, client_timeout=5).config, identity, url)
+                    break
+            time.sleep(0.05)
+        else:
+            raise ServerStartError(f"Triton was not ready after {START_TIMEOUT:.0f} s: see its log (--log)")
+        try:
+            _probe(client, manifest, max(10.0, deadline - time.monotonic()))
+        except triton.InferenceServerException as error:
+            require_alive()
+            raise ServerStartError(f"the server failed on a probe tile: {' '.join(str(error).split())}") from error
+
+
+def require_identity(config: Any, identity: str, url: str) -> None:
+    """Check that the ensemble's configuration comes from the server that was started.
+
+    Raises:
+        ServerStartError: another server answers at ``url``.
+    """
+    if config.parameters[SERVER_ID].string_value != identity:
+        raise ServerStartError(
+            f"another server answers at {url}, although the port was free: find out which process listens there, and "
+            "stop it"
+        )
+
+
+def _probe(client: Any, manifest: Manifest, timeout: float) -> None:
+    """One tile of glass through every engine; its outputs must have the shapes and types of the contract."""
+    import tritonclient.grpc as triton
+
+    glass = np.full((1, manifest.tile, manifest.tile, 3), 243, np.uint8)
+    inputs = [
+        triton.InferInput("HE", list(glass.shape), "UINT8").set_data_from_numpy(glass),
+        triton.InferInput("ORIGIN", [1, 2], "INT64").set_data_from_numpy(np.zeros((1, 2), np.int64)),
+        triton.InferInput("SEED", [1, 1], "INT64").set_data_from_numpy(np.zeros((1, 1), np.int64)),
+    ]
+    expected = wire_outputs(manifest)
+    outputs = [triton.InferRequestedOutput(spec.name) for spec in expected]
+    result = client.infer(ENSEMBLE, inputs, outputs=outputs, client_timeout=timeout)
+    for spec in expected:
+        array = result.as_numpy(spec.name)
+        if array is None or array.dtype.name != spec.dtype or array.shape != (1, *spec.shape):
+            raise ServerStartError(f"the server answered a probe tile without a valid {spec.name}")

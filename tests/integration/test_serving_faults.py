@@ -1,0 +1,233 @@
+"""``serve`` under faults: crashes are followed by restarts, requests in progress finish, the audit log has it all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import tritonclient.grpc as triton
+
+from staindiffuser.client import StainClient
+from staindiffuser.errors import ServerLostError
+from staindiffuser.export.repository import build_repository
+from tests.synthetic_graphs import write_graphs
+
+TILE = 64
+TILES = np.random.default_rng(0).integers(0, 255, (1, TILE, TILE, 3), dtype=np.uint8)
+ORIGINS = np.zeros((1, 2), np.int64)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    write_graphs(folder / "graphs", tile=TILE)
+    return build_repository(folder / "graphs", folder / "models", max_batch=1, threads=1)
+
+
+@pytest.fixture(scope="module")
+def slow_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A request takes about a second and a half on one idle core."""
+    folder = tmp_path_factory.mktemp("slow")
+    write_graphs(folder / "graphs", tile=TILE, channels=(96, 12, 16, 24), depth=60, samples=1)
+    return build_repository(folder / "graphs", folder / "models", max_batch=1, threads=1)
+
+
+class Serve:
+    """A running ``staindiffuser serve`` with an audit log."""
+
+    def __init__(self, process: subprocess.Popen[str], audit: Path) -> None:
+        self.process, self._audit = process, audit
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]
+        self.ready: dict[str, Any] = json.loads(line)
+
+    @property
+    def url(self) -> str:
+        return str(self.ready["grpc"])
+
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._audit.read_text(encoding="utf-8").splitlines()]
+
+    def names(self) -> list[str]:
+        return [event["event"] for event in self.events()]
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        self.process.send_signal(number)
+        _, stderr = self.process.communicate(timeout=60)
+        return self.process.returncode, stderr
+
+
+@contextlib.contextmanager
+def serving(repository: Path, folder: Path, *options: object, **environment: str) -> Iterator[Serve]:
+    command = [sys.executable, "-c", "from staindiffuser.cli import main; main()", "serve", repository]
+    command += ["--grpc-port", "0", "--metrics-port", "0", "--json", "--audit", folder / "audit.jsonl", *options]
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    try:
+        yield Serve(process, folder / "audit.jsonl")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def eventually(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return condition()
+
+
+def kill_server(server: Serve) -> None:
+    os.kill(server.ready["pid"], signal.SIGKILL)
+
+
+def kill_engine(server: Serve) -> None:
+    """What an out-of-memory killer does: Triton itself goes on, and says that it is ready."""
+    psutil.Process(server.ready["pid"]).children(recursive=True)[0].kill()
+
+
+@pytest.mark.parametrize("kill", [kill_server, kill_engine])
+def test_what_crashes_comes_back_and_requests_go_on(
+    repository: Path, tmp_path: Path, kill: Callable[[Serve], None]
+) -> None:
+    with serving(repository, tmp_path) as server, StainClient(server.url) as client:
+        before = client.stain_tiles(TILES, ORIGINS, 0)
+        kill(server)
+        assert eventually(lambda: "restarted" in server.names(), 60)
+        after = client.stain_tiles(TILES, ORIGINS, 0)
+        for name, tensor in before.items():
+            np.testing.assert_array_equal(after[name], tensor)
+        events = {event["event"]: event for event in server.events()}
+        assert events["restarted"]["server_id"] != events["ready"]["server_id"]
+        assert psutil.pid_exists(events["restarted"]["pid"])
+        assert not psutil.pid_exists(server.ready["pid"])
+        code, stderr = server.end()
+    assert code == 0
+    assert server.names() == ["start", "ready", "crashed", "restarted", "drained", "stop"]
+    assert "restart 1 of 5 in 0.5 s" in stderr
+    assert "ready again: " in stderr
+    assert "Traceback" not in stderr
+    assert events["crashed"]["reason"] in stderr
+
+
+def test_a_server_that_keeps_crashing_is_given_up(repository: Path, tmp_path: Path) -> None:
+    with serving(repository, tmp_path, "--restarts", 1) as server:
+        kill_server(server)
+        assert eventually(lambda: "restarted" in server.names(), 60)
+        os.kill(server.events()[-1]["pid"], signal.SIGKILL)
+        _, stderr = server.process.communicate(timeout=30)
+    assert server.process.returncode == 3
+    assert stderr.splitlines()[-1] == "error: Triton was ended by SIGKILL: out of memory?"
+    assert server.events()[-1]["event"] == "failed"
+    assert server.events()[-1]["exit_code"] == 3
+
+
+def test_a_repository_that_was_changed_is_not_restarted(tmp_path: Path) -> None:
+    write_graphs(tmp_path / "graphs", tile=32)
+    repository = build_repository(tmp_path / "graphs", tmp_path / "models", max_batch=1, threads=1)
+    with serving(repository, tmp_path) as server:
+        (repository / "noise" / "1" / "model.py").write_text("import os\n", encoding="utf-8")
+        kill_server(server)
+        _, stderr = server.process.communicate(timeout=60)
+    assert server.process.returncode == 5
+    assert "noise/1/model.py differs from manifest.json" in stderr.splitlines()[-1]
+    assert server.names()[-2:] == ["crashed", "failed"]
+
+
+def test_a_refusal_to_start_is_in_the_audit_log(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from staindiffuser.cli import main; main()", "serve", str(tmp_path / "nothing")]
+    result = subprocess.run(
+        [*command, "--audit", str(tmp_path / "audit.jsonl"), "--grpc-port", "0", "--metrics-port", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 5
+    start, failed = map(json.loads, (tmp_path / "audit.jsonl").read_text(encoding="utf-8").splitlines())
+    assert (start["event"], failed["event"], failed["exit_code"]) == ("start", "failed", 5)
+    assert "is not a model repository" in failed["reason"]
+    unwritable = subprocess.run([*command, "--audit", "/proc/audit"], capture_output=True, text=True, check=False)
+    assert unwritable.returncode == 2
+    assert "error: the audit log /proc/audit cannot be written" in unwritable.stderr
+
+
+def ask(url: str) -> np.ndarray:
+    """One request as any client may send it, without this client's patience."""
+    with StainClient(url, patience=0) as client:
+        return client.stain_tiles(TILES, ORIGINS, 0, cells=False)["STAIN_CD3"]
+
+
+def in_progress(server: Serve, pool: ThreadPoolExecutor) -> Future[np.ndarray]:
+    """A request that has passed the encoder and is in a slow branch."""
+    with triton.InferenceServerClient(server.url) as client:
+
+        def encoded() -> int:
+            return int(client.get_inference_statistics("he_encoder").model_stats[0].execution_count)
+
+        before = encoded()
+        answer = pool.submit(ask, server.url)
+        assert eventually(lambda: encoded() > before, 30)
+    return answer
+
+
+def test_sigterm_finishes_what_is_in_progress_and_refuses_what_is_new(slow_repository: Path, tmp_path: Path) -> None:
+    with serving(slow_repository, tmp_path, "--drain-timeout", 120) as server, ThreadPoolExecutor(2) as pool:
+        expected = ask(server.url)
+        answer = in_progress(server, pool)
+        server.process.send_signal(signal.SIGTERM)
+        assert eventually(lambda: "stopping" in refusal(server.url), 20)
+        assert not answer.done(), "the request was over before the server was asked to stop"
+        np.testing.assert_array_equal(answer.result(timeout=60), expected)
+        server.process.communicate(timeout=60)
+    assert server.process.returncode == 0
+    assert server.names() == ["start", "ready", "drained", "stop"]
+    assert server.events()[2]["complete"] is True
+
+
+def refusal(url: str) -> str:
+    try:
+        ask(url)
+    except ServerLostError as error:
+        return str(error)
+    return ""
+
+
+def test_the_deadline_ends_a_drain(slow_repository: Path, tmp_path: Path) -> None:
+    with serving(slow_repository, tmp_path, "--drain-timeout", 0.2) as server, ThreadPoolExecutor(2) as pool:
+        expected = ask(server.url)
+        answer = in_progress(server, pool)
+        assert server.end()[0] == 0
+        with contextlib.suppress(ServerLostError):  # Triton itself still waits for the last step of an ensemble
+            np.testing.assert_array_equal(answer.result(timeout=30), expected)
+    assert server.events()[2]["complete"] is False
+
+
+def test_systemd_is_told(repository: Path, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(60)
+        with serving(repository, tmp_path, NOTIFY_SOCKET=str(tmp_path / "notify")) as server:
+            assert systemd.recv(100) == b"READY=1"
+            assert server.end()[0] == 0
+            assert systemd.recv(100) == b"STOPPING=1"

@@ -1,0 +1,1 @@
+"""Modules that are copied beside the ``model.py`` of several Triton models."""

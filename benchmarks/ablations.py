@@ -27,15 +27,17 @@ import staindiffuser.training
 from staindiffuser.benchmarks.ablation_tiles import fingerprint, open_tiles, subset
 from staindiffuser.errors import DependencyError, UsageError
 from staindiffuser.files import write_json
-from staindiffuser.training.baselines.pix2pix import Pix2PixModule
-from staindiffuser.training.baselines.unet import RegressionModule, parameter_count
+from staindiffuser.training.baselines.pix2pix import Pix2Pix
+from staindiffuser.training.baselines.unet import Regression, parameter_count
 from staindiffuser.training.config import PRESETS, ModelConfig, Preset, TrainConfig, WidthConfig
 from staindiffuser.training.data.dataset import CropDataset, load_tile, measure_stains
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
 from staindiffuser.training.evaluation.evaluate import evaluate_tiles
 from staindiffuser.training.evaluation.metrics import StainScore
-from staindiffuser.training.loop import RunOptions, fit
-from staindiffuser.training.module import TASKS, TeacherModule
+from staindiffuser.training.loop import fit
+from staindiffuser.training.options import RunOptions
+from staindiffuser.training.snapshots import find_snapshot
+from staindiffuser.training.teacher import TASKS, Teacher
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, Split
 
 __all__ = ["ARMS", "EVERY_SIZE", "SMALL", "AblationStudy", "ArmName", "Run", "bench_ablations", "chosen_preset"]
@@ -65,7 +67,15 @@ LEARNING_RATES: dict[str, float] = {"regression": 1e-3, "pix2pix": 1e-3}
 The best of 3e-4 (pix2pix alone), 1e-3, 3e-3 and 1e-2 (regression alone) by DAB-Dice on validation tiles, one run of
 ``small`` each with 256 tiles. For dual diffusion 4e-3 was worse than 1e-2 and 2e-2 hardly better.
 """
-_CODE = ("data/dataset.py", "data/mixing.py", "data/optical_density.py", "measures.py", "metrics.py", "module.py")
+_CODE = (
+    "data/dataset.py",
+    "evaluation/metrics.py",
+    "evaluation/tile_metrics.py",
+    "learner.py",
+    "loop.py",
+    "teacher.py",
+    "tiles/mixed_tiles.py",
+)
 _DIFFUSION, _BASELINES = ("diffusion", "infer.py", "model"), ("baselines", "model")
 """The parts of the training package that decide a run's numbers: of all arms, and of these or those."""
 
@@ -259,21 +269,18 @@ class Clock:
         return Clock(seconds=self.seconds - other.seconds, cpu_seconds=self.cpu_seconds - other.cpu_seconds)
 
 
-def _fit(module: RegressionModule | TeacherModule, tiles: PairedTiles, config: TrainConfig, folder: Path) -> Clock:
+def _fit(module: Regression | Teacher, tiles: PairedTiles, config: TrainConfig, folder: Path) -> Clock:
     """Train to the end, from where an earlier sitting was stopped; what all sittings took."""
     file = folder / "clock.json"
-    before = Clock(**json.loads(file.read_text())) if file.is_file() else Clock()
+    before = Clock(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else Clock()
     start = Clock.now()
     try:
-        fit(module, CropDataset(tiles, crop=config.crop, seed=config.seed), config, _quietly(folder))
+        crops = CropDataset(tiles, crop=config.crop, seed=config.seed)
+        fit(module, crops, config, RunOptions(output=folder), first=find_snapshot(folder, True))
     finally:
         clock = before + Clock.now() - start
         write_json(file, dataclasses.asdict(clock))
     return clock
-
-
-def _quietly(folder: Path) -> RunOptions:
-    return RunOptions(output=folder, progress=False)
 
 
 class _Unchanged(nn.Module):
@@ -283,12 +290,12 @@ class _Unchanged(nn.Module):
         return features
 
 
-def _module(arm: ArmName, model: ModelConfig, config: TrainConfig) -> RegressionModule | TeacherModule:
+def _module(arm: ArmName, model: ModelConfig, config: TrainConfig) -> Regression | Teacher:
     if arm == "regression":
-        return RegressionModule(model, config)
+        return Regression(model, config)
     if arm == "pix2pix":
-        return Pix2PixModule(model, config)
-    module = TeacherModule(model, config, tasks=("images",) if arm == "single" else TASKS)
+        return Pix2Pix(model, config)
+    module = Teacher(model, config, tasks=("images",) if arm == "single" else TASKS)
     if arm == "plain":
         for network in (module.net, module.ema):
             for branch in (*network.images.values(), *network.cells.values()):
@@ -296,17 +303,17 @@ def _module(arm: ArmName, model: ModelConfig, config: TrainConfig) -> Regression
     return module
 
 
-def _trained_parameters(module: RegressionModule | TeacherModule) -> int:
+def _trained_parameters(module: Regression | Teacher) -> int:
     """Of the network that stains (and maps cells): no discriminator, no branch that was left out."""
-    if isinstance(module, RegressionModule):
+    if isinstance(module, Regression):
         return parameter_count(module.net)
     return sum(parameter_count(getattr(module.net, part)) for part in module.trained)
 
 
-def _score(module: RegressionModule | TeacherModule, rows: tuple[PairedTile, ...], steps: int) -> Scores:
+def _score(module: Regression | Teacher, rows: tuple[PairedTile, ...], steps: int) -> Scores:
     scores: dict[str, StainScore]
     module.cpu().eval()
-    if isinstance(module, TeacherModule):
+    if isinstance(module, Teacher):
         scores = evaluate_tiles(module.averaged(), rows, sigmas=START_SIGMAS[steps])
         cells = "cells" in module.tasks
     else:

@@ -9,6 +9,7 @@ import typer
 
 from staindiffuser.benchmarks.ablations_cli import ablations
 from staindiffuser.benchmarks.loader import loader
+from staindiffuser.files import check_file
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine: latency, throughput, quality.")
 
@@ -30,7 +31,8 @@ def serving(
     in_flight: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 2,
     threads: Annotated[int | None, typer.Option(help="Threads of each engine; 0 for all cores.")] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the report here as JSON; - for the screen.")
+        Path | None,
+        typer.Option("--json", callback=check_file, help="Write the report here as JSON; - for the screen."),
     ] = None,
 ) -> None:
     """The same tiles through a real Triton server and through the engines called directly in one process."""
@@ -79,7 +81,9 @@ def serving(
 @app.command(epilog="Example: staindiffuser bench plausibility slide-stained other-stained --json plausibility.json")
 def plausibility(
     results: Annotated[list[Path], typer.Argument(help="Folders that `stain` wrote; their H&E must still be there.")],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here as JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=check_file, help="Write the numbers here as JSON.")
+    ] = None,
 ) -> None:
     """Clean glass and kept nuclei: what can be said of a virtual stain on a real slide without its IHC."""
     import dataclasses
@@ -109,7 +113,8 @@ def registration(
     ],
     angles: Annotated[int, typer.Option(min=1, help="Rotations to try with a third of the IHC erased.")] = 8,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the report here as JSON; - for the screen.")
+        Path | None,
+        typer.Option("--json", callback=check_file, help="Write the report here as JSON; - for the screen."),
     ] = None,
 ) -> None:
     """Register real sections: as scanned, rotated with a third erased, and wrong pairs, which must be refused."""
@@ -141,7 +146,8 @@ def engines(
     rounds: Annotated[int, typer.Option(min=1, help="Counted rounds.")] = 5,
     threads: Annotated[int, typer.Option(min=0, help="Threads of either side; 0 for all cores.")] = 0,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the report here as JSON; - for the screen.")
+        Path | None,
+        typer.Option("--json", callback=check_file, help="Write the report here as JSON; - for the screen."),
     ] = None,
 ) -> None:
     """ONNX Runtime against torch eager and the machine's convolution peak, for the whole multiplex (needs torch)."""

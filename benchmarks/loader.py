@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from staindiffuser.files import check_file
+
 if TYPE_CHECKING:
     from staindiffuser.training.data.dataset import CropDataset
 
@@ -102,19 +104,17 @@ def bench_loader(
 
 def _run(dataset: CropDataset, samples: int, batch: int, workers: int) -> Speed:
     import torch
-    from torch.utils.data import DataLoader
 
-    from staindiffuser.training.data.dataset import GlobalSampler
+    from staindiffuser.training.data.loader import BatchLoader, sample_numbers
 
-    sampler = GlobalSampler(lambda: 0, samples, batch, rank=lambda: 0, world=lambda: 1)
-    pin = torch.cuda.is_available()
+    numbers = sample_numbers(range(samples // batch), batch=batch)
+    seen = 0
     start, cpu = time.perf_counter(), _cpu_seconds()
-    batches: DataLoader[Any] = DataLoader(
-        dataset, batch_size=batch, sampler=sampler, num_workers=workers, pin_memory=pin
-    )
-    seen = sum(len(item["he"]) for item in batches)
-    seconds = time.perf_counter() - start
-    # The workers have ended with the loop, so what they used is counted.
+    with BatchLoader(dataset, numbers, workers=workers, pin=torch.cuda.is_available()) as batches:
+        while (crops := batches.take()) is not None:
+            seen += len(crops)
+        seconds = time.perf_counter() - start
+    # The loader processes have ended by now, so their processor time is counted.
     return Speed(
         tiles_per_second=round(seen / seconds, 1), cpu_ms_per_tile=round((_cpu_seconds() - cpu) / seen * 1e3, 2)
     )
@@ -129,7 +129,7 @@ def _parts(dataset: CropDataset, samples: int) -> dict[str, float]:
     """Median processor time of each part, ms per tile."""
     import numpy as np
 
-    from staindiffuser.training.data.dataset import jitter_stain, load_tile, normal_noise, turned
+    from staindiffuser.training.data.dataset import jitter_stain, load_tile, normal_noise, oriented
 
     rng = np.random.default_rng(0)
     crop, shape = dataset.crop, (len(dataset.stains), 4, dataset.crop, dataset.crop)
@@ -141,8 +141,8 @@ def _parts(dataset: CropDataset, samples: int) -> dict[str, float]:
         seconds.setdefault(name, []).append(time.process_time() - start)
         return result
 
-    def augment(arrays: Mapping[str, Any], turn: int) -> list[Any]:
-        return [turned(array[:crop, :crop], turn) for array in arrays.values()]
+    def augment(arrays: Mapping[str, Any], orientation: int) -> list[Any]:
+        return [oriented(array[:crop, :crop], orientation) for array in arrays.values()]
 
     for sample in range(samples):
         arrays = timed("decode", load_tile, dataset.rows[dataset.index(sample)], dataset.stains)
@@ -161,7 +161,8 @@ def loader(
     batch: Annotated[int, typer.Option(min=1, help="Crops a batch.")] = 16,
     samples: Annotated[int, typer.Option(min=1, help="Crops a run.")] = 1024,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the report here as JSON; - for the screen.")
+        Path | None,
+        typer.Option("--json", callback=check_file, help="Write the report here as JSON; - for the screen."),
     ] = None,
 ) -> None:
     """Crops per second of the training loader: decoded from PNG, and from the cache; and the cost of each part."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from staindiffuser.export.folding import FoldedBranch, FoldedEncoder, features_unit
 from staindiffuser.training.config import StainConfig
-from staindiffuser.training.diffusion.edm import precondition
+from staindiffuser.training.model.denoiser import precondition
 from staindiffuser.training.model.network import DualDiffusion, Task, he_to_network
 
 __all__ = ["PRECISIONS", "BranchEngine", "EncoderEngine"]

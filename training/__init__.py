@@ -1,1 +1,1 @@
-"""Train dual-diffusion checkpoints for any number of stains. Needs the ``train`` extra (torch, Lightning)."""
+"""Train dual-diffusion checkpoints for any number of stains. Needs the ``train`` extra (torch)."""

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from safetensors.torch import load_file
 
@@ -16,20 +15,16 @@ from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint
 from staindiffuser.training.config import PRESETS, TrainConfig, from_json
 from staindiffuser.training.curves import curves_image
-from staindiffuser.training.data.dataset import measure_stains
-from staindiffuser.training.evaluation.evaluate import check_data
-from staindiffuser.training.loop import (
-    RunOptions,
-    check_run,
-    fit_teacher,
-    load_tiles,
-    measured,
-    validation_rows,
-)
+from staindiffuser.training.journal import tell
+from staindiffuser.training.loop import Fitted, fit
 from staindiffuser.training.model.network import DualDiffusion
-from staindiffuser.training.module import TeacherModule
+from staindiffuser.training.options import RunOptions, check_run, locked
 from staindiffuser.training.settings import choose_recipe
+from staindiffuser.training.snapshots import find_snapshot
+from staindiffuser.training.teacher import Teacher
 from staindiffuser.training.tiles.stain_names import is_stain_name
+from staindiffuser.training.train import ImageValidation, how_it_was_trained, measured, stains_of
+from staindiffuser.training.training_data import TrainingData
 
 __all__ = ["add_stain"]
 
@@ -50,7 +45,7 @@ def add_stain(
     are served with. The new stain is sampled like the old ones.
 
     Args:
-        data: paired tiles, as :func:`~.loop.train` takes them; only the new stain's columns are read.
+        data: paired tiles, as :func:`~.train.train` takes them; only the new stain's columns are read.
         options: an empty ``name`` is the old checkpoint's.
         file, changes: what is to differ from the recipe that the checkpoint was trained by; see :mod:`settings`.
 
@@ -70,42 +65,54 @@ def add_stain(
     before = config.provenance.get("recipe", dataclasses.asdict(PRESETS["demo"].train))
     recipe = choose_recipe(from_json(TrainConfig, before, f"{base / 'config.json'}: recipe"), file, changes)
     check_run(recipe, options, base)
-    tiles = load_tiles(data, recipe, options, stains=(stain,))
-    alone = dataclasses.replace(config.model, stains=measure_stains(tiles))
-    for part in tiles.parts:
-        check_data(part, alone)
-    folder = options.output / "checkpoint"
-    if options.dry_run:
-        return folder
-    L.seed_everything(recipe.seed, verbose=False)
-    module = TeacherModule(alone, recipe, encoder=checkpoint.network.encoder.state_dict())
-    about = fit_teacher(module, tiles, options)
-    trained = module.averaged()
-    if module.trainer.is_global_zero:
-        stored = load_file(base / WEIGHTS)
-        model = dataclasses.replace(config.model, stains=config.model.stains + alone.stains)
-        network = DualDiffusion(model).eval().requires_grad_(False)
-        network.load_state_dict({**trained.cpu().state_dict(), **{n: t.float() for n, t in stored.items()}})
-        sigmas = config.sigmas[str(config.steps)]
-        radius, scores = measured(trained, validation_rows(tiles, recipe), sigmas)
-        label = alone.stains[0].label
-        added = config.provenance.get("added stains", {})
-        config = dataclasses.replace(
-            config,
-            name=options.name or config.name,
-            model=model,
-            notice=f"{config.notice} Its {label} was added later, trained on {options.trained_on}.",
-            effective_radius=max(radius, config.effective_radius),
-            provenance={**config.provenance, "added stains": {**added, stain: about}},
-        )
-        old = checkpoint.metrics
-        metrics = {
-            **old,
-            "stains": {**old.get("stains", {}), **scores["stains"]},
-            "added stains": {**old.get("added stains", {}), stain: {n: scores[n] for n in ("split", "steps", "tiles")}},
-        }
-        # In the precision that the file had, its numbers survive the way through float32 and back.
-        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in stored.values()))
-        curves = curves_image(options.output)
-        Checkpoint(config=config, network=network, metrics=metrics, curves=curves).save(folder, dtype=dtype)
-    return folder
+    first = find_snapshot(options.output, options.resume, tell)
+    checked = TrainingData.open(data, recipe, stains=(stain,), decode=options.dry_run or first is None)
+    alone = dataclasses.replace(config.model, stains=stains_of(first, checked) or checked.measure_stains())
+    checked.check_fits(alone)
+    torch.manual_seed(recipe.seed)
+    teacher = Teacher(alone, recipe, encoder=checkpoint.network.encoder.state_dict())
+    sigmas = config.sigmas[str(config.steps)]
+    with locked(options):
+        validation = ImageValidation(checked.validation, sigmas)
+        fitted = fit(teacher, checked.dataset, recipe, options, first=first, validation=validation, data=checked.digest)
+        if fitted and fitted.first:
+            _save(base, checkpoint, recipe, checked, fitted, options)
+    return options.output / "checkpoint"
+
+
+def _save(
+    base: Path, checkpoint: Checkpoint, recipe: TrainConfig, data: TrainingData, fitted: Fitted, options: RunOptions
+) -> None:
+    """Write the old checkpoint with the new stain."""
+    config, trained = checkpoint.config, fitted.network.cpu()
+    added = trained.config.stains[0]
+    stored = load_file(base / WEIGHTS)
+    model = dataclasses.replace(config.model, stains=(*config.model.stains, added))
+    network = DualDiffusion(model).eval().requires_grad_(False)
+    network.load_state_dict({**trained.state_dict(), **checkpoint.network.state_dict()})
+    radius, scores = measured(trained, data.validation, config.sigmas[str(config.steps)])
+    earlier = config.provenance.get("added stains", {})
+    about = {**earlier, added.name: how_it_was_trained(recipe, data, fitted)}
+    old = checkpoint.metrics
+    metrics = {
+        **old,
+        "stains": {**old.get("stains", {}), **scores["stains"]},
+        "added stains": {
+            **old.get("added stains", {}),
+            added.name: {n: scores[n] for n in ("split", "steps", "tiles")},
+        },
+    }
+    config = dataclasses.replace(
+        config,
+        name=options.name or config.name,
+        model=model,
+        notice=f"{config.notice} Its {added.label} was added later, trained on {options.trained_on}.",
+        effective_radius=max(radius, config.effective_radius),
+        provenance={**config.provenance, "added stains": about},
+    )
+    # In the precision that the file had, its numbers survive the way through float32 and back.
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in stored.values()))
+    curves = curves_image(options.output)
+    Checkpoint(config=config, network=network, metrics=metrics, curves=curves).save(
+        options.output / "checkpoint", dtype=dtype
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +33,20 @@ class StrategyName(StrEnum):
     fsdp = "fsdp"
 
 
+class TrackName(StrEnum):
+    """Trackers that get the curves too."""
+
+    mlflow = "mlflow"
+    wandb = "wandb"
+
+
+class KeepName(StrEnum):
+    """Which weights a run ends with."""
+
+    best = "best"
+    last = "last"
+
+
 Data = Annotated[
     list[str] | None,
     typer.Option(
@@ -40,7 +56,9 @@ Data = Annotated[
 Output = Annotated[Path | None, typer.Option(help="Run folder; the same command resumes it. Required.")]
 Steps = Annotated[int | None, typer.Option(help="Optimiser steps, instead of the recipe's.")]
 Batch = Annotated[int | None, typer.Option(help="Crops per step over all processes, instead of the recipe's.")]
-Accumulate = Annotated[int | None, typer.Option(help="Parts that a step's crops are worked through in: less memory.")]
+GradientAccumulation = Annotated[
+    int | None, typer.Option(help="Split each step's crops into this many parts, one after the other: less memory.")
+]
 Crop = Annotated[int | None, typer.Option(help="Crop size in pixels, instead of the recipe's.")]
 LearningRate = Annotated[float | None, typer.Option(help="Peak rate, instead of the recipe's.")]
 Seed = Annotated[int | None, typer.Option(help="Decides weights, crops and noise, instead of the recipe's.")]
@@ -49,16 +67,29 @@ TrainedOn = Annotated[str, typer.Option(help="What every output says the model w
 Resume = Annotated[
     str,
     typer.Option(
-        help="auto: go on from the run's last snapshot; never; or begin with this snapshot of another run.",
+        help="auto: go on from the run's newest snapshot; never; or begin with this snapshot of another run.",
         metavar="auto|never|PATH",
     ),
 ]
 Strategy = Annotated[
     StrategyName, typer.Option(help="With torchrun: ddp, or fsdp, which shares the weights too (large's own choice).")
 ]
-LogEvery = Annotated[int, typer.Option(help="Steps between two lines of the curves.", min=1)]
+LogEvery = Annotated[int, typer.Option(help="Steps between two rows of the curves.", min=1)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check data, settings and output; train and write nothing.")]
-Progress = Annotated[bool, typer.Option(help="Show a progress bar.")]
+Progress = Annotated[
+    bool, typer.Option(help="A progress bar; otherwise, and where there is no terminal, a line now and then.")
+]
+Track = Annotated[
+    TrackName | None,
+    typer.Option(help="Send the curves to MLflow or Weights & Biases too (an extra each).", show_default=False),
+]
+KeepOption = Annotated[
+    KeepName, typer.Option(help="Weights that the run ends with: of the best validation, or of the last step.")
+]
+AcceptDataChange = Annotated[
+    bool,
+    typer.Option("--accept-data-change", help="Go on although the tiles changed since the run began; it is recorded."),
+]
 
 TRAINED_ON = "the data named in its card"
 
@@ -76,7 +107,7 @@ def train(
     ] = None,
     steps: Steps = None,
     batch: Batch = None,
-    accumulate: Accumulate = None,
+    gradient_accumulation: GradientAccumulation = None,
     crop: Crop = None,
     learning_rate: LearningRate = None,
     seed: Seed = None,
@@ -89,6 +120,9 @@ def train(
         typer.Option("--from", help="Begin with this checkpoint's weights (of the same preset).", show_default=False),
     ] = None,
     resume: Resume = "auto",
+    accept_data_change: AcceptDataChange = False,
+    keep: KeepOption = KeepName.best,
+    track: Track = None,
     strategy: Strategy = StrategyName.auto,
     log_every: LogEvery = 20,
     dry_run: DryRun = False,
@@ -104,14 +138,14 @@ def train(
         return
     data, output = _required(ctx, data, output)
 
-    from staindiffuser.training.loop import RunOptions
-    from staindiffuser.training.loop import train as run
+    from staindiffuser.training.options import RunOptions
     from staindiffuser.training.settings import choose_preset
+    from staindiffuser.training.train import train as run
 
     changes = _changes(
         steps=steps,
         batch=batch,
-        accumulate=accumulate,
+        gradient_accumulation=gradient_accumulation,
         crop=crop,
         learning_rate=learning_rate,
         seed=seed,
@@ -124,12 +158,17 @@ def train(
         trained_on=trained_on,
         start=start,
         resume=resume_from(resume),
+        accept_data_change=accept_data_change,
+        keep=keep.value,
+        track=track.value if track else None,
         strategy=_strategy(strategy, size),
         log_every=log_every,
-        progress=progress,
+        progress="bar" if progress else "lines",
         dry_run=dry_run,
     )
-    _report(run(chosen, data, options), data, dry_run=dry_run)
+    with stopping():
+        folder = run(chosen, data, options)
+    _report(folder, data, dry_run=dry_run)
 
 
 @app.command("add-stain")
@@ -144,7 +183,7 @@ def add_stain(
     ] = None,
     steps: Steps = None,
     batch: Batch = None,
-    accumulate: Accumulate = None,
+    gradient_accumulation: GradientAccumulation = None,
     crop: Crop = None,
     learning_rate: LearningRate = None,
     seed: Seed = None,
@@ -154,6 +193,9 @@ def add_stain(
     ] = "",
     trained_on: TrainedOn = TRAINED_ON,
     resume: Resume = "auto",
+    accept_data_change: AcceptDataChange = False,
+    keep: KeepOption = KeepName.best,
+    track: Track = None,
     strategy: Strategy = StrategyName.ddp,
     log_every: LogEvery = 20,
     dry_run: DryRun = False,
@@ -168,12 +210,12 @@ def add_stain(
     data, output = _required(ctx, data, output)
 
     from staindiffuser.training.add_stain import add_stain as run
-    from staindiffuser.training.loop import RunOptions
+    from staindiffuser.training.options import RunOptions
 
     changes = _changes(
         steps=steps,
         batch=batch,
-        accumulate=accumulate,
+        gradient_accumulation=gradient_accumulation,
         crop=crop,
         learning_rate=learning_rate,
         seed=seed,
@@ -184,12 +226,17 @@ def add_stain(
         name=name,
         trained_on=trained_on,
         resume=resume_from(resume),
+        accept_data_change=accept_data_change,
+        keep=keep.value,
+        track=track.value if track else None,
         strategy=_strategy(strategy, ""),
         log_every=log_every,
-        progress=progress,
+        progress="bar" if progress else "lines",
         dry_run=dry_run,
     )
-    _report(run(checkpoint, stain, data, options, file=config, **changes), data, dry_run=dry_run)
+    with stopping():
+        folder = run(checkpoint, stain, data, options, file=config, **changes)
+    _report(folder, data, dry_run=dry_run)
 
 
 def _required(ctx: typer.Context, data: list[str] | None, output: Path | None) -> tuple[list[str], Path]:
@@ -210,6 +257,21 @@ def resume_from(value: str) -> bool | Path:
     return {"auto": True, "never": False}.get(value, Path(value))
 
 
+@contextlib.contextmanager
+def stopping() -> Iterator[None]:
+    """Say what a run that was asked to stop has saved."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if str(stop) and _first():
+            typer.echo(str(stop), err=True)
+        raise
+
+
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # torchrun's
+
+
 def _strategy(asked: StrategyName, size: str) -> Any:
     if asked is not StrategyName.auto:
         return asked.value
@@ -217,5 +279,5 @@ def _strategy(asked: StrategyName, size: str) -> Any:
 
 
 def _report(folder: Path, data: list[str], *, dry_run: bool) -> None:
-    if os.environ.get("RANK", "0") == "0":  # torchrun's
+    if _first():
         typer.echo(f"{', '.join(data)}: everything checked, nothing trained" if dry_run else f"checkpoint: {folder}")

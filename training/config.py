@@ -1,18 +1,29 @@
-"""What a model is and how it is trained, as frozen data; the presets; validation that names the field."""
+"""What a model is and how it is trained, as frozen data, and the presets. Validation errors name the field."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import types
-import typing
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal, TypeVar
 
+from pydantic.dataclasses import dataclass
+
+from staindiffuser.records import STRICT, RecordError, decode
 from staindiffuser.training.errors import ConfigError
 from staindiffuser.training.tiles.stain_names import is_stain_name
 
-__all__ = ["LEVELS", "PRESETS", "ModelConfig", "StainConfig", "Task", "TrainConfig", "WidthConfig", "from_json"]
+__all__ = [
+    "LEVELS",
+    "PRESETS",
+    "ModelConfig",
+    "Preset",
+    "StainConfig",
+    "Task",
+    "TrainConfig",
+    "WidthConfig",
+    "from_json",
+]
+
 
 Task = Literal["images", "cells"]
 """Which of a stain's two branches: its image, or its cells."""
@@ -25,7 +36,7 @@ def _require(condition: bool, name: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{name} is {value!r}, must be {allowed}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class WidthConfig:
     """Size of one network of the model."""
 
@@ -40,7 +51,7 @@ class WidthConfig:
         _require(self.blocks >= 1, "blocks", self.blocks, "at least 1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class StainConfig:
     """A stain and the constants that standardise its targets to mean 0 and standard deviation 0.5."""
 
@@ -59,7 +70,11 @@ class StainConfig:
 
     def __post_init__(self) -> None:
         _require(is_stain_name(self.name), "name", self.name, "lower-case: [a-z][a-z0-9_]*")
-        _require(min(*self.image_std, self.cells_std) > 0, "image_std, cells_std", self.image_std, "positive")
+        for name in ("image_mean", "image_std", "cells_mean", "cells_std"):
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else (value,)
+            _require(all(map(math.isfinite, values)), name, value, "finite")
+            _require(name.endswith("mean") or min(values) > 0, name, value, "positive")
 
     def constants(self, task: Task) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel of a task's targets, in [0, 1]."""
@@ -68,7 +83,7 @@ class StainConfig:
         return (self.cells_mean,), (self.cells_std,)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
     """The architecture and everything the numbers in a checkpoint need to mean something."""
 
@@ -93,11 +108,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         names = self.stain_names
         _require(len(set(names)) == len(names), "stains", names, "unique names")
-        _require(self.mpp > 0, "mpp", self.mpp, "positive (µm per pixel)")
+        _require(self.embedding >= 1, "embedding", self.embedding, "at least 1")
+        _require(0 < self.mpp < math.inf, "mpp", self.mpp, "positive and finite (µm per pixel)")
+        _require(0 < self.sigma_data < math.inf, "sigma_data", self.sigma_data, "positive and finite")
         _require(0 < self.sigma_min < self.sigma_max, "sigma_min", self.sigma_min, "between 0 and sigma_max")
+        _require(self.sigma_max < math.inf, "sigma_max", self.sigma_max, "finite")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
     """One training run."""
 
@@ -105,8 +123,8 @@ class TrainConfig:
     """Optimiser steps."""
     batch: int = 8
     """Crops per step, over all processes and accumulated parts."""
-    accumulate: int = 1
-    """Parts that a step's crops are worked through in, one after the other, where memory does not hold them at once."""
+    gradient_accumulation: int = 1
+    """Parts that a step's crops are split into, one after the other, where memory does not hold them all at once."""
     crop: int = 128
     """Height and width of a training crop, pixels; a multiple of 16."""
     learning_rate: float = 1e-2
@@ -119,7 +137,7 @@ class TrainConfig:
     ema: float = 0.998
     """Decay of the moving average of the weights, ramped up as (1 + n) / (10 + n)."""
     p_mean: float = -0.4
-    """Mean of ln σ (ours; see DESIGN, "The mathematics")."""
+    """Mean of ln σ (ours)."""
     p_std: float = 1.6
     """Standard deviation of ln σ."""
     image_max_share: float = 0.1
@@ -132,17 +150,19 @@ class TrainConfig:
     workers: int = 1
     """Loader processes."""
     checkpoint_minutes: float = 5.0
-    """Time between training snapshots."""
+    """Minutes between snapshots."""
     checkpoint_steps: int | None = None
-    """Steps between training snapshots too, if given."""
+    """Steps between snapshots, in addition, if given."""
     validate_every: int = 500
     """Steps between validations."""
     validation_tiles: int = 16
+    """Number of tiles per validation, evenly spread over the split."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "validate_every", "validation_tiles"):
+        for name in ("steps", "batch", "gradient_accumulation", "validate_every", "validation_tiles"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.batch % self.accumulate == 0, "accumulate", self.accumulate, f"a divisor of batch ({self.batch})")
+        parts = self.gradient_accumulation
+        _require(self.batch % parts == 0, "gradient_accumulation", parts, f"a divisor of batch ({self.batch})")
         every = self.checkpoint_steps
         _require(every is None or every >= 1, "checkpoint_steps", every, "at least 1, or not given")
         _require(self.crop >= 32 and self.crop % 16 == 0, "crop", self.crop, "a multiple of 16, at least 32")
@@ -161,7 +181,7 @@ class TrainConfig:
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Preset:
     """A named size with the recipe that trains it."""
 
@@ -213,30 +233,15 @@ T = TypeVar("T")
 
 
 def from_json(cls: type[T], data: dict[str, Any], where: str) -> T:
-    """Build a (nested) config dataclass from JSON data.
+    """Build a (nested) configuration from JSON data.
+
+    Args:
+        where: the file (and table) that the data come from, for the message.
 
     Raises:
-        ConfigError: ``where`` and the field that is unknown, missing or out of range.
+        ConfigError: ``where`` and the field that is unknown, missing, of the wrong type or out of range.
     """
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(data) - known)
-    if unknown:
-        raise ConfigError(f"{where}: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    hints = typing.get_type_hints(cls)
     try:
-        return cls(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in data.items()})
-    except ConfigError as error:
-        raise ConfigError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
-    except TypeError as error:
+        return decode(cls, data)
+    except (RecordError, ConfigError) as error:
         raise ConfigError(f"{where}: {error}") from None
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_json(typing.cast(type, hint), value, where)
-    if typing.get_origin(hint) is tuple:
-        inner = typing.get_args(hint)[0]
-        return tuple(_value(inner, item, where) for item in value)
-    if isinstance(hint, types.UnionType) and value is None:
-        return None
-    return value

@@ -11,16 +11,40 @@ from numpy.typing import NDArray
 
 from staindiffuser.training.errors import DataError
 
-__all__ = ["CURVES", "curves_image", "draw_curves", "read_curves"]
+__all__ = ["CURVES", "METRICS", "curves_image", "draw_curves", "read_curves", "read_rows"]
 
 METRICS = Path("csv", "metrics.csv")
 CURVES = "curves.png"
-"""The curves' image, in the run folder and beside the checkpoint's card."""
+"""The image of the curves, in the run folder and beside the checkpoint's card."""
 Curve = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a ``metrics.csv``: ``step`` and whatever was logged there. Rows that were cut off are left out.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    whole = text[: text.rfind("\n") + 1]  # a last line without its end has lost digits
+    rows = []
+    for row in csv.DictReader(whole.replace("\0", "").splitlines()):
+        values = {name: value for name, value in row.items() if name and value}
+        try:
+            int(values["step"])
+            for value in values.values():
+                float(value)
+        except (KeyError, ValueError, TypeError):
+            continue
+        rows.append(values)
+    return rows
+
+
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Every logged quantity of a run folder: name → (steps, values).
+    """Every logged quantity of a run folder: name → (steps, values); they may be of different lengths.
 
     Raises:
         DataError: the folder holds no run.
@@ -29,11 +53,10 @@ def read_curves(run: Path) -> dict[str, Curve]:
     if not path.is_file():
         raise DataError(f"{path} is missing: {run} is not a run folder")
     points: dict[str, list[tuple[int, float]]] = {}
-    with path.open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name not in ("step", "epoch"):
-                    points.setdefault(name, []).append((int(row["step"]), float(value)))
+    for row in read_rows(path):
+        for name, value in row.items():
+            if name != "step":
+                points.setdefault(name, []).append((int(row["step"]), float(value)))
     return {name: (np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])) for name, pairs in points.items()}
 
 

@@ -2,15 +2,18 @@
 
 StainDiffuserError
 ├── UsageError
-│   └── ConfigError      2  a configuration field, option or preset that cannot be
-└── InputError
-    ├── DataError        4  a paired-tiles folder, image or slide that cannot be used
-    └── CheckpointError  4  a checkpoint that is missing, incomplete or of another format
+│   └── ConfigError      2  a configuration field, option or preset has a value that it cannot have
+├── InputError
+│   ├── DataError        4  a paired-tiles folder, image or slide cannot be used
+│   └── CheckpointError  4  a checkpoint is missing, incomplete, not finite or of another format
+├── DependencyError
+│   └── LoaderError      6  a loader process was lost: too little memory
+└── DivergedError        7  the loss or a weight is no longer finite
 """
 
-from staindiffuser.errors import InputError, UsageError
+from staindiffuser.errors import DependencyError, InputError, StainDiffuserError, UsageError
 
-__all__ = ["CheckpointError", "ConfigError", "DataError"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "DivergedError", "LoaderError"]
 
 
 class ConfigError(UsageError):
@@ -22,4 +25,14 @@ class DataError(InputError):
 
 
 class CheckpointError(InputError):
-    """A checkpoint folder is missing, incomplete or of a format this version does not read."""
+    """A checkpoint folder is missing, incomplete, not finite or of a format this version does not read."""
+
+
+class LoaderError(DependencyError):
+    """A loader process ended before its time, or shared memory was too small for a batch."""
+
+
+class DivergedError(StainDiffuserError):
+    """The loss or a weight is no longer finite: training has diverged."""
+
+    exit_code = 7

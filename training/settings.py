@@ -6,9 +6,9 @@ import dataclasses
 import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from staindiffuser.training.config import PRESETS, Preset, TrainConfig, from_json
+from staindiffuser.training.config import PRESETS, ModelConfig, Preset, TrainConfig, from_json
 from staindiffuser.training.errors import ConfigError
 
 __all__ = ["choose_preset", "choose_recipe", "read_settings"]
@@ -54,11 +54,9 @@ def choose_preset(name: str | None, file: Path | None, changes: dict[str, Any]) 
     if name not in PRESETS:
         raise ConfigError(f"{file}: preset is {name!r}, must be one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
-    fields = {
-        part: _merged(getattr(preset, part), settings.get(part, {}), f"{file}: {part}") for part in ("model", "train")
-    }
-    preset = from_json(Preset, fields, str(file)) if settings else preset
-    return name, dataclasses.replace(preset, train=dataclasses.replace(preset.train, **changes))
+    model = _changed(preset.model, settings.get("model"), f"{file}: model")
+    train = _changed(preset.train, settings.get("train"), f"{file}: train")
+    return name, Preset(model=model, train=dataclasses.replace(train, **changes))
 
 
 def choose_recipe(recipe: TrainConfig, file: Path | None, changes: dict[str, Any]) -> TrainConfig:
@@ -72,30 +70,28 @@ def choose_recipe(recipe: TrainConfig, file: Path | None, changes: dict[str, Any
         for name in settings:
             if name != "train":
                 raise ConfigError(f"{file}: {name} is the checkpoint's; only train can be changed")
-        where = f"{file}: train"
-        recipe = from_json(TrainConfig, _merged(recipe, settings.get("train", {}), where), where)
+        recipe = _changed(recipe, settings.get("train"), f"{file}: train")
     return dataclasses.replace(recipe, **changes)
 
 
-def _merged(config: Any, changes: dict[str, Any], where: str) -> dict[str, Any]:
-    """The fields of a config as JSON data, with changes; :func:`from_json` refuses those that it does not know."""
-    fields: dict[str, Any] = dataclasses.asdict(config)
-    for name, value in changes.items():
-        old = fields.get(name)
-        if isinstance(old, dict) and isinstance(value, dict):
-            value = _merged(getattr(config, name), value, f"{where}: {name}")
-        elif name in fields and not _fits(value, old):
-            raise ConfigError(f"{where}: {name} is {value!r}, must be like {old!r}")
-        fields[name] = value
-    return fields
+T = TypeVar("T", ModelConfig, TrainConfig)
 
 
-def _fits(value: Any, old: Any) -> bool:
-    """Whether a value from a file is of the kind that the field has."""
-    if isinstance(old, tuple):
-        return isinstance(value, list) and all(_fits(item, old[0]) for item in value if old)
-    if old is None or (isinstance(old, int) and not isinstance(old, bool)):
-        return isinstance(value, int) and not isinstance(value, bool)
-    if isinstance(old, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, type(old))
+def _changed(config: T, changes: dict[str, Any] | None, where: str) -> T:
+    """The configuration with the fields of a file."""
+    if not changes:
+        return config
+    for old, new in _RENAMED.items():
+        if old in changes:
+            raise ConfigError(f"{where}: {old} is now called {new}")
+    return from_json(type(config), _merged(dataclasses.asdict(config), changes), where)
+
+
+_RENAMED = {"accumulate": "gradient_accumulation", "picture_max_share": "image_max_share"}
+
+
+def _merged(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Fields with changes, table by table."""
+    both = {name: (fields[name], changes[name]) for name in changes if name in fields}
+    tables = {n: _merged(old, new) for n, (old, new) in both.items() if isinstance(old, dict) and isinstance(new, dict)}
+    return {**fields, **changes, **tables}

@@ -11,7 +11,6 @@ Loading an engine needs a GPU. Where there is none, engines can be compiled but 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

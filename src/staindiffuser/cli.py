@@ -6,6 +6,7 @@ imported when it runs. This is also the one place where an expected failure beco
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import NoReturn
 
@@ -27,8 +28,9 @@ __all__ = ["app", "main"]
 
 _EXTRAS = {
     "torch": "train",
-    "lightning": "train",
     "safetensors": "train",
+    "mlflow": "mlflow",
+    "wandb": "wandb",
     "SimpleITK": "train",
     "cv2": "train",
     "pytriton": "serve",
@@ -71,6 +73,9 @@ app.add_typer(export_app, name="export", help="Checkpoint → graphs → engines
 
 def main() -> None:
     """Run the command line; exits with the code that the README documents."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale that lacks σ or µ is no reason to lose a result
+            stream.reconfigure(errors="replace")
     try:
         app()
     except StainDiffuserError as error:

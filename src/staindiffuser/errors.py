@@ -8,7 +8,8 @@
     │   └── ServerLostError   3  it went away, or did not answer in time, during the work
     ├── InputError            4  input missing, unreadable, unsupported, or without mpp
     ├── VerificationError     5  manifest, parity or stale engine
-    └── DependencyError       6  a dependency or the hardware is missing
+    ├── DependencyError       6  a dependency or the hardware is missing
+    └── DivergedError         7  training diverged: the loss or a weight is not finite (training/errors.py)
 
 0 is done, 1 is "some slides failed", 130 is interrupted.
 """

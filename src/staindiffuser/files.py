@@ -16,7 +16,7 @@ from platformdirs import user_cache_path
 
 from staindiffuser.errors import UsageError
 
-__all__ = ["cache_folder", "file_sha256", "finite", "replacing", "write_json"]
+__all__ = ["cache_folder", "check_file", "check_folder", "file_sha256", "finite", "replacing", "write_json"]
 
 
 def cache_folder() -> Path:
@@ -51,6 +51,39 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def check_file(path: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before the work whose result it is to hold; for options.
+
+    Raises:
+        UsageError: it is a folder, or is to be in a place that cannot be written to.
+    """
+    if path is not None and str(path) != "-":
+        if path.is_dir():
+            raise UsageError(f"{path} cannot be written: it is a folder; choose another file")
+        check_folder(path.parent, asked=path)
+    return path
+
+
+def check_folder(path: Path | None, *, asked: Path | None = None) -> Path | None:
+    """Refuse a folder that could not be made or written to; see :func:`check_file`.
+
+    Args:
+        asked: what the message names, if not the folder.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    if path is not None:
+        nearest = path
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise UsageError(
+                f"{asked or path} cannot be written: {nearest} is not a writable folder; choose another place"
+            )
+    return path
 
 
 def finite(data: Any) -> Any:

@@ -26,8 +26,6 @@ from staindiffuser.training.errors import DataError
 from staindiffuser.training.loop import fit
 from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(ablations)
 TINY = ["--preset", "debug", "--steps", "2", "--batch", "2", "--crop", "32", "--tile", "48", "--test-tiles", "3"]
@@ -88,12 +86,12 @@ def test_an_interrupted_table_goes_on(
 ) -> None:
     started = 0
 
-    def stopped(*arguments: Any) -> float:
+    def stopped(*arguments: Any, **more: Any) -> Any:
         nonlocal started
         started += 1
         if started == 2:
             raise KeyboardInterrupt
-        return fit(*arguments)
+        return fit(*arguments, **more)
 
     options = ["--sizes", "4", "--seeds", "1", "--arms", "regression,single"]
     with monkeypatch.context() as patch:

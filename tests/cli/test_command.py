@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = "torch lightning onnxruntime onnx tritonclient pytriton openslide scipy skimage"
+HEAVY = "torch onnxruntime onnx tritonclient pytriton openslide scipy skimage"
 VERBS = [
     ["stain"],
     ["serve"],

@@ -11,7 +11,7 @@ import pytest
 
 from tests.synthetic_graphs import write_graphs
 
-BLOCKED = "torch lightning safetensors torchmetrics"
+BLOCKED = "torch safetensors torchmetrics"
 
 
 @pytest.fixture(scope="module")

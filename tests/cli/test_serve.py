@@ -16,7 +16,7 @@ from staindiffuser.export.repository import build_repository
 from tests.synthetic_graphs import write_graphs
 
 PROGRAM = (
-    "import sys; sys.modules.update({name: None for name in ('torch', 'lightning', 'safetensors')});"
+    "import sys; sys.modules.update({name: None for name in ('torch', 'safetensors')});"
     "from staindiffuser.cli import main; main()"
 )
 

@@ -137,15 +137,19 @@ def test_bad_data_is_refused_before_training(
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.toml", "[train]\nstep = 5\n", "a.toml: train: unknown field 'step'; known: accumulate, "),
-        ("a.toml", "[model.encoder]\nchanels = [1]\n", "a.toml: model: encoder: unknown field 'chanels'"),
+        ("a.toml", "[train]\nstep = 5\n", "a.toml: train: step: unknown field"),
+        ("a.toml", "[model.encoder]\nchanels = [1]\n", "a.toml: model: encoder.chanels: unknown field"),
         ("a.toml", "[training]\nsteps = 5\n", "a.toml: unknown field 'training'; known: preset, train, model"),
-        ("a.toml", "[train]\nsteps = 'many'\n", "a.toml: train: steps is 'many', must be like 60"),
+        ("a.toml", "[train]\nsteps = 'many'\n", 'a.toml: train: steps: input should be a valid integer, not "many"'),
         ("a.toml", "[train]\nsteps = 0\n", "a.toml: train: steps is 0, must be at least 1"),
         ("a.toml", "preset = 'tiny'\n", "a.toml: preset is 'tiny', must be one of debug, demo"),
         ("a.toml", "[train\n", "a.toml is not valid"),
-        ("a.json", '{"model": {"mpp": "0.5"}}', "a.json: model: mpp is '0.5', must be like 0.5"),
+        ("a.json", '{"model": {"mpp": "0.5"}}', 'a.json: model: mpp: input should be a valid number, not "0.5"'),
         ("a.json", "[1]", "a.json must hold fields"),
+        ("a.toml", "[model]\nembedding = 0\n", "a.toml: model: embedding is 0, must be at least 1"),
+        ("a.toml", "[train]\naccumulate = 2\n", "a.toml: train: accumulate is now called gradient_accumulation"),
+        ("a.toml", "[train]\nbf16 = 1\n", "a.toml: train: bf16: input should be a valid boolean, not 1"),
+        ("a.toml", "[model]\nencoder = 3\n", "a.toml: model: encoder: input should be"),
     ],
 )
 def test_bad_settings_are_refused(
@@ -164,7 +168,10 @@ def test_bad_settings_are_refused(
         (["--output", "run"], "Missing option '--data'"),
         (["--data", "tiles"], "Missing option '--output'"),
         (["--data", "tiles", "--output", "run", "--config", "none.toml"], "none.toml cannot be read: No such file"),
-        (["--data", "tiles", "--output", "run", "--batch", "7", "--accumulate", "2"], "accumulate is 2, must be a"),
+        (
+            ["--data", "tiles", "--output", "run", "--batch", "7", "--gradient-accumulation", "2"],
+            "gradient_accumulation is 2, must",
+        ),
         (["--data", "tiles", "--output", "run", "--resume", "none.ckpt"], "--resume none.ckpt: no such snapshot"),
         (["--data", "tiles", "--output", "run", "--strategy", "fsdp"], "start them with torchrun"),
     ],

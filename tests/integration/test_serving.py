@@ -93,7 +93,7 @@ def test_nothing_listens_beyond_loopback(running: TritonServer) -> None:
                 inodes.add(str(link.readlink()))
     listening = []
     for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{running.pid}/net/{table}").read_text().splitlines()[1:]:
+        for line in Path(f"/proc/{running.pid}/net/{table}").read_text(encoding="utf-8").splitlines()[1:]:
             fields = line.split()
             if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
                 listening.append(fields[1].split(":")[0])

@@ -137,14 +137,14 @@ def test_a_server_that_is_killed_in_the_middle(repository: Path, tmp_path: Path)
 
 def descendants(pid: int) -> list[int]:
     """The process's children, and theirs."""
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
     return children + [below for child in children for below in descendants(child)]
 
 
 def running(pid: int) -> bool:
     """Whether the process exists and is more than an entry that nobody has reaped yet."""
     try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except FileNotFoundError:
         return False
 

@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from staindiffuser.training.baselines import pix2pix
-from staindiffuser.training.baselines.pix2pix import L1_WEIGHT, PatchDiscriminator, Pix2PixModule
-from staindiffuser.training.baselines.unet import RegressionModule, UNet, matching_unet, parameter_count
+from staindiffuser.training.baselines.pix2pix import L1_WEIGHT, PatchDiscriminator, Pix2Pix
+from staindiffuser.training.baselines.unet import Regression, UNet, matching_unet, parameter_count
 from staindiffuser.training.config import PRESETS, ModelConfig, TrainConfig
-from staindiffuser.training.data.dataset import CropDataset, load_tile, measure_stains
+from staindiffuser.training.data.dataset import CropBatch, CropDataset, load_tile, measure_stains
+from staindiffuser.training.errors import DivergedError
 from staindiffuser.training.evaluation.metrics import StainScore
-from staindiffuser.training.loop import RunOptions, fit
+from staindiffuser.training.learner import Loss
+from staindiffuser.training.loop import fit
 from staindiffuser.training.model.network import DualDiffusion, he_to_network
-from staindiffuser.training.module import DivergedError
+from staindiffuser.training.options import RunOptions
+from staindiffuser.training.snapshots import find_snapshot
 from staindiffuser.training.tiles.paired_tiles import PairedTiles
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 CONFIG = TrainConfig(steps=6, batch=4, crop=32, warmup=2, cooldown=0.5, learning_rate=1e-2, bf16=False, workers=0)
 
 
 def options(folder: Path) -> RunOptions:
-    return RunOptions(output=folder, progress=False, log_every=1)
+    return RunOptions(output=folder, progress="none", log_every=1)
 
 
-def crops(tiles: PairedTiles, samples: range) -> dict[str, Any]:
-    dataset = CropDataset(tiles, crop=32, seed=0)
-    return torch.utils.data.default_collate([dataset[n] for n in samples])
+def crops(tiles: PairedTiles, samples: range) -> CropBatch:
+    return CropDataset(tiles, crop=32, seed=0).batch(samples)
 
 
 @pytest.mark.parametrize("preset", ["debug", "demo"])
@@ -62,7 +60,7 @@ def test_regression_learns_to_stain(tiles_folder: Path, tmp_path: Path) -> None:
     tiles = PairedTiles.load(tiles_folder)
     torch.manual_seed(0)
     model = dataclasses.replace(PRESETS["debug"].model, stains=measure_stains(tiles))
-    module = RegressionModule(model, dataclasses.replace(CONFIG, steps=80, learning_rate=5e-3))
+    module = Regression(model, dataclasses.replace(CONFIG, steps=80, learning_rate=5e-3))
     fit(module, CropDataset(tiles, crop=32, seed=0), module.config, options(tmp_path))
     scores = {stain: StainScore() for stain in tiles.stains}
     for row in tiles.split("test"):
@@ -74,9 +72,9 @@ def test_regression_learns_to_stain(tiles_folder: Path, tmp_path: Path) -> None:
         assert score.metrics()["od_correlation"] > 0.5
 
 
-@pytest.mark.parametrize("kind", [RegressionModule, Pix2PixModule])
+@pytest.mark.parametrize("kind", [Regression, Pix2Pix])
 def test_interrupted_run_goes_on_as_if_nothing_had_happened(
-    kind: type[RegressionModule],
+    kind: type[Regression],
     tiles_folder: Path,
     tiny_model: ModelConfig,
     tmp_path: Path,
@@ -85,26 +83,26 @@ def test_interrupted_run_goes_on_as_if_nothing_had_happened(
     tiles = PairedTiles.load(tiles_folder)
     config = dataclasses.replace(CONFIG, checkpoint_steps=2)
 
-    def run(folder: str) -> RegressionModule:
+    def run(folder: str) -> Regression:
         torch.manual_seed(0)
         module = kind(tiny_model, config)
-        fit(module, CropDataset(tiles, crop=32, seed=0), config, options(tmp_path / folder))
+        first = find_snapshot(tmp_path / folder, True)
+        fit(module, CropDataset(tiles, crop=32, seed=0), config, options(tmp_path / folder), first=first)
         return module
 
     whole = run("whole")
-    step = kind.training_step
+    real = kind.forward
 
-    def killed(module: RegressionModule, batch: dict[str, Any], index: int) -> torch.Tensor:
-        if module.global_step == 3:
+    def killed(module: Regression, batch: CropBatch, step: int) -> Loss:
+        if step == 3:
             raise RuntimeError
-        return step(module, batch, index)
+        return real(module, batch, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kind, "training_step", killed)
+        patch.setattr(kind, "forward", killed)
         with pytest.raises(RuntimeError):
             run("parts")
     parts = run("parts")
-    assert whole.global_step == parts.global_step == 6
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, parts.state_dict()[name]), name
 
@@ -112,7 +110,7 @@ def test_interrupted_run_goes_on_as_if_nothing_had_happened(
 def test_what_is_not_a_number_stops_the_run(
     tiles_folder: Path, tiny_model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = RegressionModule(tiny_model, CONFIG)
+    module = Regression(tiny_model, CONFIG)
     nn.init.constant_(module.net.head.weight, float("nan"))
     with pytest.raises(DivergedError, match="not finite at step 0"):
         fit(module, CropDataset(PairedTiles.load(tiles_folder), crop=32, seed=0), CONFIG, options(tmp_path))
@@ -132,18 +130,14 @@ def test_discriminator_judges_patches_of_70_pixels() -> None:
     assert rows.max() - rows.min() + 1 == 70
 
 
-def test_one_backward_pass_gives_each_network_its_own_gradient(
-    tiles_folder: Path, tiny_model: ModelConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_backward_pass_gives_each_network_its_own_gradient(tiles_folder: Path, tiny_model: ModelConfig) -> None:
     """As if the generator had been stepped on its loss and the discriminator on its own, as pix2pix does in turn."""
-    monkeypatch.setattr(pix2pix, "stop_if_not_finite", lambda *_: None)
-    monkeypatch.setattr(Pix2PixModule, "log_dict", lambda *_: None)
     torch.manual_seed(0)
-    module = Pix2PixModule(tiny_model, CONFIG)
+    module = Pix2Pix(tiny_model, CONFIG)
     batch = crops(PairedTiles.load(tiles_folder), range(2))
-    torch.autograd.backward(module.training_step(batch, 0))
+    torch.autograd.backward(module(batch, 0).value)
 
-    he, real = he_to_network(batch["he"]), module.targets(batch)
+    he, real = he_to_network(batch.he), module.targets(batch)
     virtual, judge = module.net(he), module.discriminator
     entropy = nn.functional.binary_cross_entropy_with_logits
     seen = judge(torch.cat([he, virtual], 1))

@@ -1,27 +1,31 @@
 """Crops depend on the run's seed and the sample's number, and on nothing else."""
 
 import multiprocessing
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from staindiffuser.training.callbacks import TimedLoader
 from staindiffuser.training.data.cache import TileCache
 from staindiffuser.training.data.dataset import (
+    CropBatch,
     CropDataset,
-    GlobalSampler,
     jitter_stain,
     load_tile,
     measure_stains,
     normal_noise,
-    turned,
+    oriented,
 )
-from staindiffuser.training.errors import DataError
+from staindiffuser.training.data.loader import BatchLoader, sample_numbers
+from staindiffuser.training.errors import DataError, LoaderError
 from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
 
@@ -33,31 +37,34 @@ def tiles(tiles_folder: Path) -> PairedTiles:
 def test_a_sample_is_the_same_whenever_it_is_asked_for(tiles: PairedTiles) -> None:
     first, second = (CropDataset(tiles, crop=32, seed=5) for _ in range(2))
     second[3], second[17]
-    for name, value in first[17].items():
-        assert torch.equal(value, second[17][name]), name
-    assert not torch.equal(first[17]["noise"], first[18]["noise"])
-    assert not torch.equal(first[17]["noise"], CropDataset(tiles, crop=32, seed=6)[17]["noise"])
+    assert same(first[17], second[17])
+    assert not torch.equal(first[17].noise, first[18].noise)
+    assert not torch.equal(first[17].noise, CropDataset(tiles, crop=32, seed=6)[17].noise)
+
+
+def same(one: CropBatch, other: CropBatch) -> bool:
+    return all(torch.equal(value, vars(other)[name]) for name, value in vars(one).items())
 
 
 def test_every_tile_is_seen_once_an_epoch(tiles: PairedTiles) -> None:
     data = CropDataset(tiles, crop=64, seed=0, jitter=0.0)
     count = len(data)
 
-    def colours(item: dict[str, Any]) -> tuple[int, ...]:
-        return tuple(int(item[name].long().sum()) for name in ("he", "cd3", "ck818"))
+    def colours(crop: CropBatch) -> tuple[int, ...]:
+        return tuple(int(image.long().sum()) for image in (crop.he, *crop.images))
 
     seen = {colours(data[n]) for n in range(count)}
     assert len(seen) == count == len(tiles.split("train"))
 
 
-def test_images_and_masks_are_cropped_and_turned_together(tiles: PairedTiles) -> None:
+def test_images_and_masks_are_cropped_and_oriented_together(tiles: PairedTiles) -> None:
     data = CropDataset(tiles, crop=32, seed=0, jitter=0.0)
     for n in range(12):
-        item = data[n]
-        cells = (item["he"] == torch.tensor([160, 90, 170], dtype=torch.uint8)).all(-1)
-        brown = (item["ck818"] == torch.tensor([130, 80, 45], dtype=torch.uint8)).all(-1)
+        crop = data[n]
+        cells = (crop.he == torch.tensor([160, 90, 170], dtype=torch.uint8)).all(-1)
+        brown = (crop.images[1] == torch.tensor([130, 80, 45], dtype=torch.uint8)).all(-1)
         assert torch.equal(cells, brown)
-        assert (item["ck818_mask"][cells] > 25).float().mean() > 0.9 if cells.any() else True
+        assert (crop.masks[1][cells] > 25).float().mean() > 0.9 if cells.any() else True
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -66,19 +73,20 @@ def test_samples_depend_on_neither_cache_nor_processes(tiles: PairedTiles, worke
     plain = CropDataset(tiles, crop=32, seed=3, cache_bytes=0)
     data = CropDataset(tiles, crop=32, seed=3, cache_bytes=cache_bytes)
     for _ in range(2):  # the second time from the cache, where there is one
-        sampler = GlobalSampler(lambda: 0, 24, 4, rank=lambda: 0, world=lambda: 1)
-        batches = DataLoader(data, batch_size=4, sampler=sampler, num_workers=workers)
-        for number, batch in enumerate(batches):
-            for i in range(4):
-                for name, value in plain[4 * number + i].items():
-                    assert torch.equal(batch[name][i], value), name
+        with BatchLoader(data, sample_numbers(range(6), batch=4), workers=workers) as batches:
+            for number in range(6):
+                batch = batches.take()
+                assert batch is not None
+                assert same(batch, plain.batch(range(4 * number, 4 * number + 4)))
+            assert batches.take() is None
 
 
 def test_workers_fill_one_cache_together(tiles: PairedTiles, monkeypatch: pytest.MonkeyPatch) -> None:
     data = CropDataset(tiles, crop=32, seed=0)
     assert data.cache.nbytes == len(data) * 64 * 64 * 11
-    for _ in DataLoader(data, batch_size=2, sampler=range(len(data)), num_workers=2):
-        pass
+    with BatchLoader(data, sample_numbers(range(len(data) // 2), batch=2), workers=2) as batches:
+        while batches.take() is not None:
+            pass
     monkeypatch.setattr("staindiffuser.training.data.dataset.load_tile", lambda *_: pytest.fail("decoded again"))
     for sample in range(len(data)):
         data[sample]
@@ -101,11 +109,11 @@ def test_cache_stays_in_its_budget() -> None:
     assert copy.nbytes == 30
 
 
-def test_the_eight_turns_are_different_and_copies() -> None:
+def test_the_eight_orientations_are_different_and_copies() -> None:
     image = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
-    seen = {tuple(turned(image, turn)[..., 0].flatten().tolist()) for turn in range(8)}
+    seen = {tuple(oriented(image, number)[..., 0].flatten().tolist()) for number in range(8)}
     assert len(seen) == 8
-    whole = turned(image, 0)
+    whole = oriented(image, 0)
     whole[0, 0] = 99
     assert image[0, 0, 0] == 0
 
@@ -123,9 +131,9 @@ def test_noise_is_standard_normal() -> None:
 
 def test_jitter_touches_the_he_alone(tiles: PairedTiles) -> None:
     plain, jittered = (CropDataset(tiles, crop=32, seed=1, jitter=strength)[5] for strength in (0.0, 0.2))
-    assert not torch.equal(plain["he"], jittered["he"])
-    for name in ("cd3", "cd3_mask", "ck818", "ck818_mask"):
-        assert torch.equal(plain[name], jittered[name])
+    assert not torch.equal(plain.he, jittered.he)
+    assert torch.equal(plain.images, jittered.images)
+    assert torch.equal(plain.masks, jittered.masks)
 
 
 def test_tiles_smaller_than_the_crop(tiles: PairedTiles) -> None:
@@ -142,12 +150,12 @@ def test_stain_jitter_keeps_white_nearly_white_and_order_of_density() -> None:
 
 
 def test_processes_share_the_samples_of_a_step_and_a_resumed_run_goes_on() -> None:
-    def numbers(rank: int, first: int) -> list[int]:
-        return list(GlobalSampler(lambda: first, 24, 8, rank=lambda: rank, world=lambda: 2))
+    def numbers(rank: int, first: int, parts: int = 1) -> list[int]:
+        return [n for part in sample_numbers(range(first, 3), batch=8, parts=parts, rank=rank, world=2) for n in part]
 
     assert sorted(numbers(0, 0) + numbers(1, 0)) == list(range(24))
-    assert numbers(1, 0) == [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23]
-    assert numbers(1, 8) == numbers(1, 0)[4:]
+    assert numbers(1, 0) == [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23] == numbers(1, 0, parts=2)
+    assert numbers(1, 1) == numbers(1, 0)[4:]
 
 
 def test_measured_constants_are_those_of_the_pixels(tiles: PairedTiles) -> None:
@@ -158,21 +166,80 @@ def test_measured_constants_are_those_of_the_pixels(tiles: PairedTiles) -> None:
     np.testing.assert_allclose(stain.image_std, pixels.std(0), atol=1e-3)
 
 
-class Torn(Dataset[int]):
-    """Its second sample cannot be read."""
+class Broken:
+    """From its second batch on it fails."""
 
-    def __getitem__(self, sample: int) -> int:
-        if sample:
-            raise DataError("he/b.png cannot be read as an image: truncated")
-        return sample
+    def __init__(self, how: Callable[[], CropBatch], first: CropBatch) -> None:
+        self.how, self.first = how, first
 
-    def __len__(self) -> int:
-        return 2
+    def batch(self, samples: Iterable[int]) -> CropBatch:
+        return self.how() if 0 not in samples else self.first
 
 
-def test_a_worker_says_what_it_cannot_read_and_no_more() -> None:
-    loader = TimedLoader(Torn(), batch_size=None, num_workers=1, batches=2)
-    with pytest.raises(DataError) as caught:
-        list(loader)
-    assert str(caught.value) == "he/b.png cannot be read as an image: truncated"
-    assert not multiprocessing.active_children(), "they hear no signal: the command would never end"
+def unreadable() -> CropBatch:
+    raise DataError("he/b.png cannot be read as an image: truncated")
+
+
+def killed() -> CropBatch:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def shared_memory_full() -> CropBatch:
+    class Full(CropBatch):
+        def share_memory_(self) -> CropBatch:
+            raise RuntimeError("unable to allocate shared memory(shm)")
+
+    return Full(**dict.fromkeys(("he", "images", "masks", "noise", "draws"), torch.zeros(1)))
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        (unreadable, DataError, r"^he/b\.png cannot be read as an image: truncated$"),
+        (killed, LoaderError, "a loader process was killed.*fewer --workers"),
+        (shared_memory_full, LoaderError, "shared memory is too small for a batch.*enlarge /dev/shm"),
+    ],
+)
+def test_a_loader_process_says_what_is_wrong_and_ends(
+    tiles: PairedTiles, how: Callable[[], CropBatch], kind: type[Exception], message: str
+) -> None:
+    data = Broken(how, CropDataset(tiles, crop=32, seed=0).batch([0]))
+    with (
+        BatchLoader(data, sample_numbers(range(9), batch=1), workers=1) as loader,
+        pytest.raises(kind, match=message),
+    ):
+        _ = [loader.take() for _ in range(2)]  # with a process that is killed, batches it has made may be lost too
+    assert not multiprocessing.active_children()
+
+
+def test_loader_processes_end_with_a_parent_that_was_killed(tiles_folder: Path) -> None:
+    program = (
+        "import sys, multiprocessing, time\n"
+        "from staindiffuser.training.data.dataset import CropDataset\n"
+        "from staindiffuser.training.data.loader import BatchLoader, sample_numbers\n"
+        "from staindiffuser.training.tiles.paired_tiles import PairedTiles\n"
+        "data = CropDataset(PairedTiles.load(sys.argv[1]), crop=32, seed=0)\n"
+        "with BatchLoader(data, sample_numbers(range(99), batch=2), workers=2) as loader:\n"
+        "    loader.take()\n"
+        "    print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tiles_folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    children = [int(pid) for pid in process.stdout.readline().split()]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert len(children) == 2
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in children)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False

@@ -12,25 +12,23 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
 
 from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint
-from staindiffuser.training.config import ModelConfig
-from staindiffuser.training.data.dataset import CropDataset
-from staindiffuser.training.distill.module import DistillConfig, StudentModule
+from staindiffuser.training.config import ModelConfig, from_json
+from staindiffuser.training.data.dataset import CropBatch, CropDataset
 from staindiffuser.training.distill.run import GALLERY, JudgeOptions, default_recipe, distill, judge_student
+from staindiffuser.training.distill.student import DistillConfig, Student
 from staindiffuser.training.errors import ConfigError, DataError
-from staindiffuser.training.loop import RunOptions
+from staindiffuser.training.learner import Loss
+from staindiffuser.training.options import RunOptions
 from staindiffuser.training.tiles.paired_tiles import PairedTiles
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 QUICK = JudgeOptions(search=False, gate_tiles=1)
 
 
 def options(folder: Path, **changes: Any) -> RunOptions:
-    return dataclasses.replace(RunOptions(output=folder, name="", progress=False, log_every=1), **changes)
+    return dataclasses.replace(RunOptions(output=folder, name="", progress="none", log_every=1), **changes)
 
 
 def tune(checkpoint: Path, tiles: Path, folder: Path, **changes: Any) -> Path:
@@ -76,19 +74,19 @@ def test_a_checkpoint_stored_in_float32_stays_so(tiny_checkpoint: Path, tiles_fo
 
 def test_consistency_tuning_learns(tiny_model: ModelConfig, tiny_checkpoint: Path, tiles_folder: Path) -> None:
     config = DistillConfig(steps=30, batch=4, crop=32, learning_rate=3e-2, warmup=1, stages=1)
-    module = StudentModule(Checkpoint.load(tiny_checkpoint).network, config)
+    module = Student(Checkpoint.load(tiny_checkpoint).network, config)
     dataset = CropDataset(PairedTiles.load(tiles_folder), crop=32, seed=0)
-    batch = torch.utils.data.default_collate([dataset[i] for i in range(4)])
-    optimizer = module.configure_optimizers()["optimizer"]
+    batch = dataset.batch(range(4))
+    optimizer = module.optimizer()
     losses = []
     for _ in range(20):
-        loss, distances = module.losses(batch)
+        loss = module(batch, 0)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.value.backward()
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(loss.value.item())
     assert losses[-1] < 0.9 * losses[0]
-    assert {name: tuple(d.shape) for name, d in distances.items()} == {"cd3": (4,), "ck818": (4,)}
+    assert {name: len(error) for name, error in loss.errors.items()} == {"images-cd3": 4, "images-ck818": 4}
     trained = {name.split(".")[0] for name, p in module.net.named_parameters() if p.grad is not None}
     assert trained == {"images"}
 
@@ -97,15 +95,15 @@ def test_an_interrupted_distillation_goes_on_as_if_nothing_had_happened(
     tiny_checkpoint: Path, tiles_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tune(tiny_checkpoint, tiles_folder, tmp_path / "whole")
-    step = StudentModule.training_step
+    real = Student.forward
 
-    def killed(module: StudentModule, batch: dict[str, Any], index: int) -> Tensor:
-        if module.global_step == 4:
+    def killed(module: Student, batch: CropBatch, step: int) -> Loss:
+        if step == 4:
             raise RuntimeError("killed")
-        return step(module, batch, index)
+        return real(module, batch, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StudentModule, "training_step", killed)
+        patch.setattr(Student, "forward", killed)
         with pytest.raises(RuntimeError, match="killed"):
             tune(tiny_checkpoint, tiles_folder, tmp_path / "parts", checkpoint_steps=2)
     assert not (tmp_path / "parts" / "checkpoint").exists()
@@ -153,8 +151,6 @@ def test_the_recipe_follows_the_teachers(tiny_checkpoint: Path) -> None:
         ("q", 1.0),
         ("density_weight", -1.0),
         ("detail_weight", -1.0),
-        ("method", "both"),
-        ("weighting", "no"),
         ("consistent_below", 0.0),
         ("r_min", -1.0),
     ],
@@ -162,6 +158,12 @@ def test_the_recipe_follows_the_teachers(tiny_checkpoint: Path) -> None:
 def test_impossible_recipes_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{field} is"):
         DistillConfig(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("method", "both"), ("weighting", "no"), ("steps", "7"), ("step", 7)])
+def test_recipes_of_the_wrong_type_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"a file: {field}: (input should be|unknown field)"):
+        from_json(DistillConfig, {field: value}, "a file")
 
 
 def test_only_a_student_of_this_teacher_is_judged(tiny_checkpoint: Path, tiles_folder: Path, tmp_path: Path) -> None:

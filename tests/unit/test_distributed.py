@@ -23,16 +23,18 @@ from staindiffuser.errors import StainDiffuserError
 from staindiffuser.training.checkpoint import WEIGHTS
 from staindiffuser.training.config import PRESETS, Preset
 from staindiffuser.training.curves import read_curves
-from staindiffuser.training.loop import RunOptions, train
-from staindiffuser.training.module import TeacherModule
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+from staindiffuser.training.data.dataset import CropBatch
+from staindiffuser.training.learner import Loss
+from staindiffuser.training.options import RunOptions
+from staindiffuser.training.snapshots import read_snapshot
+from staindiffuser.training.teacher import Teacher
+from staindiffuser.training.train import train
 
 STEPS = 20
 RUNS: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp": {"strategy": "fsdp"},
-    "single task, in parts": {"accumulate": 2, "tasks": ("images",)},
+    "single task, in parts": {"gradient_accumulation": 2, "tasks": ("images",)},
 }
 """What two processes do; each must give the curve of one process."""
 FAILURES: dict[str, dict[str, Any]] = {"diverged": {"diverge": True}, "uneven": {"batch": 7}}
@@ -43,7 +45,7 @@ def run(data: Path, output: Path, *, strategy: Any = "ddp", tasks: Any = ("image
         PRESETS["debug"].train, steps=STEPS, batch=8, crop=32, warmup=2, cooldown=0.0, bf16=False, validation_tiles=2
     )
     preset = Preset(model=PRESETS["debug"].model, train=dataclasses.replace(recipe, **changes))
-    options = RunOptions(output=output, strategy=strategy, log_every=1, progress=False)
+    options = RunOptions(output=output, strategy=strategy, log_every=1, progress="none")
     train(preset, data, options, tasks=tasks)
 
 
@@ -80,15 +82,12 @@ def test_two_processes_give_the_curve_of_one(
     for curve in one:
         if curve.startswith(("loss", "error")):
             np.testing.assert_allclose(both[curve][1], one[curve][1], atol=1e-3, err_msg=curve)
-    assert sorted(path.name for path in (two / name / "snapshots").iterdir()) == ["last.ckpt"]
+    assert sorted(path.name for path in (two / name / "snapshots").iterdir()) == ["last.ckpt", "step-00000020.ckpt"]
     assert (two / name / "checkpoint" / "config.json").is_file()
-    for key in ("state_dict", "optimizer_states"):  # one file, of the whole, whatever each process held
-        states = [torch.load(f / "snapshots" / "last.ckpt", weights_only=False)[key] for f in (two / name, tmp_path)]
-        if key == "state_dict":
-            for tensor in states[1]:
-                torch.testing.assert_close(states[0][tensor], states[1][tensor], atol=1e-3, rtol=1e-3)
-        else:
-            assert len(states[0][0]["state"]) == len(states[1][0]["state"])
+    of_two, of_one = (read_snapshot(folder / "snapshots" / "last.ckpt") for folder in (two / name, tmp_path))
+    for tensor in of_one.learner:  # one file, of the whole, whatever each process held
+        torch.testing.assert_close(of_two.learner[tensor], of_one.learner[tensor], atol=1e-3, rtol=1e-3)
+    assert set(of_two.optimizer["state"]) == set(of_one.optimizer["state"])
 
 
 def test_what_one_process_cannot_stops_both(two: Path) -> None:
@@ -127,9 +126,9 @@ def test_killed_run_ends_with_the_weights_of_one_that_was_not(tiles_folder: Path
         torch.set_num_threads(threads)
     weights = [(tmp_path / part / "checkpoint" / WEIGHTS).read_bytes() for part in ("parts", "whole")]
     assert weights[0] == weights[1]
-    snapshots = [torch.load(tmp_path / p / "snapshots" / "last.ckpt", weights_only=False) for p in ("parts", "whole")]
-    for name, tensor in snapshots[1]["state_dict"].items():
-        assert torch.equal(snapshots[0]["state_dict"][name], tensor), name
+    interrupted, whole_run = (read_snapshot(tmp_path / p / "snapshots" / "last.ckpt") for p in ("parts", "whole"))
+    for name, tensor in whole_run.learner.items():
+        assert torch.equal(interrupted.learner[name], tensor), name
     parts, whole = read_curves(tmp_path / "parts"), read_curves(tmp_path / "whole")
     np.testing.assert_array_equal(parts["loss"][1], whole["loss"][1])
 
@@ -141,16 +140,16 @@ def lines(output: Path) -> int:
 
 def main(what: str, data: Path, output: Path) -> None:
     """What the processes run."""
-    real, rank = TeacherModule.losses, os.environ.get("RANK", "0")
+    real, rank = Teacher.forward, os.environ.get("RANK", "0")
 
-    def losses(module: TeacherModule, batch: Any) -> Any:
-        loss, errors, sigmas = real(module, batch)
+    def forward(teacher: Teacher, batch: CropBatch, step: int) -> Loss:
+        loss = real(teacher, batch, step)
         if what == "one":
             time.sleep(0.03)  # so that a signal meets a step
-        bad = name in FAILURES and rank == "1" and module.global_step == 2
-        return (loss * float("nan") if bad else loss), errors, sigmas
+        bad = name in FAILURES and rank == "1" and step == 2
+        return dataclasses.replace(loss, value=loss.value * float("nan")) if bad else loss
 
-    TeacherModule.losses = losses  # type: ignore[assignment,method-assign]
+    Teacher.forward = forward  # type: ignore[assignment,method-assign]
     name = "one"
     if what == "one":
         try:

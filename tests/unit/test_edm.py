@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from staindiffuser.training.diffusion.edm import Denoiser, Uncertainty, draw_sigma, edm_loss, precondition
+from staindiffuser.training.diffusion.edm import Uncertainty, draw_sigma, edm_loss
+from staindiffuser.training.model.denoiser import Denoiser, precondition
 
 
 def test_preconditioning_is_that_of_edm_table_1_but_for_the_input() -> None:

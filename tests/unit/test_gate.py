@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from staindiffuser.training.distill.gate import GateRow, Role, gate_lines, gate_record, judge
+from staindiffuser.training.gate import GateRow, Role, gate_lines, gate_record, judge
 
 
 def row(role: Role, steps: int, **stains: tuple[float, float]) -> GateRow:

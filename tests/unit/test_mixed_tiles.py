@@ -78,7 +78,7 @@ def test_a_sample_is_the_same_whenever_it_is_asked_for(two: tuple[Path, Path]) -
 def test_crops_come_from_both(two: tuple[Path, Path]) -> None:
     data = CropDataset(mixed(two[0], f"{two[1]}=3"), crop=32, seed=0, jitter=0.0)
     assert len(data) == 18
-    levels = Counter(int(data[sample]["cd3"][0, 0, 0]) for sample in range(400))
+    levels = Counter(int(data[sample].images[0, 0, 0, 0]) for sample in range(400))
     assert set(levels) == {100, 200}
     assert abs(levels[100] / 400 - 0.75) < 0.07
 

@@ -5,19 +5,18 @@ The generator's loss is λ · L1 plus an adversarial term from a PatchGAN that s
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from staindiffuser.training.baselines.unet import RegressionModule
+from staindiffuser.training.baselines.unet import Regression
 from staindiffuser.training.config import ModelConfig, TrainConfig
+from staindiffuser.training.data.dataset import CropBatch
+from staindiffuser.training.learner import Loss
 from staindiffuser.training.model.network import he_to_network
-from staindiffuser.training.module import stop_if_not_finite
 
-__all__ = ["L1_WEIGHT", "PatchDiscriminator", "Pix2PixModule"]
+__all__ = ["L1_WEIGHT", "PatchDiscriminator", "Pix2Pix"]
 
 L1_WEIGHT = 100.0
 """λ (pix2pix, Section 3.3)."""
@@ -47,12 +46,12 @@ class PatchDiscriminator(nn.Module):
         return logits
 
 
-class Pix2PixModule(RegressionModule):
+class Pix2Pix(Regression):
     """Generator and discriminator, which step at once.
 
-    Both see the same generated images: the generator's gradient passes the discriminator as it is, the
-    discriminator's stops at the images. So one backward pass and one optimiser hold both, and a run resumes,
-    accumulates and counts its steps as every other does.
+    Both see the same generated images: the generator's gradient passes through the discriminator, the discriminator's
+    stops at the images. So one backward pass and one optimiser serve both, and a run resumes, accumulates and counts
+    its steps as every other does.
     """
 
     def __init__(self, model: ModelConfig, config: TrainConfig) -> None:
@@ -60,8 +59,8 @@ class Pix2PixModule(RegressionModule):
         # The paper's discriminator (64 channels) suits a generator of 54 M parameters; ours are smaller.
         self.discriminator = PatchDiscriminator(3 + 3 * len(model.stains), self.net.widths[0])
 
-    def training_step(self, batch: dict[str, Any], _index: int) -> Tensor:
-        he, real = he_to_network(batch["he"]), self.targets(batch)
+    def forward(self, batch: CropBatch, step: int) -> Loss:
+        he, real = he_to_network(batch.he), self.targets(batch)
         virtual = self.net(he).float()
         frozen = {name: value.detach() for name, value in self.discriminator.named_parameters()}
         fooled = _cross_entropy(functional_call(self.discriminator, frozen, (torch.cat([he, virtual], 1),)), real=True)
@@ -69,15 +68,14 @@ class Pix2PixModule(RegressionModule):
         caught = _cross_entropy(self.discriminator(torch.cat([he, virtual.detach()], 1)), real=False)
         believed = _cross_entropy(self.discriminator(torch.cat([he, real], 1)), real=True)
         judged = (caught + believed) / 2  # pix2pix, Section 3.3: the discriminator learns at half the rate
-        loss = L1_WEIGHT * distance + fooled + judged
-        stop_if_not_finite(self, loss, batch)
-        self.log_dict({"loss": loss, "l1": distance, "generator": fooled, "discriminator": judged})
-        return loss
+        return Loss(
+            value=L1_WEIGHT * distance + fooled + judged,
+            errors={"l1": distance[None], "generator": fooled[None], "discriminator": judged[None]},
+        )
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        rate = self.config.learning_rate
-        networks = (self.net, self.discriminator)
-        return [{"params": [*network.parameters()], "lr": rate, "betas": _BETAS} for network in networks]
+    def optimizer(self) -> torch.optim.Optimizer:
+        trained = [*self.net.parameters(), *self.discriminator.parameters()]
+        return torch.optim.Adam(trained, lr=self.config.learning_rate, betas=_BETAS, fused=True)
 
 
 def _cross_entropy(logits: Tensor, *, real: bool) -> Tensor:

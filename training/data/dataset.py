@@ -7,16 +7,16 @@ is interrupted.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.image_files import read_image
@@ -33,18 +33,18 @@ __all__ = [
     "CACHE_BYTES",
     "NEGATIVE",
     "POSITIVE",
+    "CropBatch",
     "CropDataset",
-    "GlobalSampler",
     "jitter_stain",
     "load_tile",
     "measure_stains",
     "normal_noise",
-    "turned",
+    "oriented",
     "valid_mask",
 ]
 
 NEGATIVE, POSITIVE = 25, 230
-"""Values of a coarse mask that are labels: up to the first, and from the second on. Between lies the ignore band."""
+"""A coarse mask is negative up to the first value and positive from the second on; between them is the ignore band."""
 CACHE_BYTES = 2 << 30
 """Decoded tiles kept by default: 2 GiB are about 2,900 tiles of 256² with two stains."""
 
@@ -95,17 +95,57 @@ def measure_stains(tiles: PairedTiles | MixedTiles, *, limit: int = 256) -> tupl
     return tuple(configs)
 
 
-class CropDataset(Dataset[dict[str, Any]]):
-    """Sample number n → an augmented crop with its noise.
+@dataclass(frozen=True, kw_only=True)
+class CropBatch:
+    """A batch of training crops with their noise; or one crop, without the dimension B.
 
-    Items: ``he`` uint8 [H, W, 3]; per stain ``<stain>`` uint8 [H, W, 3] and ``<stain>_mask`` uint8 [H, W];
-    ``noise`` float32 [S, 4, H, W] (three channels for the image, one for the cells, per stain);
-    ``draws`` float32 [S, 2, 2] (per stain and task: a uniform and a normal draw, from which σ follows).
+    S stains in the data's order, crops of H × W pixels. Intensities are uint8.
+    """
+
+    he: Tensor
+    """uint8 [B, H, W, 3]."""
+    images: Tensor
+    """The stains' images: uint8 [B, S, H, W, 3]."""
+    masks: Tensor
+    """The stains' coarse masks: uint8 [B, S, H, W]."""
+    noise: Tensor
+    """float32 [B, S, 4, H, W]: three channels for the image, one for the cells."""
+    draws: Tensor
+    """float32 [B, S, 2, 2]: per stain and task a uniform and a normal draw, from which σ follows."""
+
+    def __len__(self) -> int:
+        return len(self.he)
+
+    @classmethod
+    def stack(cls, crops: Sequence[CropBatch]) -> CropBatch:
+        """Crops → a batch."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: torch.stack([getattr(crop, name) for crop in crops]) for name in names})
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> CropBatch:
+        tensors = {field.name: change(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return CropBatch(**tensors)
+
+    def to(self, device: torch.device) -> CropBatch:
+        """The batch on ``device``; from pinned memory without waiting for the copy."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> CropBatch:
+        """A copy in page-locked memory."""
+        return self._each(Tensor.pin_memory)
+
+    def share_memory_(self) -> CropBatch:
+        """Move it to shared memory, through which another process gets it without a copy."""
+        return self._each(Tensor.share_memory_)
+
+
+class CropDataset:
+    """Sample number n → an augmented crop with its noise.
 
     Args:
         crop: height and width, pixels.
         jitter: strength of the stain jitter, which only the H&E gets; see :func:`jitter_stain`.
-        cache_bytes: decoded tiles are kept up to this, once for all the loader's processes.
+        cache_bytes: decoded tiles are kept up to this many bytes, once for all the loader's processes.
 
     Raises:
         DataError: no training tiles, or one that is smaller than the crop.
@@ -160,28 +200,41 @@ class CropDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, sample: int) -> dict[str, Any]:
+    def __getitem__(self, sample: int) -> CropBatch:
         rng = np.random.default_rng((self.seed, 2, sample))
         arrays = self.decoded(self.index(sample))
         height, width = arrays["he"].shape[:2]
         top, left = rng.integers(0, height - self.crop + 1), rng.integers(0, width - self.crop + 1)
-        turn = int(rng.integers(8))
+        orientation = int(rng.integers(8))
         window = np.s_[top : top + self.crop, left : left + self.crop]
-        item: dict[str, Any] = {name: turned(array[window], turn) for name, array in arrays.items()}
-        item["he"] = torch.from_numpy(jitter_stain(item["he"].numpy(), rng, self.jitter))
-        item["noise"] = normal_noise(rng, (len(self.stains), 4, self.crop, self.crop))
+        parts = {name: oriented(array[window], orientation) for name, array in arrays.items()}
+        he = torch.from_numpy(jitter_stain(parts["he"].numpy(), rng, self.jitter))
+        noise = normal_noise(rng, (len(self.stains), 4, self.crop, self.crop))
         draws = np.stack([rng.random((len(self.stains), 2)), rng.standard_normal((len(self.stains), 2))], axis=-1)
-        item["draws"] = torch.from_numpy(draws.astype(np.float32))
-        return item
+        return CropBatch(
+            he=he,
+            images=torch.stack([parts[stain] for stain in self.stains]),
+            masks=torch.stack([parts[f"{stain}_mask"] for stain in self.stains]),
+            noise=noise,
+            draws=torch.from_numpy(draws.astype(np.float32)),
+        )
+
+    def batch(self, samples: Iterable[int]) -> CropBatch:
+        """Several samples together."""
+        return CropBatch.stack([self[sample] for sample in samples])
 
 
-def turned(image: UInt8Array, turn: int) -> Tensor:
-    """One of the eight symmetries of the square, 0 being none, as a copy: uint8 [H, W, ...] → uint8 [H, W, ...]."""
-    # Torch's copies of turned images are three times as fast as NumPy's.
+def oriented(image: UInt8Array, orientation: int) -> Tensor:
+    """Flip or rotate: one of the eight symmetries of the square, 0 being the identity.
+
+    Returns:
+        a copy, uint8 [H, W, ...].
+    """
+    # Torch copies flipped and rotated images three times as fast as NumPy.
     tensor = torch.from_numpy(image)
-    if turn & 4:
+    if orientation & 4:
         tensor = tensor.transpose(0, 1)
-    return tensor.flip([axis for axis in (0, 1) if turn >> axis & 1]).contiguous()
+    return tensor.flip([axis for axis in (0, 1) if orientation >> axis & 1]).contiguous()
 
 
 def normal_noise(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
@@ -215,26 +268,3 @@ def jitter_stain(he: UInt8Array, rng: np.random.Generator, strength: float) -> U
     for channel, table in enumerate(tables):
         jittered[..., channel] = table[he[..., channel]]
     return jittered
-
-
-class GlobalSampler(Sampler[int]):
-    """This process's share of the global sample numbers, from the step that the run has reached.
-
-    Args:
-        first: gives the first global sample number, asked when iteration starts (a resumed run knows it only then).
-        total: one past the last sample number.
-        batch: samples per step, over all processes.
-    """
-
-    def __init__(
-        self, first: Callable[[], int], total: int, batch: int, *, rank: Callable[[], int], world: Callable[[], int]
-    ) -> None:
-        self.first, self.total, self.batch, self.rank, self.world = first, total, batch, rank, world
-
-    def __iter__(self) -> Iterator[int]:
-        share = self.batch // self.world()
-        for start in range(self.first(), self.total, self.batch):
-            yield from range(start + self.rank() * share, start + (self.rank() + 1) * share)
-
-    def __len__(self) -> int:
-        return (self.total - self.first()) // self.world()

@@ -1,59 +1,23 @@
-"""EDM preconditioning and the training loss (Karras et al. 2022, arXiv 2206.00364; EDM2: Karras et al. 2024).
+"""EDM's training loss (Karras et al. 2022, arXiv 2206.00364; EDM2: Karras et al. 2024, arXiv 2312.02696).
 
 Shapes: x, y, n [B, C, H, W]; σ [B].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
+from staindiffuser.training.model.denoiser import Denoiser, spatial
 from staindiffuser.training.model.layers import MPConv, NoiseEmbedding
 
-__all__ = ["Denoiser", "Uncertainty", "draw_sigma", "edm_loss", "precondition"]
-
-
-def precondition(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(c_skip, c_out, c_in, c_noise) of EDM, Table 1, but for c_in; each of σ's shape.
-
-    c_in is c_skip / sd instead of 1 / √(σ² + sd²) (ours): the network sees the best linear estimate of y from x, in
-    units of sd, which fades as the noise grows. With EDM's, unit noise fills every channel of the stem at σ_max, where
-    x says nothing, and the features have to outshout it.
-    """
-    total = sigma**2 + sigma_data**2
-    c_skip = sigma_data**2 / total
-    return c_skip, sigma * sigma_data / total.sqrt(), c_skip / sigma_data, sigma.log() / 4
-
-
-class Denoiser:
-    """D(x; σ) = c_skip x + c_out F(c_in x, c_noise) (EDM, Equation 7), the preconditioning in float32.
-
-    Args:
-        network: F; takes (c_in x) [B, C, H, W] and c_noise [B].
-        sigma_data: standard deviation of the standardised targets.
-    """
-
-    def __init__(self, network: Callable[[Tensor, Tensor], Tensor], sigma_data: float) -> None:
-        self.network = network
-        self.sigma_data = sigma_data
-
-    def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
-        c_skip, c_out, c_in, c_noise = precondition(sigma, self.sigma_data)
-        f = self.network(_spatial(c_in) * x, c_noise)
-        return _spatial(c_skip) * x + _spatial(c_out) * f.float()
-
-
-def _spatial(value: Tensor) -> Tensor:
-    return value.view(-1, 1, 1, 1)
+__all__ = ["Uncertainty", "draw_sigma", "edm_loss"]
 
 
 class Uncertainty(nn.Module):
     """The learned log variance u(σ) that weights a branch's loss per noise level (EDM2, Equation 21).
 
-    It is the weighting between tasks too, so there is no second one. Used in training only.
+    It is also the weighting between tasks; there is no second one. Used in training only.
     """
 
     def __init__(self, channels: int = 64) -> None:
@@ -93,7 +57,7 @@ def edm_loss(
         for an untrained branch at every σ and falls as it learns.
     """
     sd = denoiser.sigma_data
-    square = (denoiser(y + _spatial(sigma) * noise, sigma) - y) ** 2
+    square = (denoiser(y + spatial(sigma) * noise, sigma) - y) ** 2
     if valid is None:
         error = square.mean(dim=(1, 2, 3))
     else:

@@ -9,10 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from staindiffuser.training.cli import Accumulate, DryRun, LogEvery, Progress, Resume, resume_from
+from staindiffuser.training.cli import (
+    AcceptDataChange,
+    DryRun,
+    GradientAccumulation,
+    KeepName,
+    KeepOption,
+    LogEvery,
+    Progress,
+    Resume,
+    Track,
+    resume_from,
+    stopping,
+)
 
 if TYPE_CHECKING:
-    from staindiffuser.training.distill.gate import GateRow
+    from staindiffuser.training.gate import GateRow
 
 __all__ = ["distill"]
 
@@ -54,7 +66,7 @@ def distill(
     ] = MethodName.ect,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; an eighth of the teacher's if not given.")] = None,
     batch: Annotated[int | None, typer.Option(help="Crops per step; the teacher's if not given.")] = None,
-    accumulate: Accumulate = None,
+    gradient_accumulation: GradientAccumulation = None,
     crop: Annotated[int | None, typer.Option(help="Crop size in pixels; the teacher's if not given.")] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak rate; a fifth of the teacher's if not given.")
@@ -99,6 +111,9 @@ def distill(
         str | None, typer.Option(help="Name written into the checkpoint; the teacher's if not given.")
     ] = None,
     resume: Resume = "auto",
+    accept_data_change: AcceptDataChange = False,
+    keep: KeepOption = KeepName.best,
+    track: Track = None,
     log_every: LogEvery = 20,
     dry_run: DryRun = False,
     progress: Progress = True,
@@ -113,7 +128,7 @@ def distill(
     from staindiffuser.errors import UsageError
     from staindiffuser.training.distill.run import GALLERY, JudgeOptions, judge_student
     from staindiffuser.training.distill.run import distill as run
-    from staindiffuser.training.loop import RunOptions
+    from staindiffuser.training.options import RunOptions
 
     if student is not None and not only_gate:
         raise UsageError("--student goes with --only-gate; a student is trained from its teacher")
@@ -133,7 +148,7 @@ def distill(
             "method": method.value,
             "steps": steps,
             "batch": batch,
-            "accumulate": accumulate,
+            "gradient_accumulation": gradient_accumulation,
             "crop": crop,
             "learning_rate": learning_rate,
             "stages": stages,
@@ -152,11 +167,15 @@ def distill(
             output=output,
             name=name or "",
             resume=resume_from(resume),
+            accept_data_change=accept_data_change,
+            keep=keep.value,
+            track=track.value if track else None,
             log_every=log_every,
-            progress=progress,
+            progress="bar" if progress else "lines",
             dry_run=dry_run,
         )
-        outcome = run(checkpoint, data, options, judging, **changes)
+        with stopping():
+            outcome = run(checkpoint, data, options, judging, **changes)
     if dry_run:
         typer.echo(f"{', '.join(data)}: everything checked, nothing trained")
     elif outcome.verdict is not None:

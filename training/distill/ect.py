@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from staindiffuser.training.config import StainConfig
-from staindiffuser.training.diffusion.edm import draw_sigma, precondition
+from staindiffuser.training.diffusion.edm import draw_sigma
+from staindiffuser.training.model.denoiser import precondition, spatial
 
 __all__ = ["ConsistencyLoss", "Weighting", "consistency_loss", "lower_level", "stage_of"]
 
@@ -57,12 +58,12 @@ def consistency_loss(
         the loss per sample [B], and the norm alone [B], in units of the standardised target.
     """
     # The prediction comes first: under autocast the casts it makes, which carry a gradient, serve the target too.
-    prediction = denoise(y + _spatial(t) * noise, t)
+    prediction = denoise(y + spatial(t) * noise, t)
     positive = r > 0
     if positive.any():
         with torch.no_grad():
             level = torch.where(positive, r, t)  # anything but 0, whose logarithm the network cannot take
-            target = torch.where(_spatial(positive), denoise(y + _spatial(level) * noise, level), y)
+            target = torch.where(spatial(positive), denoise(y + spatial(level) * noise, level), y)
     else:
         target = y
     square = (prediction - target).square().mean(dim=(1, 2, 3))
@@ -111,7 +112,3 @@ class ConsistencyLoss:
         r = lower_level(t, stage_of(step, self.steps, self.stages), q=self.q)
         r = torch.where((t < self.consistent_below) & (r >= self.r_min), r, 0.0)
         return consistency_loss(denoise, y, noise, t, r, weighting=self.weighting, sigma_data=self.sigma_data)
-
-
-def _spatial(value: Tensor) -> Tensor:
-    return value.view(-1, 1, 1, 1)

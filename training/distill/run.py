@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from staindiffuser import __version__
 from staindiffuser.errors import UsageError
-from staindiffuser.training.callbacks import EachStep
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
+from staindiffuser.training.config import from_json
 from staindiffuser.training.curves import curves_image
-from staindiffuser.training.data.dataset import CropDataset, load_tile
+from staindiffuser.training.data.dataset import load_tile
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
 from staindiffuser.training.distill.gallery import Gallery
-from staindiffuser.training.distill.gate import GateRow, Role, Verdict, gate_record, judge
-from staindiffuser.training.distill.module import DistillConfig, StudentModule
-from staindiffuser.training.distill.sigma_search import FewTiles, SigmaSearch, search_sigmas
+from staindiffuser.training.distill.sigma_search import FewTiles, SigmaSearch, merit, search_sigmas
+from staindiffuser.training.distill.student import DistillConfig, Student
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.evaluation.evaluate import check_data
 from staindiffuser.training.evaluation.scoring import score_tiles
+from staindiffuser.training.gate import GateRow, Role, Verdict, gate_record, judge
 from staindiffuser.training.infer import HEUN_STEPS, Sampler, stain_tiles_with
-from staindiffuser.training.loop import RunOptions, check_run, check_writable, fit, load_tiles, validation_rows
+from staindiffuser.training.journal import Journal, tell
+from staindiffuser.training.loop import fit
 from staindiffuser.training.model.network import DualDiffusion
+from staindiffuser.training.options import RunOptions, check_run, check_writable, locked
 from staindiffuser.training.receptive import default_margin, effective_radius
+from staindiffuser.training.snapshots import find_snapshot
 from staindiffuser.training.tiles.mixed_tiles import MixedTiles, open_tiles
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, Split, spread
+from staindiffuser.training.train import how_it_was_trained
+from staindiffuser.training.training_data import TrainingData, check_one_size
 
 GALLERY = "gate.jpg"
 """In the run folder: tiles that the gate judged, by every sampler."""
@@ -49,7 +51,7 @@ class JudgeOptions:
     """How the student's σ are searched and how it is judged."""
 
     search: bool = True
-    """SigmaSearch σ on validation tiles; otherwise those of the checkpoint stay."""
+    """Search σ on validation tiles; otherwise those of the checkpoint stay."""
     search_tiles: int = 8
     gate_tiles: int = 64
     split: Split = "val"
@@ -73,22 +75,24 @@ class Outcome:
     """None where nothing was judged: a dry run, or a process that is not the first."""
 
 
-class Validation(EachStep):
-    """DAB-Dice and radial power of the student's moving average at each k, every so many steps."""
+@dataclass(frozen=True)
+class QuickValidation:
+    """DAB-Dice and radial power of the student's moving average at each k."""
 
-    def __init__(self, tiles: FewTiles, samplers: Samplers, every: int) -> None:
-        self.tiles, self.samplers, self.every = tiles, samplers, every
+    tiles: FewTiles
+    samplers: Samplers
 
-    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.global_step % self.every or not trainer.is_global_zero or not isinstance(module, StudentModule):
-            return
-        values = {}
+    def __call__(self, network: DualDiffusion, step: int, journal: Journal) -> float:
+        """The :func:`merit` of the best k: the DAB-Dice alone would choose a blurred mean."""
+        values, merits = {}, []
         for k, sigmas in self.samplers.items():
-            for stain, score in self.tiles.score(module.ema, sigmas).items():
+            scores = self.tiles.score(network, sigmas)
+            merits.append(merit(scores))
+            for stain, score in scores.items():
                 values[f"val/dab_dice/{stain}-k{k}"] = score.dab_dice
                 values[f"val/radial_power/{stain}-k{k}"] = score.radial_power
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+        journal.log(values, step)
+        return max(merits)
 
 
 def default_recipe(teacher: Checkpoint, **changes: Any) -> DistillConfig:
@@ -102,17 +106,26 @@ def default_recipe(teacher: Checkpoint, **changes: Any) -> DistillConfig:
         ConfigError: a field has a value that it cannot have.
     """
     recipe = teacher.config.provenance.get("recipe", {})
-    same = ("batch", "accumulate", "crop", "ema", "workers", "checkpoint_minutes", "validate_every", "validation_tiles")
+    same = (
+        "batch",
+        "gradient_accumulation",
+        "crop",
+        "ema",
+        "workers",
+        "checkpoint_minutes",
+        "validate_every",
+        "validation_tiles",
+    )
     fields: dict[str, Any] = {name: recipe[name] for name in same if name in recipe}
     if "steps" in recipe:
         fields["steps"] = max(1, recipe["steps"] // 8)
     if "learning_rate" in recipe:
         fields["learning_rate"] = recipe["learning_rate"] / 5
     if "batch" in changes:  # the teacher's parts may not divide it
-        fields.pop("accumulate", None)
+        fields.pop("gradient_accumulation", None)
     fields |= changes
     fields.setdefault("warmup", min(DistillConfig.warmup, fields.get("steps", DistillConfig.steps) // 10))
-    return DistillConfig(**fields)
+    return from_json(DistillConfig, fields, "the recipe, after the teacher's")
 
 
 def distill(
@@ -139,41 +152,35 @@ def distill(
     teacher = Checkpoint.load(checkpoint)
     config = default_recipe(teacher, **changes)
     check_run(config, options, checkpoint)
-    tiles = load_tiles(data, config, options, stains=teacher.config.model.stain_names)
+    first = find_snapshot(options.output, options.resume, tell)
+    names = teacher.config.model.stain_names
+    checked = TrainingData.open(data, config, stains=names, decode=options.dry_run or first is None)
+    tiles, folder = checked.tiles, options.output / "checkpoint"
     _check_judging(tiles, teacher, judging)
-    folder = options.output / "checkpoint"
-    if options.dry_run:
-        return Outcome(folder=folder, rows=(), verdict=None)
-    L.seed_everything(config.seed, verbose=False)
-    module = StudentModule(teacher.network, config)
+    torch.manual_seed(config.seed)
+    student = Student(teacher.network, config)
     samplers = {k: sigmas for k, sigmas in _samplers(teacher).items() if k == 1 or config.method != "e2e"}
-    few = FewTiles(teacher.network, validation_rows(tiles, config), seed=judging.seed)
-    dataset = CropDataset(tiles, crop=config.crop, seed=config.seed)
-    seconds = fit(module, dataset, config, options, callbacks=[Validation(few, samplers, config.validate_every)])
-    if not module.trainer.is_global_zero:
-        return Outcome(folder=folder, rows=(), verdict=None)
-    about = {
-        "method": config.method,
-        "teacher's weights (SHA-256)": module.teacher_sha256,
-        "recipe": dataclasses.asdict(config),
-        "data": {
-            "folder": ", ".join(part.folder.name for part in tiles.parts),
-            "training tiles": len(tiles.split("train")),
-        },
-        "seconds of the last sitting": round(seconds, 1),
-        "hardware": torch.cuda.get_device_name() if module.device.type == "cuda" else f"CPU, {platform.machine()}",
-        "versions": {"staindiffuser": __version__, "torch": str(torch.__version__), "lightning": L.__version__},
-    }
-    student = Checkpoint(
-        config=dataclasses.replace(
-            teacher.config,
-            name=options.name or teacher.config.name,
-            provenance={**teacher.config.provenance, "distillation": about},
-        ),
-        network=module.ema.cpu().eval(),
-        curves=curves_image(options.output),
-    )
-    return _ship(teacher, student, samplers, tiles, judging, folder, dtype=_stored_dtype(checkpoint))
+    with locked(options):
+        few = FewTiles(teacher.network, () if options.dry_run else checked.validation, seed=judging.seed)
+        validation = QuickValidation(few, samplers)
+        fitted = fit(student, checked.dataset, config, options, first=first, validation=validation, data=checked.digest)
+        if fitted is None or not fitted.first:
+            return Outcome(folder=folder, rows=(), verdict=None)
+        about = {
+            "method": config.method,
+            "teacher's weights (SHA-256)": student.teacher_sha256,
+            **how_it_was_trained(config, checked, fitted),
+        }
+        made = Checkpoint(
+            config=dataclasses.replace(
+                teacher.config,
+                name=options.name or teacher.config.name,
+                provenance={**teacher.config.provenance, "distillation": about},
+            ),
+            network=fitted.network.cpu().eval(),
+            curves=curves_image(options.output),
+        )
+        return _ship(teacher, made, samplers, tiles, judging, folder, dtype=_stored_dtype(checkpoint))
 
 
 def judge_student(
@@ -185,7 +192,7 @@ def judge_student(
     *,
     dry_run: bool = False,
 ) -> Outcome:
-    """SigmaSearch σ and apply the gate without training.
+    """Search σ and apply the gate without training.
 
     Args:
         checkpoint: the teacher.
@@ -220,7 +227,7 @@ def _ship(
     *,
     dtype: torch.dtype,
 ) -> Outcome:
-    """SigmaSearch, judge, write."""
+    """Search σ, judge, write."""
     if min(samplers) > judging.at_most:
         raise UsageError(f"--at-most {judging.at_most}: the student has no sampler of fewer than {min(samplers)} steps")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -317,14 +324,7 @@ def _check_judging(tiles: Tiles, teacher: Checkpoint, judging: JudgeOptions) -> 
     for split in sorted(needed):
         if not tiles.split(split):
             raise DataError(f"{tiles.folder / 'tiles.csv'}: no rows with split {split!r} to judge the student by")
-        first = tiles.split(split)[0].size
-        for row in tiles.split(split):
-            if row.size != first or any(side % 16 for side in row.size):
-                width, height = row.size
-                raise DataError(
-                    f"{row.file}, row {row.row}: the tile is {width} × {height}; tiles to judge by must be of one "
-                    "size, a multiple of 16"
-                )
+        check_one_size(tiles.split(split), "judge by")
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

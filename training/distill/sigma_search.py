@@ -17,8 +17,8 @@ from torch import Tensor
 from staindiffuser.imaging.optical_density import dab_mask
 from staindiffuser.training.data.dataset import load_tile
 from staindiffuser.training.diffusion.samplers import START_SIGMAS, few_step
-from staindiffuser.training.distill.gate import POWER_WITHIN
 from staindiffuser.training.evaluation.tile_metrics import radial_power
+from staindiffuser.training.gate import POWER_WITHIN
 from staindiffuser.training.infer import sampler_noise
 from staindiffuser.training.model.network import DualDiffusion, he_to_network, unstandardize
 from staindiffuser.training.tiles.paired_tiles import PairedTile

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from staindiffuser.files import check_file, check_folder
+
 __all__ = ["evaluate"]
 
 
@@ -53,9 +55,12 @@ def evaluate(
             "--networks", help="Also KID and FID on Inception-v3 and LPIPS on AlexNet (extra 'metrics'; their weights)."
         ),
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=check_file, help="Write the result here as JSON.")
+    ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Write report.md here, with the best, median and worst tiles.")
+        Path | None,
+        typer.Option(callback=check_folder, help="Write report.md here, with the best, median and worst tiles."),
     ] = None,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
@@ -110,10 +115,6 @@ def evaluate(
             margin=margin,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    if json_file is not None:
-        write_json(json_file, summarize(evaluations))
-    if report is not None:
-        typer.echo(f"report: {write_report(evaluations, report)}")
     head = evaluations[0].head()
     for stain in evaluations[0].scores:
         table = Table("metric", title=f"{head['model']}, {stain}, {head['tiles']} {split.value} tiles")
@@ -128,6 +129,10 @@ def evaluate(
         for metric in per_cell[0] if per_cell else ():
             table.add_row(f"per cell: {metric}", *(figure(values[metric]) for values in per_cell))
         Console().print(table)
+    if json_file is not None:  # after the table, which is not lost if the disk is full
+        write_json(json_file, summarize(evaluations))
+    if report is not None:
+        typer.echo(f"report: {write_report(evaluations, report)}")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

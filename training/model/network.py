@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from staindiffuser.training.config import ModelConfig, StainConfig, Task
-from staindiffuser.training.diffusion.edm import Denoiser
 from staindiffuser.training.model.branch import Branch
+from staindiffuser.training.model.denoiser import Denoiser
 from staindiffuser.training.model.encoder import HEEncoder
 
 __all__ = ["DualDiffusion", "Task", "he_to_network", "standardize", "unstandardize"]

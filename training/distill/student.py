@@ -1,31 +1,31 @@
-"""A few-step student as a Lightning module: the teacher's network, of which the image branches alone are trained."""
+"""A few-step student: the teacher's network, of which only the image branches are trained."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol
 
-import lightning as L
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from staindiffuser.records import STRICT
 from staindiffuser.training.checkpoint import tensors_sha256
 from staindiffuser.training.config import StainConfig, TrainConfig
+from staindiffuser.training.data.dataset import CropBatch
 from staindiffuser.training.distill.e2e import OneStepLoss, forget_noise_
 from staindiffuser.training.distill.ect import ConsistencyLoss, Denoise, Weighting
 from staindiffuser.training.errors import ConfigError
+from staindiffuser.training.learner import Learner, Loss
 from staindiffuser.training.model.layers import normalize_weight_
 from staindiffuser.training.model.network import DualDiffusion, he_to_network, standardize
-from staindiffuser.training.module import learning_rate, stop_if_not_finite
 
-__all__ = ["DistillConfig", "Method", "StudentModule"]
+__all__ = ["DistillConfig", "Method", "Student"]
 
 Method = Literal["ect", "e2e"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DistillConfig(TrainConfig):
     """One distillation run."""
 
@@ -65,9 +65,6 @@ class DistillConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (("method", get_args(Method)), ("weighting", get_args(Weighting))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}")
         if self.stages < 1:
             raise ConfigError(f"stages is {self.stages}, must be at least 1")
         if not self.consistent_below > 0:
@@ -89,11 +86,15 @@ class StudentLoss(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-class StudentModule(L.LightningModule):
+class Student(Learner):
     """The student and the moving average of its image branches.
 
-    Encoder and cell branches are the teacher's, bit for bit: they get no gradient, no renormalisation, no averaging.
+    Encoder and cell branches are the teacher's, bit for bit: no gradient, no renormalisation, no averaging.
     """
+
+    config: DistillConfig
+    net: DualDiffusion
+    ema: DualDiffusion
 
     def __init__(self, teacher: DualDiffusion, config: DistillConfig) -> None:
         super().__init__()
@@ -129,49 +130,30 @@ class StudentModule(L.LightningModule):
             )
         self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
 
-    def losses(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch (summed over stains, mean over samples); per stain the distance [B] between the pair of
-        predictions, or to the real stain."""
+    def forward(self, batch: CropBatch, step: int) -> Loss:
+        """The loss is summed over stains; a stain's error is the distance between the pair of predictions, or to the
+        real stain."""
         model = self.net.config
         with torch.no_grad():
-            features = self.net.encoder(he_to_network(batch["he"]))
-        total = torch.zeros((), device=batch["noise"].device)
-        distances = {}
+            features = self.net.encoder(he_to_network(batch.he))
+        total = torch.zeros((), device=batch.he.device)
+        errors = {}
         for s, stain in enumerate(model.stains):
-            image = batch[stain.name].permute(0, 3, 1, 2).float() / 255
-            loss, distances[stain.name] = self.loss(
+            image = batch.images[:, s].permute(0, 3, 1, 2).float() / 255
+            loss, errors[f"images-{stain.name}"] = self.loss(
                 self.net.denoiser("images", stain.name, features),
                 standardize(image, stain, "images", model.sigma_data),
-                batch["noise"][:, s, :3],
-                batch["draws"][:, s, 0],
+                batch.noise[:, s, :3],
+                batch.draws[:, s, 0],
                 stain,
-                self.global_step,
+                step,
             )
             total = total + loss.mean()
-        return total, distances
+        return Loss(value=total, errors=errors)
 
-    def training_step(self, batch: dict[str, Any], _index: int) -> Tensor:
-        loss, distances = self.losses(batch)
-        stop_if_not_finite(self, loss, batch)
-        self.log("loss", loss, prog_bar=True, sync_dist=True)
-        for name, distance in distances.items():
-            self.log(f"error/images-{name}", distance.mean(), sync_dist=True)
-        return loss
-
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
-    ) -> None:
-        """The step, and what follows it: weights normalised, the average moved."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+    def after_step(self, step: int) -> None:
         normalize_weight_(self.net.images)
-        step = self.global_step + 1  # Lightning counts this one only after this method
-        decay = min(self.config.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.images.parameters()), list(self.net.images.parameters()), 1 - decay)
+        self._move_average([(self.ema.images, self.net.images)], step)
 
-    def configure_optimizers(self) -> Any:
-        config = self.config
-        trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam(trained, lr=config.learning_rate, betas=config.betas, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, config))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def averaged(self) -> DualDiffusion:
+        return self.ema

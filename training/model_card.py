@@ -1,0 +1,104 @@
+"""``MODEL_CARD.md`` of a checkpoint; ``python -m staindiffuser.training.model_card FOLDER`` writes it again."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from staindiffuser.training.curves import CURVES
+from staindiffuser.training.gate import gate_lines, shown
+
+if TYPE_CHECKING:
+    from staindiffuser.training.checkpoint import CheckpointConfig
+
+__all__ = ["CARD", "model_card"]
+
+CARD = "MODEL_CARD.md"
+_TAGS = ("histopathology", "virtual-staining", "immunohistochemistry", "diffusion", "image-to-image")
+
+
+def model_card(
+    config: CheckpointConfig, metrics: Mapping[str, Any], *, curves: bool = False, license_id: str | None = None
+) -> str:
+    """The card: what the model is, what it was trained on, how good it is, and what it must not be used for.
+
+    It begins with the front matter that model hubs read.
+
+    Args:
+        curves: show the training curves, an image beside the card.
+        license_id: SPDX identifier in lower case, such as ``apache-2.0``; whoever publishes the weights chooses it.
+    """
+    stains = ", ".join(f"{s.label} (`{s.name}`)" for s in config.model.stains)
+    lines = [
+        "---",
+        *([f"license: {license_id}"] if license_id else []),
+        "library_name: staindiffuser",
+        "pipeline_tag: image-to-image",
+        "tags:",
+        *(f"- {tag}" for tag in _TAGS),
+        "---",
+        "",
+        f"# {config.name}",
+        "",
+        f"**{config.notice}**",
+        "",
+        f"- Stains: {stains}",
+        f"- Pixel size: {config.model.mpp} µm; served tile {config.tile} px with a margin of {config.margin} px",
+        f"- Receptive radius: {config.receptive_radius} px in theory, {config.effective_radius} px in effect"
+        " (influence above one grey level)",
+        f"- Sampler steps: {config.steps}, at σ = {list(config.sigmas[str(config.steps)])}",
+        "",
+        "## How it was trained",
+        "",
+        *_provenance(config.provenance),
+        "",
+        *([f"![The curves of its last training run]({CURVES})", ""] if curves else []),
+    ]
+    if scores := metrics.get("stains", {}):
+        lines += [
+            f"## Measured on {metrics.get('tiles')} tiles of the split `{metrics.get('split')}` "
+            f"(sampler steps: {metrics.get('steps')}), none of which it was trained on",
+            "",
+            "| | " + " | ".join(scores) + " |",
+            "|---" * (len(scores) + 1) + "|",
+        ]
+        for name in next(iter(scores.values())):
+            values = (stain.get(name) for stain in scores.values())
+            lines.append(f"| {name} | " + " | ".join(shown(v) for v in values) + " |")
+        lines.append("")
+    if "gate" in metrics:
+        lines += gate_lines(metrics["gate"])
+    return "\n".join(lines)
+
+
+def _provenance(provenance: Mapping[str, Any], depth: int = 0) -> list[str]:
+    """Bullets: a group of plain values is one line, a group of groups (an earlier run) a list of its own."""
+    lines = []
+    for key, value in provenance.items():
+        bullet = f"{'  ' * depth}- {key}:"
+        if not isinstance(value, Mapping):
+            lines.append(f"{bullet} {value}")
+        elif any(isinstance(part, Mapping) for part in value.values()):
+            lines += [bullet, *_provenance(value, depth + 1)]
+        else:
+            lines.append(f"{bullet} " + ", ".join(f"{name} {part}" for name, part in value.items()))
+    return lines
+
+
+def main() -> None:
+    """Command line: write the card of a checkpoint folder again, without touching its other files."""
+    from staindiffuser.training.checkpoint import Checkpoint
+
+    parser = argparse.ArgumentParser(description="Write a checkpoint's MODEL_CARD.md again.")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint folder")
+    parser.add_argument("--license", help="SPDX identifier in lower case, such as apache-2.0")
+    asked = parser.parse_args()
+    loaded = Checkpoint.load(asked.checkpoint)
+    card = model_card(loaded.config, loaded.metrics, curves=bool(loaded.curves), license_id=asked.license)
+    (asked.checkpoint / CARD).write_text(card, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

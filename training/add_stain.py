@@ -66,7 +66,9 @@ def add_stain(
     recipe = choose_recipe(from_json(TrainConfig, before, f"{base / 'config.json'}: recipe"), file, changes)
     check_run(recipe, options, base)
     first = find_snapshot(options.output, options.resume, tell)
-    checked = TrainingData.open(data, recipe, stains=(stain,), decode=options.dry_run or first is None)
+    checked = TrainingData.open(
+        data, recipe, stains=(stain,), decode=options.dry_run or first is None, fold=options.fold
+    )
     alone = dataclasses.replace(config.model, stains=stains_of(first, checked) or checked.measure_stains())
     checked.check_fits(alone)
     torch.manual_seed(recipe.seed)

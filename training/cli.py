@@ -79,6 +79,14 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check data, settings an
 Progress = Annotated[
     bool, typer.Option(help="A progress bar; otherwise, and where there is no terminal, a line now and then.")
 ]
+FoldOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Cross-validation by patient: validate on this part of train and val, train on the others.",
+        metavar="NUMBER/OF",
+        show_default=False,
+    ),
+]
 Track = Annotated[
     TrackName | None,
     typer.Option(help="Send the curves to MLflow or Weights & Biases too (an extra each).", show_default=False),
@@ -121,6 +129,7 @@ def train(
     ] = None,
     resume: Resume = "auto",
     accept_data_change: AcceptDataChange = False,
+    fold: FoldOption = None,
     keep: KeepOption = KeepName.best,
     track: Track = None,
     strategy: Strategy = StrategyName.auto,
@@ -159,6 +168,7 @@ def train(
         start=start,
         resume=resume_from(resume),
         accept_data_change=accept_data_change,
+        fold=fold_of(fold),
         keep=keep.value,
         track=track.value if track else None,
         strategy=_strategy(strategy, size),
@@ -194,6 +204,7 @@ def add_stain(
     trained_on: TrainedOn = TRAINED_ON,
     resume: Resume = "auto",
     accept_data_change: AcceptDataChange = False,
+    fold: FoldOption = None,
     keep: KeepOption = KeepName.best,
     track: Track = None,
     strategy: Strategy = StrategyName.ddp,
@@ -227,6 +238,7 @@ def add_stain(
         trained_on=trained_on,
         resume=resume_from(resume),
         accept_data_change=accept_data_change,
+        fold=fold_of(fold),
         keep=keep.value,
         track=track.value if track else None,
         strategy=_strategy(strategy, ""),
@@ -255,6 +267,13 @@ def _changes(**options: Any) -> dict[str, Any]:
 def resume_from(value: str) -> bool | Path:
     """What ``--resume`` says."""
     return {"auto": True, "never": False}.get(value, Path(value))
+
+
+def fold_of(text: str | None) -> Any:
+    """What ``--fold`` says."""
+    from staindiffuser.training.tiles.folds import Fold
+
+    return Fold.parse(text) if text else None
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from staindiffuser.files import check_folder
 from staindiffuser.training.config import TrainConfig
 from staindiffuser.training.journal import ProgressName
 from staindiffuser.training.processes import StrategyName, rank, world_size
+from staindiffuser.training.tiles.folds import Fold
 from staindiffuser.training.trackers import TrackerName
 
 __all__ = ["Keep", "RunOptions", "check_run", "check_writable", "locked"]
@@ -42,6 +43,8 @@ class RunOptions:
     accept_data_change: bool = False
     """Go on although the data are not those that the run was begun with; the checkpoint says so."""
     keep: Keep = "best"
+    fold: Fold | None = None
+    """Validate on this part of the patients instead of the split ``val``, and train on the others."""
     strategy: StrategyName = "ddp"
     """With several processes: each holds the whole model (``ddp``) or a share of it (``fsdp``)."""
     log_every: int = 20

@@ -56,7 +56,7 @@ def train(preset: Preset, data: Path | Sequence[str], options: RunOptions, *, ta
     start = Checkpoint.load(options.start) if options.start else None
     first = find_snapshot(options.output, options.resume, tell)
     stains = start.config.model.stain_names if start else ()
-    checked = TrainingData.open(data, recipe, stains=stains, decode=options.dry_run or first is None)
+    checked = TrainingData.open(data, recipe, stains=stains, decode=options.dry_run or first is None, fold=options.fold)
     model = preset.model
     if not model.stains:
         known = start.config.model.stains if start else stains_of(first, checked)

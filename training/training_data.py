@@ -13,6 +13,7 @@ from staindiffuser.training.data.dataset import CropDataset, measure_stains
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.evaluation.evaluate import check_data
 from staindiffuser.training.tiles.digest import DataDigest, data_digest
+from staindiffuser.training.tiles.folds import Fold
 from staindiffuser.training.tiles.mixed_tiles import MixedTiles, open_tiles
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, spread
 
@@ -28,10 +29,18 @@ class TrainingData:
     validation: tuple[PairedTile, ...]
     """The validation tiles, evenly spread over the split; of one size."""
     digest: DataDigest
+    fold: Fold | None = None
+    """The part of a cross-validation."""
 
     @classmethod
     def open(
-        cls, data: Path | Sequence[str], config: TrainConfig, *, stains: tuple[str, ...] = (), decode: bool
+        cls,
+        data: Path | Sequence[str],
+        config: TrainConfig,
+        *,
+        stains: tuple[str, ...] = (),
+        decode: bool,
+        fold: Fold | None = None,
     ) -> TrainingData:
         """Load and check paired tiles.
 
@@ -39,11 +48,14 @@ class TrainingData:
             data: a folder, or several, each with its weight (see :func:`open_tiles`).
             stains: the stain columns that are needed; all of them if none are named.
             decode: decode every pixel, which finds truncated images; otherwise only the headers are read.
+            fold: deal the patients of train and val anew; see :func:`deal_fold`.
 
         Raises:
             DataError: naming the file and the field.
         """
-        tiles = open_tiles([data] if isinstance(data, Path) else data, check="pixels" if decode else "headers")
+        tiles = open_tiles(
+            [data] if isinstance(data, Path) else data, check="pixels" if decode else "headers", fold=fold
+        )
         for part in tiles.parts:
             for stain in stains:
                 if stain not in part.stains:
@@ -60,7 +72,7 @@ class TrainingData:
             path = tiles.folder / "tiles.csv"
             raise DataError(f"{path}: no rows with split 'val'; a run needs some to validate on")
         check_one_size(validation, "validate on")
-        return cls(tiles=tiles, dataset=dataset, validation=validation, digest=data_digest(tiles))
+        return cls(tiles=tiles, dataset=dataset, validation=validation, digest=data_digest(tiles), fold=fold)
 
     def check_fits(self, model: ModelConfig) -> None:
         """Refuse tiles that the model cannot use.
@@ -85,6 +97,7 @@ class TrainingData:
         return {
             "folder": ", ".join(part.folder.name for part in tiles.parts),
             **({"shares": list(tiles.shares)} if len(tiles.parts) > 1 else {}),
+            **({"fold": str(self.fold)} if self.fold else {}),
             "training tiles": len(tiles.split("train")),
             "validation tiles": len(tiles.split("val")),
             "SHA-256": self.digest["all"],

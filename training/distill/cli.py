@@ -12,6 +12,7 @@ import typer
 from staindiffuser.training.cli import (
     AcceptDataChange,
     DryRun,
+    FoldOption,
     GradientAccumulation,
     KeepName,
     KeepOption,
@@ -19,6 +20,7 @@ from staindiffuser.training.cli import (
     Progress,
     Resume,
     Track,
+    fold_of,
     resume_from,
     stopping,
 )
@@ -112,6 +114,7 @@ def distill(
     ] = None,
     resume: Resume = "auto",
     accept_data_change: AcceptDataChange = False,
+    fold: FoldOption = None,
     keep: KeepOption = KeepName.best,
     track: Track = None,
     log_every: LogEvery = 20,
@@ -168,6 +171,7 @@ def distill(
             name=name or "",
             resume=resume_from(resume),
             accept_data_change=accept_data_change,
+            fold=fold_of(fold),
             keep=keep.value,
             track=track.value if track else None,
             log_every=log_every,

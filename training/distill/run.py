@@ -154,7 +154,7 @@ def distill(
     check_run(config, options, checkpoint)
     first = find_snapshot(options.output, options.resume, tell)
     names = teacher.config.model.stain_names
-    checked = TrainingData.open(data, config, stains=names, decode=options.dry_run or first is None)
+    checked = TrainingData.open(data, config, stains=names, decode=options.dry_run or first is None, fold=options.fold)
     tiles, folder = checked.tiles, options.output / "checkpoint"
     _check_judging(tiles, teacher, judging)
     torch.manual_seed(config.seed)

@@ -114,7 +114,10 @@ def _save(
     )
     # In the precision that the file had, its numbers survive the way through float32 and back.
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in stored.values()))
-    curves = curves_image(options.output)
-    Checkpoint(config=config, network=network, metrics=metrics, curves=curves).save(
-        options.output / "checkpoint", dtype=dtype
-    )
+    Checkpoint(
+        config=config,
+        network=network,
+        metrics=metrics,
+        curves=curves_image(options.output),
+        seen=data.seen(checkpoint.seen),
+    ).save(options.output / "checkpoint", dtype=dtype)

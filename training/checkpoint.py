@@ -27,6 +27,7 @@ from staindiffuser.training.diffusion.samplers import START_SIGMAS
 from staindiffuser.training.errors import CheckpointError, ConfigError, DivergedError
 from staindiffuser.training.model.network import DualDiffusion
 from staindiffuser.training.model_card import CARD, model_card
+from staindiffuser.training.tiles.seen import SEEN_JSON, SeenTiles
 
 __all__ = ["WEIGHTS", "Checkpoint", "CheckpointConfig", "not_finite", "tensors_sha256"]
 
@@ -91,6 +92,8 @@ class Checkpoint:
     metrics: dict[str, Any] = field(default_factory=dict)
     curves: Path | None = None
     """An image of the training curves, for the card."""
+    seen: SeenTiles | None = None
+    """The tiles it was trained on; None if that is not known."""
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Write the folder; each file under a temporary name first, ``config.json`` last.
@@ -111,6 +114,8 @@ class Checkpoint:
             CARD: model_card(self.config, self.metrics, curves=bool(self.curves)),
             CONFIG: json.dumps(dataclasses.asdict(self.config), indent=1, ensure_ascii=False) + "\n",
         }
+        if self.seen:
+            texts = {SEEN_JSON: self.seen.to_json(), **texts}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for stale in folder.glob(f"{_DRAFT}*"):  # of a process that was killed
@@ -143,6 +148,10 @@ class Checkpoint:
         data = _read(folder / CONFIG)
         metrics = _read(folder / METRICS) if (folder / METRICS).is_file() else {}
         try:
+            seen = SeenTiles.read(folder / SEEN_JSON)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{folder / SEEN_JSON} cannot be read: {error}") from error
+        try:
             state = load_file(folder / WEIGHTS)
         except Exception as error:
             raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
@@ -171,6 +180,7 @@ class Checkpoint:
             network=network.eval().requires_grad_(False),
             metrics=metrics,
             curves=curves if curves.is_file() else None,
+            seen=seen,
         )
 
 

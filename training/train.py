@@ -87,8 +87,13 @@ def train(preset: Preset, data: Path | Sequence[str], options: RunOptions, *, ta
             effective_radius=radius,
             provenance=provenance,
         )
-        curves = curves_image(options.output)
-        Checkpoint(config=about, network=fitted.network.cpu(), metrics=metrics, curves=curves).save(folder)
+        Checkpoint(
+            config=about,
+            network=fitted.network.cpu(),
+            metrics=metrics,
+            curves=curves_image(options.output),
+            seen=checked.seen(start.seen if start else None),
+        ).save(folder)
     return folder
 
 

@@ -16,6 +16,7 @@ from staindiffuser.training.tiles.digest import DataDigest, data_digest
 from staindiffuser.training.tiles.folds import Fold
 from staindiffuser.training.tiles.mixed_tiles import MixedTiles, open_tiles
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, spread
+from staindiffuser.training.tiles.seen import SeenTiles
 
 __all__ = ["TrainingData"]
 
@@ -86,6 +87,10 @@ class TrainingData:
     def measure_stains(self) -> tuple[StainConfig, ...]:
         """Each stain's standardisation constants; see :func:`measure_stains`."""
         return measure_stains(self.tiles)
+
+    def seen(self, earlier: SeenTiles | None = None) -> SeenTiles:
+        """The training tiles, with those that the weights had seen before."""
+        return SeenTiles.of(self.tiles.split("train")) | earlier
 
     def provenance(self, changes: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         """What a checkpoint says of its data.

@@ -57,33 +57,31 @@ def check_file(path: Path | None) -> Path | None:
     """Refuse a file that could not be written, before the work whose result it is to hold; for options.
 
     Raises:
-        UsageError: it is a folder, or is to be in a place that cannot be written to.
+        UsageError: it is a folder, or would be in a place that cannot be written to.
     """
     if path is not None and str(path) != "-":
         if path.is_dir():
             raise UsageError(f"{path} cannot be written: it is a folder; choose another file")
-        check_folder(path.parent, asked=path)
+        _check_place(path, path.parent)
     return path
 
 
-def check_folder(path: Path | None, *, asked: Path | None = None) -> Path | None:
+def check_folder(path: Path | None) -> Path | None:
     """Refuse a folder that could not be made or written to; see :func:`check_file`.
-
-    Args:
-        asked: what the message names, if not the folder.
 
     Raises:
         UsageError: it cannot be written.
     """
     if path is not None:
-        nearest = path
-        while not nearest.exists() and nearest != nearest.parent:
-            nearest = nearest.parent
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise UsageError(
-                f"{asked or path} cannot be written: {nearest} is not a writable folder; choose another place"
-            )
+        _check_place(path, path)
     return path
+
+
+def _check_place(path: Path, folder: Path) -> None:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{path} cannot be written: {folder} is not a writable folder; choose another place")
 
 
 def finite(data: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -25,10 +27,13 @@ from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint
 from staindiffuser.training.config import PRESETS, Preset
 from staindiffuser.training.curves import read_curves
 from staindiffuser.training.errors import CheckpointError, DivergedError
+from staindiffuser.training.evaluation.evaluate import evaluate
 from staindiffuser.training.journal import Journal
 from staindiffuser.training.options import RunOptions, locked
 from staindiffuser.training.snapshots import find_snapshot, read_snapshot
 from staindiffuser.training.teacher import Teacher
+from staindiffuser.training.tiles.folds import Fold, deal_fold
+from staindiffuser.training.tiles.paired_tiles import PairedTiles, Split
 from staindiffuser.training.train import train
 
 
@@ -46,8 +51,6 @@ def options(folder: Path, **changes: Any) -> RunOptions:
 @pytest.fixture
 def own_tiles(tiles_folder: Path, tmp_path: Path) -> Path:
     """A copy of the tiles that may be changed."""
-    import shutil
-
     return Path(shutil.copytree(tiles_folder, tmp_path / "tiles"))
 
 
@@ -150,8 +153,6 @@ def test_weights_that_are_not_finite_are_not_saved(own_tiles: Path, tmp_path: Pa
 
 
 def test_weights_that_are_not_finite_are_neither_written_nor_read(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
     state = load_file(folder / WEIGHTS)
     next(iter(state.values())).view(-1)[0] = float("inf")
@@ -316,3 +317,63 @@ def test_a_killed_loader_process_keeps_the_last_whole_step(own_tiles: Path, tmp_
     assert snapshot
     steps = read_curves(tmp_path / "run")["loss"][0]
     assert snapshot.step == int(np.max(steps))
+
+
+def test_patients_are_dealt_to_folds(own_tiles: Path, tmp_path: Path) -> None:
+    """Slides here; of the three that are not test slides each is validated on in one fold."""
+    for number in (1, 2, 3):
+        folder = train(preset(1), own_tiles, options(tmp_path / str(number), fold=Fold(number=number, of=3)))
+        data = Checkpoint.load(folder).config.provenance["data"]
+        assert data["fold"] == f"{number}/3"
+        assert (data["training tiles"], data["validation tiles"]) == (8, 4)
+
+
+def test_an_evaluation_says_what_was_trained_on(own_tiles: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.load(train(preset(1), own_tiles, options(tmp_path / "first")))
+    tiles = PairedTiles.load(own_tiles)
+    splits: tuple[Split, ...] = ("train", "test")
+    told = [evaluate(checkpoint, tiles, steps=1, split=split).head()["trained_on"] for split in splits]
+    assert told == [
+        {"tiles": 8, "of its slides": 8, "of its patients": 0},
+        {"tiles": 0, "of its slides": 0, "of its patients": 0},
+    ]
+    folds = [Fold(number=number, of=3) for number in (1, 2, 3)]
+    fold = next(fold for fold in folds if not deal_fold(tiles.tiles, fold)["s2"])
+    asked = options(tmp_path / "more", start=tmp_path / "first" / "checkpoint", fold=fold)
+    more = train(preset(1), own_tiles, asked)
+    everything = Checkpoint.load(more).seen
+    assert everything
+    assert everything.slides == {"s0", "s1", "s2"}  # those of the first run too
+
+
+def test_an_evaluation_shows_how_slides_differ(tiny_checkpoint: Path, own_tiles: Path) -> None:
+    scored = evaluate(Checkpoint.load(tiny_checkpoint), PairedTiles.load(own_tiles), steps=1, split="train")
+    slides = scored.slides("cd3")
+    assert [(slide.slide, slide.tiles) for slide in slides] == [("s0", 4), ("s1", 4)]
+    assert [s["slide"] for s in scored.figures()["slides"]["cd3"]] == ["s0", "s1"]
+
+
+def test_an_evaluation_refuses_its_outputs_before_the_work(
+    tiny_checkpoint: Path, own_tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from staindiffuser.cli import main
+
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setattr("staindiffuser.training.checkpoint.Checkpoint.load", lambda _: pytest.fail("too late"))
+    for option, place in (("--json", "file/scores.json"), ("--report", "file/report"), ("--json", ".")):
+        asked = ["evaluate", tiny_checkpoint, "--data", own_tiles, option, tmp_path / place]
+        monkeypatch.setattr(sys, "argv", ["staindiffuser", *map(str, asked)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2
+
+
+def test_progress_that_a_log_can_hold(
+    own_tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("staindiffuser.training.journal.SECONDS", 0.0)
+    train(preset(4, validate_every=2), own_tiles, options(tmp_path / "run", progress="bar"))  # no terminal here
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "training from step 0 to 4"
+    validated = r"step 2 of 4 \(50%\), \d:\d\d:\d\d left · loss \d.*validation DAB-Dice cd3 \d.* of memory"
+    assert any(re.match(validated, line) for line in lines)

@@ -179,6 +179,7 @@ def distill(
             ),
             network=fitted.network.cpu().eval(),
             curves=curves_image(options.output),
+            seen=checked.seen(teacher.seen),
         )
         return _ship(teacher, made, samplers, tiles, judging, folder, dtype=_stored_dtype(checkpoint))
 
@@ -263,7 +264,9 @@ def _ship(
         "stains": shipped.stains,
         "gate": gate_record(table, verdict, **about, at_most=judging.at_most),
     }
-    shipping = Checkpoint(config=config, network=student.network.cpu(), metrics=metrics, curves=student.curves)
+    shipping = Checkpoint(
+        config=config, network=student.network.cpu(), metrics=metrics, curves=student.curves, seen=student.seen
+    )
     shipping.save(folder, dtype=dtype)
     return Outcome(folder=folder, rows=tuple(table), verdict=verdict)
 

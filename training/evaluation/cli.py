@@ -86,6 +86,7 @@ def evaluate(
     from staindiffuser.training.evaluation.evaluate import evaluate_steps, summarize
     from staindiffuser.training.evaluation.feature_distances import Networks, our_encoder, published_networks
     from staindiffuser.training.evaluation.report import figure, write_report
+    from staindiffuser.training.evaluation.slides import spread_of
     from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
     if quick and encoder is not None:
@@ -129,6 +130,13 @@ def evaluate(
         for metric in per_cell[0] if per_cell else ():
             table.add_row(f"per cell: {metric}", *(figure(values[metric]) for values in per_cell))
         Console().print(table)
+        for evaluation in evaluations:
+            if spread := spread_of(evaluation.slides(stain)):
+                steps_of = f"{evaluation.steps} step{'s' * (evaluation.steps > 1)}"
+                typer.echo(f"{stain}, {steps_of}: DAB-Dice per slide: {spread.line()}")
+    if head["trained_on"] and any(head["trained_on"].values()):
+        counts = ", ".join(f"{count} {what}" for what, count in head["trained_on"].items() if count)
+        typer.echo(f"warning: of {head['tiles']} tiles the model was trained on {counts}: no unseen tissue", err=True)
     if json_file is not None:  # after the table, which is not lost if the disk is full
         write_json(json_file, summarize(evaluations))
     if report is not None:

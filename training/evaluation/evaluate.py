@@ -19,6 +19,7 @@ from staindiffuser.training.evaluation.cell_scores import CellScore, measure_nuc
 from staindiffuser.training.evaluation.feature_distances import Networks
 from staindiffuser.training.evaluation.metrics import StainScore
 from staindiffuser.training.evaluation.scoring import KID_TILES, ScoredTile, Stainer, inner, score_tiles
+from staindiffuser.training.evaluation.slides import SlideScore, scores_by_slide
 from staindiffuser.training.infer import HEUN_STEPS, Sampler, stain_tiles_with
 from staindiffuser.training.model.network import DualDiffusion
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, Split, spread
@@ -117,6 +118,8 @@ class Evaluation:
     """Feature networks: name to weights."""
     cells: Mapping[str, CellScore] = field(default_factory=dict)
     """Scores per cell; empty in a quick evaluation."""
+    trained_on: Mapping[str, int] | None = None
+    """How many of the tiles the model was trained on, by content, slide and patient; None if that is not known."""
 
     def head(self) -> dict[str, Any]:
         """What all step counts of a run share."""
@@ -129,7 +132,12 @@ class Evaluation:
             "margin": self.margin,
             "seconds": round(self.seconds, 2),
             "networks": dict(self.networks),
+            "trained_on": self.trained_on and dict(self.trained_on),
         }
+
+    def slides(self, stain: str) -> list[SlideScore]:
+        """A stain's score on each slide."""
+        return scores_by_slide(self.rows, self.scores[stain])
 
     def figures(self) -> dict[str, Any]:
         """The metrics per stain; ``intervals_95`` are bootstrap intervals over tiles. Undefined values are None.
@@ -142,6 +150,7 @@ class Evaluation:
             "intervals_95": {stain: finite(score.intervals()) for stain, score in self.scores.items()},
             "counts": {stain: score.counts() for stain, score in self.scores.items()},
             "cells": {stain: _cell_figures(score) for stain, score in self.cells.items()},
+            "slides": {stain: [slide.figures() for slide in self.slides(stain)] for stain in self.scores},
         }
 
     def summary(self) -> dict[str, Any]:
@@ -238,6 +247,7 @@ def evaluate_steps(
         if progress is not None:
             progress(done, len(rows))
 
+    trained_on = checkpoint.seen.overlap(rows) if checkpoint.seen else None
     start = time.perf_counter()
     scores = score_tiles(
         _stainer(checkpoint.network, samplers),
@@ -264,6 +274,7 @@ def evaluate_steps(
             margin=margin,
             networks=networks.identities() if networks else {},
             cells=of_cells,
+            trained_on=trained_on,
         )
         for k, score, of_cells in zip(steps, scores, cells, strict=True)
     )

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from staindiffuser.serving.server import TritonServer
 
-__all__ = ["serve"]
+__all__ = ["doctor", "serve"]
 
 
 def serve(
@@ -91,6 +91,38 @@ def serve(
         say("stopped")
         if signalled.number == signal.SIGINT:
             raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def doctor(
+    repository: Annotated[Path | None, typer.Argument(help="Model repository to verify as well.")] = None,
+    grpc_port: Annotated[int, typer.Option(help="Port that `serve` is to use.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="Metrics port that `serve` is to use.")] = 8002,
+    certificate: Annotated[
+        list[Path] | None, typer.Option(help="PEM certificate whose dates are checked. Repeatable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Report what this machine can run: processor, GPU, targets, Triton, memory, ports, repository, certificates.
+
+    Ends with 0, or with the exit code of the first problem.
+
+    Example: staindiffuser doctor models --certificate server.pem
+    """
+    from dataclasses import asdict
+
+    from staindiffuser.serving.doctor import examine
+
+    findings = []
+    ports = [(grpc_port, "--grpc-port"), (metrics_port, "--metrics-port")]
+    for finding in examine(repository=repository, ports=ports, certificates=certificate or ()):
+        findings.append(finding)
+        if not as_json:
+            typer.echo(f"{finding.status:8} {finding.name}: {finding.detail}")
+    if as_json:
+        typer.echo(json.dumps({"findings": [asdict(finding) for finding in findings]}, ensure_ascii=False))
+    problems = [finding.exit_code for finding in findings if finding.status == "problem"]
+    if problems:
+        raise typer.Exit(problems[0])
 
 
 def _ready(server: TritonServer) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import numpy as np
 from staindiffuser.export.manifest import Manifest
 from staindiffuser.serving.errors import ServerMissingError
 
-__all__ = ["require_shared_memory"]
+__all__ = ["SHARED_MEMORY", "require_shared_memory"]
 
-_SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def _tensor_bytes(manifest: Manifest) -> list[int]:
@@ -30,12 +30,12 @@ def require_shared_memory(manifest: Manifest) -> None:
     Raises:
         ServerMissingError: there is none, or too little is free.
     """
-    if not _SHARED_MEMORY.is_dir():
-        raise ServerMissingError(f"{_SHARED_MEMORY} is missing: Triton's Python backend needs it")
+    if not SHARED_MEMORY.is_dir():
+        raise ServerMissingError(f"{SHARED_MEMORY} is missing: Triton's Python backend needs it")
     needed = int(1.25 * sum(_tensor_bytes(manifest))) + (1 << 20) * (len(manifest.engines) + 1)
-    free = shutil.disk_usage(_SHARED_MEMORY).free
+    free = shutil.disk_usage(SHARED_MEMORY).free
     if free < needed:
         raise ServerMissingError(
-            f"{_SHARED_MEMORY} has {free >> 20} MiB free, this repository needs {needed >> 20} MiB at batch "
+            f"{SHARED_MEMORY} has {free >> 20} MiB free, this repository needs {needed >> 20} MiB at batch "
             f"{manifest.max_batch}: give the container more (docker run --shm-size) or build with a smaller --max-batch"
         )

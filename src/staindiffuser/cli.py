@@ -18,11 +18,12 @@ from staindiffuser.client.cli import stain
 from staindiffuser.errors import EXIT_INTERRUPTED, DependencyError, StainDiffuserError
 from staindiffuser.export.cli import app as export_app
 from staindiffuser.serving.cli import doctor, serve
+from staindiffuser.training.check.cli import app as data_app
 from staindiffuser.training.cli import app as train_app
-from staindiffuser.training.prepare.cli import app as prepare_app
-from staindiffuser.training.simulate.cli import app as simulate_app
 from staindiffuser.training.distill.cli import distill
 from staindiffuser.training.evaluation.cli import evaluate
+from staindiffuser.training.prepare.cli import app as prepare_app
+from staindiffuser.training.simulate.cli import app as simulate_app
 
 __all__ = ["app", "main"]
 
@@ -65,6 +66,7 @@ app.command(rich_help_panel="Use")(serve)
 app.command(rich_help_panel="Use")(doctor)
 app.add_typer(bench_app, name="bench", help="Measure speed.", rich_help_panel="Use")
 app.add_typer(prepare_app, name="prepare", help="Slides and public data sets → paired tiles.", rich_help_panel="Make")
+app.add_typer(data_app, name="data", help="Check paired tiles.", rich_help_panel="Make")
 app.add_typer(simulate_app, name="simulate", help="Make simulated tissue.", rich_help_panel="Make")
 app.add_typer(train_app, name="train", rich_help_panel="Make")
 app.command(rich_help_panel="Make")(distill)

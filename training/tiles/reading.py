@@ -19,18 +19,44 @@ from staindiffuser.training.tiles.mask_codes import MaskCode, MaskSurvey
 from staindiffuser.training.tiles.stain_names import OTHER_COLUMNS, PATIENT, is_stain_name
 from staindiffuser.training.tiles.tile import MASK, MPP_TOLERANCE, SPLITS, PairedTile
 
-__all__ = ["Check", "check_one_split", "located", "read_table"]
+__all__ = [
+    "Check",
+    "check_mpp",
+    "check_one_split",
+    "check_rows_differ",
+    "located",
+    "mask_code",
+    "read_rows",
+    "read_table",
+]
 
 Check = Literal["headers", "pixels"]
 _SAMPLE = 256
 """Masks, evenly spread, from which a folder's code is told when only headers are checked."""
 
 
-def read_table(path: Path, *, check: Check, mpp: float | None) -> tuple[tuple[str, ...], tuple[PairedTile, ...]]:
-    """Read a ``tiles.csv``; see :meth:`PairedTiles.load`.
+Table = tuple[tuple[str, ...], tuple[PairedTile, ...]]
+"""The stains in the order of the columns, and the tiles."""
 
-    Returns:
-        The stains in the order of the columns, and the tiles.
+
+def read_table(path: Path, *, check: Check, mpp: float | None) -> Table:
+    """Read a ``tiles.csv`` and check it as a whole; see :meth:`PairedTiles.load`.
+
+    Raises:
+        DataError: naming the file, the row and the field that is wrong.
+    """
+    stains, tiles = read_rows(path, check=check)
+    check_mpp(path, tiles, mpp)
+    check_rows_differ(path, tiles)
+    check_one_split(tiles)
+    images = located(tiles)
+    check_no_leak(copies_of_files(images) if check == "headers" else group_copies(_hashed(images)))
+    codes = {stain: code for stain in stains if (code := mask_code(path, tiles, stain, check)) is not None}
+    return stains, tuple(dataclasses.replace(tile, mask_codes=codes) for tile in tiles)
+
+
+def read_rows(path: Path, *, check: Check) -> Table:
+    """Read a ``tiles.csv`` and check row by row.
 
     Raises:
         DataError: naming the file, the row and the field that is wrong.
@@ -54,16 +80,15 @@ def read_table(path: Path, *, check: Check, mpp: float | None) -> tuple[tuple[st
         raise DataError(f"{path}, row {reader.line_num}: not valid CSV: {error}") from error
     if not tiles:
         raise DataError(f"{path} has no rows: nothing to train on")
-    _check_mpp(path, tiles, mpp)
-    _check_rows_differ(path, tiles)
-    check_one_split(tiles)
-    images = located(tiles)
-    check_no_leak(copies_of_files(images) if check == "headers" else group_copies(_hashed(images)))
-    codes = {stain: code for stain in stains if (code := _mask_code(path, tiles, stain, check)) is not None}
-    return stains, tuple(dataclasses.replace(tile, mask_codes=codes) for tile in tiles)
+    return stains, tiles
 
 
-def _check_rows_differ(path: Path, tiles: Iterable[PairedTile]) -> None:
+def check_rows_differ(path: Path, tiles: Iterable[PairedTile]) -> None:
+    """Refuse two rows with the same H&E.
+
+    Raises:
+        DataError: naming both rows.
+    """
     first: dict[Path, PairedTile] = {}
     for tile in tiles:
         other = first.setdefault(tile.he, tile)
@@ -84,8 +109,12 @@ def _hashed(images: Sequence[Located]) -> Iterator[tuple[str, Located]]:
         yield from zip(threads.map(lambda image: pixel_hash(read_image(image.image)), images), images, strict=True)
 
 
-def _mask_code(path: Path, tiles: Sequence[PairedTile], stain: str, check: Check) -> MaskCode | None:
-    """What the values of a stain's masks mean; None where there are no masks."""
+def mask_code(path: Path, tiles: Sequence[PairedTile], stain: str, check: Check) -> MaskCode | None:
+    """What the values of a stain's masks mean; None where there are no masks.
+
+    Raises:
+        DataError: they mean nothing known, or a mask cannot be read.
+    """
     masks = [mask for tile in tiles if (mask := tile.masks[stain]) is not None]
     if not masks:
         return None
@@ -225,7 +254,12 @@ def _size(path: Path, row: int, column: str, file: Path, check: Check) -> tuple[
         raise DataError(f"{path}, row {row}: {column}: {error}") from error
 
 
-def _check_mpp(path: Path, tiles: tuple[PairedTile, ...], needed: float | None) -> None:
+def check_mpp(path: Path, tiles: Sequence[PairedTile], needed: float | None) -> None:
+    """Refuse tiles of different pixel sizes, or of another than ``needed``, µm.
+
+    Raises:
+        DataError: naming the row.
+    """
     first = tiles[0]
     for tile in tiles:
         if needed is not None and abs(tile.mpp / needed - 1) > MPP_TOLERANCE:

@@ -1,0 +1,122 @@
+"""What is measured of one tile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from staindiffuser.imaging.arrays import BoolArray, FloatArray, UInt8Array
+from staindiffuser.imaging.image_files import read_image
+from staindiffuser.imaging.optical_density import (
+    HE_MATRIX,
+    dab_density,
+    dab_mask,
+    hematoxylin_density,
+    optical_density,
+)
+from staindiffuser.training.prepare.quality import fit_of, sharpness
+from staindiffuser.training.prepare.registration.features import band_passed
+from staindiffuser.training.tiles.copies import pixel_hash
+from staindiffuser.training.tiles.mask_codes import is_positive
+from staindiffuser.training.tiles.tile import PairedTile
+
+__all__ = ["StainMeasures", "TileMeasures", "measure"]
+
+_TISSUE_DENSITY = 0.06
+"""Mean optical density of the channels, smoothed, from which a pixel of the H&E is tissue."""
+_NUCLEI_BAND = (1.5, 12.0)
+"""Sizes of detail in which the hematoxylin of H&E and IHC is compared, pixels."""
+_HE_HEMATOXYLIN = np.linalg.inv(HE_MATRIX)[:, 0].astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StainMeasures:
+    """One stain of a tile."""
+
+    positive: float
+    """Share of the tile that is positive: by its mask, or where it has none by DAB."""
+    dab: float
+    """Share of the tile with a DAB density of at least 0.15."""
+    negative_dab: float
+    """Mean DAB density where the tile is not positive."""
+    mask_dice: float | None
+    """Dice of the mask and the DAB-positive area; None without a mask, or where both are empty."""
+    sharpness: float
+    correlation: float
+    """Of hematoxylin in H&E and IHC as they lie; 0 where the tile is too small to tell."""
+    best_correlation: float
+    """The same with the best shift of up to 12 pixels."""
+    shift: float
+    """That shift, pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileMeasures:
+    """A tile."""
+
+    hash: str
+    """Of the H&E's pixels."""
+    tissue: float
+    """Share of the tile that is tissue."""
+    colour: tuple[float, float, float]
+    """Mean optical density of the tissue, red, green and blue; of all pixels where there is hardly any."""
+    rgb: tuple[float, float, float]
+    """Mean of the H&E, grey levels."""
+    sharpness: float
+    stains: Mapping[str, StainMeasures]
+
+
+def measure(tile: PairedTile) -> TileMeasures:
+    """Measure a tile; masks of a stain without a code are left out.
+
+    Raises:
+        ImageError: one of its images cannot be read.
+    """
+    he = read_image(tile.he)
+    density = optical_density(he)
+    tissue = ndimage.gaussian_filter(density.mean(axis=-1), 2.0) > _TISSUE_DENSITY
+    where = tissue if tissue.mean() > 0.02 else np.ones_like(tissue)
+    return TileMeasures(
+        hash=pixel_hash(he),
+        tissue=float(tissue.mean()),
+        colour=_triple(density[where].mean(axis=0)),
+        rgb=_triple(he.mean(axis=(0, 1))),
+        sharpness=sharpness(he),
+        stains={stain: _stain(tile, stain, density @ _HE_HEMATOXYLIN) for stain in tile.stains},
+    )
+
+
+def _stain(tile: PairedTile, stain: str, he_hematoxylin: FloatArray) -> StainMeasures:
+    image = read_image(tile.stains[stain])
+    dab = dab_mask(image)
+    path, code = tile.masks[stain], tile.mask_codes.get(stain)
+    mask = is_positive(read_image(path, mode="L"), code) if path is not None and code is not None else None
+    positive = dab if mask is None else mask
+    here, best, shift = fit_of(*(band_passed(part, *_NUCLEI_BAND) for part in (he_hematoxylin, _hematoxylin(image))))
+    return StainMeasures(
+        positive=float(positive.mean()),
+        dab=float(dab.mean()),
+        negative_dab=float(dab_density(image)[~positive].mean()) if not positive.all() else 0.0,
+        mask_dice=None if mask is None else _dice(mask, dab),
+        sharpness=sharpness(image),
+        correlation=here,
+        best_correlation=best,
+        shift=shift,
+    )
+
+
+def _hematoxylin(ihc: UInt8Array) -> FloatArray:
+    return np.ascontiguousarray(hematoxylin_density(ihc))
+
+
+def _dice(a: BoolArray, b: BoolArray) -> float | None:
+    total = int(a.sum()) + int(b.sum())
+    return 2 * int((a & b).sum()) / total if total else None
+
+
+def _triple(values: FloatArray) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

@@ -298,5 +298,22 @@ def _strategy(asked: StrategyName, size: str) -> Any:
 
 
 def _report(folder: Path, data: list[str], *, dry_run: bool) -> None:
-    if _first():
-        typer.echo(f"{', '.join(data)}: everything checked, nothing trained" if dry_run else f"checkpoint: {folder}")
+    if not _first():
+        return
+    if dry_run:
+        _show_data(data)
+    typer.echo(f"{', '.join(data)}: everything checked, nothing trained" if dry_run else f"checkpoint: {folder}")
+
+
+def _show_data(data: list[str]) -> None:
+    """What ``data check`` shows of each folder."""
+    from rich.console import Console
+
+    from staindiffuser.training.check.check import check_tiles
+    from staindiffuser.training.check.sheet import worst_tiles
+    from staindiffuser.training.check.tables import print_report
+    from staindiffuser.training.tiles.mixed_tiles import parse_spec
+
+    for spec in data:
+        report = check_tiles(parse_spec(spec)[0], jobs=os.cpu_count() or 1)
+        print_report(report, worst_tiles(report.suspicions, 10), Console())

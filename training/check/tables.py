@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -40,7 +41,8 @@ def print_report(report: CheckReport, worst: Sequence[tuple[PairedTile, Sequence
 
 
 def _stains(report: CheckReport) -> Table:
-    table = Table("stain", "masks", *(f"positive, {split}" for split in SPLITS), "correlation of hematoxylin")
+    columns = ("stain", "masks", *(f"positive, {split}" for split in SPLITS), "correlation of hematoxylin")
+    table = Table(*columns, box=SIMPLE)
     for stain, part in report.stains.items():
         shares = [
             f"{part.positive[split]:.2%} ({part.tiles_with_positive[split]} of {report.tiles[split]} tiles)"
@@ -59,9 +61,8 @@ def _slides(report: CheckReport) -> Table:
         f"{len(report.slides) - len(shown)} more slides: --json has them" if len(shown) < len(report.slides) else None
     )
     stains = list(report.stains)
-    table = Table(
-        "slide", "patient", "split", "tiles", "blank", "mean colour", *map(stain_label, stains), caption=caption
-    )
+    columns = ("slide", "patient", "split", "tiles", "blank", "mean colour", *map(stain_label, stains))
+    table = Table(*columns, box=SIMPLE, caption=caption)
     for part in shown:
         colour = " ".join(f"{value:.0f}" for value in part.rgb)
         shares = [f"{part.positive[stain]:.1%}" for stain in stains]

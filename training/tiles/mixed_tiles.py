@@ -20,7 +20,7 @@ from staindiffuser.training.tiles.paired_tiles import PairedTiles, with_fold
 from staindiffuser.training.tiles.reading import Check, check_one_split, located
 from staindiffuser.training.tiles.tile import MPP_TOLERANCE, PairedTile, Split
 
-__all__ = ["MixedTiles", "Schedule", "open_tiles"]
+__all__ = ["MixedTiles", "Schedule", "open_tiles", "parse_spec"]
 
 BLOCK = 1000
 """Samples over which the shares hold exactly."""
@@ -94,7 +94,7 @@ def open_tiles(
     """
     folders, weights = [], []
     for spec in specs:
-        folder, weight = _parsed(spec)
+        folder, weight = parse_spec(spec)
         if folder in folders:
             raise UsageError(f"--data {spec}: the folder is named twice; give it once, with a larger weight")
         folders.append(folder)
@@ -110,7 +110,12 @@ def open_tiles(
     return MixedTiles(parts=parts, weights=tuple(weights))
 
 
-def _parsed(spec: str | Path) -> tuple[Path, float]:
+def parse_spec(spec: str | Path) -> tuple[Path, float]:
+    """Folder and weight of ``FOLDER`` or ``FOLDER=WEIGHT``.
+
+    Raises:
+        UsageError: the weight is no positive number.
+    """
     text = str(spec)
     name, separator, number = text.rpartition("=")
     if not separator or Path(text).exists():

@@ -1,10 +1,10 @@
-"""``make verify-gpu``: what this project does on an NVIDIA GPU, in at most eight minutes.
+"""``make verify-gpu``: checks and measures the project on an NVIDIA GPU, in at most eight minutes.
 
-Each step runs in a process of its own, so that a crash or a poisoned CUDA context ends that step alone, and writes
-``<step>.json`` and ``<step>.log`` into the output folder before the next begins; ``report.json`` and ``report.md`` sum
-them up. A step that fails is named, the others are done all the same, and the exit code is 5.
+Each step runs in its own process, so that a crash or a broken CUDA context ends only that step. It writes
+``<step>.json`` and ``<step>.log`` to the output folder before the next step begins; ``report.json`` and ``report.md``
+summarise them. If a step fails, the report names it, the other steps run all the same, and the exit code is 5.
 
-``--device cpu`` rehearses all of it with a small model; its timings mean nothing.
+``--device cpu`` rehearses everything with a small model; its timings mean nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TIME_LIMIT = 480.0
 FAILED = 5
 _GRACE = 30.0
-"""Seconds that a step may take beyond its limit, to end what it is doing, before it is killed."""
+"""Seconds that a step may exceed its limit to finish what it is doing, before it is killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Step:
     name: str
     module: str
     seconds: float
-    """How long it may take out of :data:`TIME_LIMIT`; the last gets what is left."""
+    """Its share of :data:`TIME_LIMIT`; 0 for the last step, which gets the rest."""
 
 
 STEPS = (
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results[step.name] = _read(step, output, code)
         _summarise(results, output, time.monotonic() - began)
         sys.stderr.write(f"{step.name}: {_line(results[step.name])}\n")
-        if code == DependencyError.exit_code:  # no GPU: nothing else makes sense
+        if code == DependencyError.exit_code:  # no GPU
             sys.stderr.write(f"error: {results[step.name]['errors'][0]}\n")
             return DependencyError.exit_code
     failed = [name for name, result in results.items() if result["status"] == "failed"]
@@ -108,16 +108,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _start(step: Step, given: Sequence[str], output: Path, limit: float) -> int:
-    """Run a step in a process of its own; its exit code, negative if it was killed."""
+    """Run a step in its own process; returns its exit code, negative if it was killed."""
     command = [sys.executable, "-m", "staindiffuser.benchmarks.verify_gpu", *given]
     command += ["--output", str(output), "--step", step.name, "--step-limit", str(limit)]
     (output / f"{step.name}.json").unlink(missing_ok=True)
     environment = dict(os.environ)
-    if "cpu" in given:  # a rehearsal measures nothing: it leaves the cores to others
+    if "cpu" in given:  # a rehearsal's timings do not matter
         environment["OMP_NUM_THREADS"] = "1"
     with (output / f"{step.name}.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        # An interrupted run of training gets a minute of its own to write its snapshot.
+        # Interrupted training gets another minute to write its snapshot.
         grace = _GRACE + (60 if step.name == "training" else 0)
         try:
             return process.wait(timeout=limit + grace)
@@ -130,7 +130,7 @@ def _start(step: Step, given: Sequence[str], output: Path, limit: float) -> int:
 
 
 def _run_step(chosen: argparse.Namespace, output: Path) -> int:
-    """What a step's own process does."""
+    """Run one step, in its own process."""
     options = GpuOptions(
         output=output,
         device=chosen.device,
@@ -161,7 +161,7 @@ def _run_step(chosen: argparse.Namespace, output: Path) -> int:
 
 
 def _read(step: Step, output: Path, code: int) -> dict[str, Any]:
-    """A step's result; one whose process died is a failure that keeps what it had written."""
+    """Read a step's result. If its process died, the step has failed, and what it had written is kept."""
     path = output / f"{step.name}.json"
     found: dict[str, Any] = {"status": "failed", "seconds": 0.0, "errors": [], "left_out": []}
     if path.is_file():

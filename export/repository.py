@@ -23,7 +23,7 @@ from staindiffuser.export.manifest import MANIFEST_JSON, SAMPLER, EngineRecord, 
 from staindiffuser.export.parity import EngineParity, Golden, check_parity
 from staindiffuser.export.publishing import locked, staging_folder
 from staindiffuser.files import file_sha256
-from staindiffuser.triton_models import FOLDER, NOISE_FILES
+from staindiffuser.triton_models import engine_files, noise_files
 
 __all__ = ["BuildReport", "RepositoryBuild", "build", "build_repository", "prepare_build"]
 
@@ -139,15 +139,8 @@ def prepare_build(
     configs = triton_config.model_configs(
         graphs, builder, {name: {capability: file} for name, file in files.items()}, options, flavour
     )
-    gate = FOLDER / "shared" / "gate.py"
-    engine_sources: tuple[Path, ...] = ()
-    if flavour == "python":
-        engine_sources = (
-            FOLDER / "engine" / "model.py",
-            FOLDER / "engine" / f"{builder.runner}.py",
-            gate,
-        )
-    noise_sources = (*(FOLDER / "noise" / name for name in NOISE_FILES), gate)
+    engine_sources = engine_files(builder.runner) if flavour == "python" else ()
+    noise_sources = noise_files()
     sources: dict[str, tuple[Path, ...]] = {
         triton_config.NOISE_MODEL: noise_sources,
         **dict.fromkeys(graphs.engines, engine_sources),

@@ -59,8 +59,8 @@ vendor's container."""
 EngineFiles = Mapping[str, str]
 """Compute capability ("8.9"; "" on a CPU) to file name."""
 ONE_GPU = (0,)
-"""A server uses the first GPU that it sees: left out, Triton makes instances on every GPU, the ensemble hands features
-from one GPU to another, and the CUDA pool is the first GPU's only. Several GPUs take a server each."""
+"""A server uses only the first GPU it sees; with several GPUs, run one server on each. Otherwise Triton would create
+instances on every GPU and the ensemble would pass features between them, with a CUDA pool on the first GPU only."""
 IN_FLIGHT = 4
 """Requests whose tensors are on the GPU at once; determines the size of the CUDA pool (ours)."""
 QUEUE_LENGTH = 64

@@ -2,6 +2,18 @@
 
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-NOISE_FILES = ("model.py", "philox.py", "philox_gpu.py", "philox.cu", "normal_quantiles.npy")
-"""Of ``noise/``: what its version folder in a repository holds."""
+__all__ = ["engine_files", "noise_files"]
+
+_FOLDER = Path(__file__).resolve().parent
+_SHARED = (_FOLDER / "shared" / "gate.py",)
+
+
+def engine_files(runner: str) -> tuple[Path, ...]:
+    """The files in the version folder of an engine's model, besides the engine; ``runner`` as in its parameters."""
+    return (_FOLDER / "engine" / "model.py", _FOLDER / "engine" / f"{runner}.py", *_SHARED)
+
+
+def noise_files() -> tuple[Path, ...]:
+    """The files in the version folder of the noise model."""
+    names = ("model.py", "philox.py", "philox_gpu.py", "philox.cu", "normal_quantiles.npy")
+    return (*(_FOLDER / "noise" / name for name in names), *_SHARED)

@@ -1,8 +1,8 @@
-"""Step ``engines``: the shipped graphs through the torch engine, the CUDA graphs' replays, and Triton's models.
+"""Step ``engines``: runs the shipped graphs with the torch engine and with the models that Triton loads.
 
-- Parity with the golden samples at each batch, by the way that the server takes, in both memory layouts.
-- Replays against the same program without capture, on inputs that the capture has not seen: bit for bit.
-- The model classes that Triton loads, fed one after the other with what the one before left on the device.
+- Parity with the golden samples at each batch size and in both memory layouts, as the server runs them.
+- Replays of CUDA graphs against the same program without capture, bit for bit, on inputs that were not captured.
+- The model classes that Triton loads, each given the device tensors that the previous one returned.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from staindiffuser.benchmarks.gpu.python_backend import Request, loaded_model, s
 from staindiffuser.export.builders.base import HostEngine
 from staindiffuser.export.description import GraphSet, TensorSpec
 from staindiffuser.export.parity import MAX_LEVELS, Golden, check_parity, run_pipeline
-from staindiffuser.triton_models import FOLDER, NOISE_FILES
+from staindiffuser.triton_models import engine_files, noise_files
 from staindiffuser.triton_models.engine import engine_torch
 
 __all__ = ["run"]
@@ -29,7 +29,7 @@ BATCHES = (1, 3, 8)
 
 
 def run(options: GpuOptions, result: StepResult) -> None:
-    """Everything above, for every engine of the graphs folder."""
+    """Check every engine of the graphs folder; see the module."""
     graphs = GraphSet.load(options.graphs)
     golden = Golden.load(options.graphs / graphs.golden)
     result.data.update(graphs=str(options.graphs), model_version=graphs.model_version, precision=graphs.precision)
@@ -92,7 +92,7 @@ def _check_replays(
 
 
 def _check_models(options: GpuOptions, graphs: GraphSet, golden: Golden, result: StepResult) -> None:
-    """``model.py`` of the encoder, of the noise and of each branch, on the device that Triton would give them."""
+    """Run ``model.py`` of the encoder, the noise model and each branch on the device that Triton would choose."""
     device = 0 if options.device == "cuda" else None
     batch = min(2, golden.samples)
     tensors: dict[str, Any] = {name: array[:batch] for name, array in golden.inputs.items()}
@@ -128,8 +128,8 @@ def _on_host(array: Any) -> np.ndarray[Any, Any]:
 
 
 def _noise(graphs: GraphSet, version: Path) -> dict[str, Any]:
-    for name in NOISE_FILES:
-        shutil.copyfile(FOLDER / "noise" / name, version / name)
+    for source in noise_files():
+        shutil.copyfile(source, version / source.name)
     shape = [graphs.steps, 3, graphs.tile, graphs.tile]
     outputs = {"NOISE": shape, "NOISE_CELLS": [1, *shape[2:]]}
     return {
@@ -141,8 +141,8 @@ def _noise(graphs: GraphSet, version: Path) -> dict[str, Any]:
 
 def _engine(options: GpuOptions, graphs: GraphSet, name: str, version: Path) -> dict[str, Any]:
     engine = graphs.engines[name]
-    for source in ("model.py", "engine_torch.py"):
-        shutil.copyfile(FOLDER / "engine" / source, version / source)
+    for source in engine_files("engine_torch"):
+        shutil.copyfile(source, version / source.name)
     shutil.copyfile(options.graphs / engine.file, version / "engine.onnx")
     parameters = {"runner": "engine_torch", "engine": "engine.onnx"}
     return {

@@ -1,4 +1,4 @@
-"""Step ``environment``: versions, imports and shared memory. It comes first: without a GPU nothing else makes sense."""
+"""Step ``environment``: versions, imports and shared memory. It comes first, and ends the run if there is no GPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODULES = (
     "staindiffuser.triton_models.engine.engine_torch",
     "staindiffuser.triton_models.noise.philox_gpu",
 )
-"""What later steps import; a failure is written here and is an error of the step that needs it."""
+"""Modules that later steps import. A failure is recorded here; it is an error of the step that needs the module."""
 
 
 def run(options: GpuOptions, result: StepResult) -> None:

@@ -1,4 +1,4 @@
-"""Step ``noise``: the GPU's noise against NumPy's, bit for bit, and its time a tile."""
+"""Step ``noise``: compares the GPU's noise with NumPy's, bit for bit, and times it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["run"]
 STEPS = (1, 2, 4)
 SEEDS = np.array([[0], [-7], [2**40 + 3]])
 ORIGINS = np.array([[-48, 16], [2**32 - 16, -(2**33)], [4096, 8192]])
-"""Tiles with negative origins and origins beyond 32 bits among them."""
+"""Including negative origins and origins beyond 32 bits."""
 
 
 def run(options: GpuOptions, result: StepResult) -> None:
-    """Compare and time; on a CPU NumPy stands in for the GPU."""
+    """Compare and time; in a rehearsal on a CPU, NumPy takes the GPU's place."""
     maker = None if options.device == "cpu" else result.attempt("CuPy", GpuNoise)
     if options.device == "cuda" and maker is None:
         return
@@ -55,7 +55,7 @@ def _compare(make: Callable[..., Any], steps: int, tile: int) -> dict[str, bool]
 
 
 def _time(make: Callable[..., Any], batch: int, options: GpuOptions) -> float:
-    """Milliseconds a tile, one step, in batches: wall time, since what is returned is complete."""
+    """Milliseconds per tile for one step; wall-clock time, since the noise is complete on return."""
     seeds, origins = np.arange(batch)[:, None], np.arange(2 * batch).reshape(batch, 2) * philox.ORIGIN_MULTIPLE
     arguments: dict[str, Any] = {"steps": 1, "height": options.tile, "width": options.tile}
     make(seeds, origins, **arguments)

@@ -1,4 +1,4 @@
-"""What every step of ``verify_gpu`` is given, and what it gives back."""
+"""The options and the result of each step of ``verify_gpu``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["Check", "GpuOptions", "StepResult", "grey_levels"]
 
 @dataclass(frozen=True, kw_only=True)
 class GpuOptions:
-    """What is verified, and how long it may take."""
+    """What to verify, and how long it may take."""
 
     output: Path
     """Folder of the results."""
     device: str
-    """``cuda``, or ``cpu`` to rehearse: the same steps, whose timings mean nothing."""
+    """``cuda``, or ``cpu`` for a rehearsal, whose timings mean nothing."""
     graphs: Path
     """Graphs folder whose engines are checked."""
     preset: str
@@ -37,26 +37,26 @@ class GpuOptions:
     compiled: bool
     """Also measure ``torch.compile``, which takes the longest."""
     train_preset: str
-    """Recipe that the remaining time trains."""
+    """Preset to train in the remaining time."""
     tiles: Path | None
-    """Paired tiles to train on; None simulates some."""
+    """Paired tiles to train on; None to simulate them."""
     limit: float
-    """Seconds after which this step begins nothing new."""
+    """Seconds after which the step starts nothing new."""
 
 
 @dataclass
 class StepResult:
-    """What a step has found so far. It is written to ``<output>/<step>.json`` after each finding."""
+    """What a step has found so far, written to ``<output>/<step>.json`` after each finding."""
 
     path: Path
     limit: float
     data: dict[str, Any] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
-    """What failed; a step with an error has failed."""
+    """Failures; a step with any has failed."""
     left_out: list[str] = field(default_factory=list)
-    """What the time limit left no room for."""
+    """What was not done because of the time limit."""
     skipped: str = ""
-    """Why the whole step could not be done here, without that being an error."""
+    """Why the whole step does not apply to this machine; empty if it does."""
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -65,7 +65,7 @@ class StepResult:
         return time.monotonic() - self.began > self.limit
 
     def write(self) -> None:
-        """Write what there is so far."""
+        """Write the findings so far."""
         status = "failed" if self.errors else "skipped" if self.skipped else "passed"
         more = {"skipped": self.skipped} if self.skipped else {}
         seconds = round(time.monotonic() - self.began, 2)
@@ -73,14 +73,14 @@ class StepResult:
         write_json(self.path, {"status": status, "seconds": seconds, **more, **ends, **self.data})
 
     def attempt(self, what: str, do: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Do one thing unless the time is over; an error is noted and the step goes on. Returns its result or None."""
+        """Call a function unless the time is up; an error is recorded and the step continues. Returns None then."""
         if self.over:
             self.left_out.append(f"{what}: the time limit")
             self.write()
             return None
         try:
             return do(*arguments, **options)
-        except Exception as error:  # whatever a GPU's libraries raise: it is reported, and the next thing is tried
+        except Exception as error:  # GPU libraries raise anything; it is reported, and the step continues
             lines = str(error).splitlines() or [""]
             self.errors.append(f"{what}: {type(error).__name__}: {lines[0][:300]}")
             return None
@@ -90,7 +90,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """How far two results are apart."""
+    """The difference between two results."""
 
     max_levels: float
     """Largest difference, grey levels; for features in hundredths of their largest value."""

@@ -1,4 +1,4 @@
-"""What Triton's Python backend gives a model, without Triton: to run the models of a repository in this process."""
+"""Stands in for Triton's Python backend, to run a repository's models in this process."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ __all__ = ["Request", "Response", "Tensor", "TritonError", "loaded_model", "stan
 
 
 class Tensor:
-    """A tensor in host memory, or one on the GPU that speaks DLPack."""
+    """A NumPy array, or a device array that supports DLPack."""
 
     def __init__(self, name: str, values: Any) -> None:
         self._name, self.values = name, values
 
     @classmethod
     def from_dlpack(cls, name: str, array: Any) -> Tensor:
-        """As Triton takes what a model made on the GPU."""
+        """A tensor that shares the memory of a model's output."""
         if not hasattr(array, "__dlpack__"):
-            raise TypeError(f"{name} does not speak DLPack: {type(array)}")
+            raise TypeError(f"{name} does not support DLPack: {type(array)}")
         return cls(name, array)
 
     def name(self) -> str:
-        """As in the model's configuration."""
+        """The name in the model's configuration."""
         return self._name
 
     def is_cpu(self) -> bool:
-        """Whether it lies in host memory."""
+        """Whether it is in host memory."""
         return isinstance(self.values, np.ndarray)
 
     def as_numpy(self) -> np.ndarray[Any, Any]:
-        """The array, if it lies in host memory."""
+        """The array, if it is in host memory."""
         if not isinstance(self.values, np.ndarray):
             raise TypeError(f"{self._name} is on the GPU and cannot become a NumPy array")
         return self.values
@@ -52,9 +52,9 @@ class Tensor:
 
 
 class TritonError(Exception):
-    """An error that a model answers a request with; the codes that our models use."""
+    """An error response, with the codes that our models use."""
 
-    INVALID_ARG, INTERNAL = 1, 2
+    INVALID_ARG, INTERNAL, UNAVAILABLE = 1, 2, 3
 
     def __init__(self, message: str, code: int = INTERNAL) -> None:
         super().__init__(message)
@@ -81,18 +81,18 @@ class Response:
 
 @dataclass
 class Request:
-    """One request, of a client or of the ensemble."""
+    """One request of a client or of the ensemble."""
 
     inputs: Mapping[str, Any]
     outputs: list[str]
 
     def requested_output_names(self) -> list[str]:
-        """As Triton calls it."""
+        """Names of the requested outputs."""
         return self.outputs
 
 
 def stand_in(log: list[str], tensor: type[Tensor] = Tensor) -> types.ModuleType:
-    """A module for ``triton_python_backend_utils``; warnings go to ``log``."""
+    """A module to import as ``triton_python_backend_utils``; warnings are appended to ``log``."""
     module: Any = types.ModuleType("triton_python_backend_utils")
     module.Tensor, module.TritonError, module.InferenceResponse = tensor, TritonError, Response
     module.get_input_tensor_by_name = lambda request, name: tensor(name, request.inputs[name])
@@ -105,7 +105,7 @@ def stand_in(log: list[str], tensor: type[Tensor] = Tensor) -> types.ModuleType:
 def loaded_model(
     version: Path, config: Mapping[str, Any], *, device: int | None, module: types.ModuleType
 ) -> Iterator[Any]:
-    """A model as Triton loads it: its version folder first on the path, its files imported by their bare names.
+    """Load a model as Triton does: its version folder is first on the path, and its files are top-level modules.
 
     Args:
         version: the folder that holds ``model.py``.

@@ -1,4 +1,4 @@
-"""Step ``server``: the real Triton server with torch engines, where its binaries were brought along."""
+"""Step ``server``: the real Triton server with torch engines, if it is installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["run"]
 
 
 def run(options: GpuOptions, result: StepResult) -> None:
-    """Build a repository, serve it, stain the golden samples through gRPC."""
+    """Build a repository, serve it, and stain the golden samples over gRPC."""
     needed = {"pytriton": "nvidia-pytriton", "tritonclient": "'tritonclient[grpc]'", "pynvml": "nvidia-ml-py"}
     missing = [package for name, package in needed.items() if importlib.util.find_spec(name) is None]
     if missing:

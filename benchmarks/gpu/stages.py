@@ -1,9 +1,9 @@
-"""Step ``stages``: how long each stage takes, and how near to the card's peak it comes.
+"""Step ``stages``: how long each stage takes, and what share of the card's peak it reaches.
 
-Stages are the encoder, an image branch at k = 1, 2, 4 and a cell branch, of a network with random weights. Each is run
-eagerly, replayed as a CUDA graph, and compiled, in both memory layouts. Times are CUDA events; torch counts the
-floating-point operations; the share is of the fastest matrix product that the same card shows. What was captured or
-compiled is compared with eager on inputs that it has not seen.
+The stages are the encoder, an image branch at k = 1, 2, 4 and a cell branch of a network with random weights. Each is
+run eagerly, as a CUDA graph and compiled, in both memory layouts. Times come from CUDA events and operation counts from
+torch; the peak is the fastest matrix product measured on the same card. Captured and compiled stages are compared with
+eager ones on new inputs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _WARM_UPS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One stage at one batch size in one way of running it."""
+    """One stage at one batch size, run in one way."""
 
     stage: str
     batch: int
@@ -43,16 +43,16 @@ class Measurement:
     milliseconds: float
     """Median of one run of the whole batch."""
     tflops: float
-    """Reached, 10¹² floating-point operations a second."""
+    """Achieved, 10¹² floating-point operations per second."""
     share_of_peak: float
     memory_mib: float
-    """Device memory in use after the runs, everybody's (TensorRT's, CuPy's and torch's); 0 on a CPU."""
+    """Device memory in use after the runs, including TensorRT's and CuPy's; 0 on a CPU."""
     apart: dict[str, float]
-    """From eager, on inputs that were not seen before: see :class:`Check`; empty for eager itself."""
+    """Difference from eager on new inputs, see :class:`Check`; empty for eager itself."""
 
 
 class Bench:
-    """The device, its peak, and how a stage is timed on it.
+    """Times stages on a device, and knows its peak.
 
     Args:
         options: device, tile and times.
@@ -72,7 +72,7 @@ class Bench:
         self.measurements: list[dict[str, Any]] = result.data.setdefault("measurements", [])
 
     def measure(self, stage: str, batch: int, how: str, flops: float, prepare: Callable[[], Timed]) -> None:
-        """Time what ``prepare`` gives, unless there is no time left; an error becomes the step's."""
+        """Time what ``prepare`` returns, unless the time is up; an error is recorded."""
         self.result.attempt(f"{stage}, batch {batch}, {how}", self._measure, stage, batch, how, flops, prepare)
 
     def _measure(self, stage: str, batch: int, how: str, flops: float, prepare: Callable[[], Timed]) -> None:
@@ -133,14 +133,14 @@ class Bench:
 
 @dataclass(frozen=True)
 class Timed:
-    """Something to time, and how to find out whether it is right."""
+    """Something to time, and an optional check of its result."""
 
     run: Callable[[], object]
     check: Callable[[], Check] | None = None
 
 
 def run(options: GpuOptions, result: StepResult) -> None:
-    """Parity first, then the measurements, the most telling first: graphs, eager, compiled."""
+    """Check parity, then measure: CUDA graphs, eager, compiled."""
     bench = Bench(options, result)
     network = random_network(options.preset).to(bench.device)
     result.data.update(preset=options.preset, tile=options.tile)
@@ -158,7 +158,7 @@ def run(options: GpuOptions, result: StepResult) -> None:
     }
     for way, make in ways.items():
         for batch in options.batches:
-            # Compiling takes long: one batch size, in the layout that both graphs and eager are measured in too.
+            # Compiling is slow, so only one batch size and one layout are compiled.
             if way == "compiled" and (not options.compiled or batch != options.batches[len(options.batches) // 2]):
                 continue
             for layout, modules in stages.items():
@@ -300,7 +300,7 @@ def _golden_tiles(tile: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 class Captured:
-    """A stage as a CUDA graph with inputs of its own, which live as long as the graph. On a CPU it is run eagerly."""
+    """A stage as a CUDA graph with its own input tensors, which live as long as the graph. On a CPU it runs eagerly."""
 
     def __init__(self, module: nn.Module, inputs: list[Tensor]) -> None:
         self._module, self._inputs = module, [tensor.clone() for tensor in inputs]

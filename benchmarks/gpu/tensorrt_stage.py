@@ -1,4 +1,4 @@
-"""Step ``tensorrt``: the shipped graphs as plans, by the server's way, and each stage's time; where it is installed.
+"""Step ``tensorrt``: builds and checks plans of the shipped graphs, and times stages; if TensorRT is installed.
 
 No GPU has run it yet; the tests run it on a simulated one.
 """
@@ -25,11 +25,11 @@ from staindiffuser.training.model.network import DualDiffusion
 __all__ = ["TensorRTStage", "run", "tensorrt_modules"]
 
 STAGES = ("encoder", "image k=1", "cells")
-"""What is timed: k = 2 and 4 repeat the image's branch."""
+"""Timed stages; k = 2 and 4 would only repeat the image branch."""
 
 
 def run(options: GpuOptions, result: StepResult) -> None:
-    """Plans of the shipped graphs first, then the stages."""
+    """Check plans of the shipped graphs, then time the stages."""
     modules = tensorrt_modules()
     if not modules:
         result.skipped = "neither TensorRT nor TensorRT-RTX is installed"
@@ -59,7 +59,7 @@ def run(options: GpuOptions, result: StepResult) -> None:
 
 
 def _shipped(options: GpuOptions, target: str, *, stripped: bool) -> dict[str, Any]:
-    """Build, load and check as ``export build`` does, without writing a repository."""
+    """Build, load and check plans as ``export build`` does, without a repository."""
     from staindiffuser.export import builders
     from staindiffuser.export.description import GraphSet
     from staindiffuser.export.parity import Golden, check_parity
@@ -95,11 +95,11 @@ def tensorrt_modules() -> dict[str, Any]:
 
 
 class TensorRTStage:
-    """One stage as a plan, its memory from torch.
+    """One stage as a plan, with memory from torch.
 
     Args:
         trt: the module.
-        network: one stain, on the CPU; made outside of ``torch.inference_mode``, since it is traced.
+        network: one stain, on the CPU, created outside ``torch.inference_mode``, since it is traced.
         name: as in :mod:`stages`: ``encoder``, ``image k=2``, ``cells``.
         trunk: what the convolutions compute in.
         options: device, tile, and batches (one optimisation profile each).
@@ -150,7 +150,7 @@ class TensorRTStage:
         self.flops = float(counter.get_total_flops())
 
     def prepare(self, batch: int) -> Timed:
-        """A run of one batch on torch's stream, and its comparison with the same stage in torch on other inputs."""
+        """A run of one batch on torch's stream, and a comparison with the same stage in torch on new inputs."""
         run, _ = self._bind(self._inputs(batch, 0))
 
         def check() -> Check:
@@ -180,7 +180,7 @@ class TensorRTStage:
         ]
 
         def run() -> object:
-            # Bound anew each time: a comparison in between may have bound other memory.
+            # Bound for each run, since the comparison binds other memory.
             for spec, tensor in zip((*self._graph.inputs, *self._graph.outputs), (*inputs, *outputs), strict=True):
                 context.set_tensor_address(spec.name, tensor.data_ptr())
             if not context.execute_async_v3(_stream(self._device)):

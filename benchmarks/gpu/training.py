@@ -1,4 +1,4 @@
-"""Step ``training``: the recipe that ships, for the time that is left. The run goes on where it stopped, anywhere."""
+"""Step ``training``: trains the shipped recipe for the remaining time. The run can be resumed on any machine."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["run"]
 
 COMMAND = [sys.executable, "-c", "from staindiffuser.cli import main; main()"]
 GRACE = 60.0
-"""Seconds that an interrupted run gets to write its snapshot."""
+"""Seconds for an interrupted run to write its snapshot."""
 _LEAST = 20.0
-"""Seconds below which training is not begun."""
+"""Seconds below which training does not start."""
 
 
 def run(options: GpuOptions, result: StepResult) -> None:
-    """Simulate tiles unless some were brought along, train until the time is over, interrupt, report."""
+    """Simulate tiles unless some were given, train until the time is up, interrupt the run and report."""
     run_folder = options.output / "training"
     tiles = options.tiles or result.attempt("simulate tiles", _simulate, options, result)
     if tiles is None:
@@ -31,7 +31,7 @@ def run(options: GpuOptions, result: StepResult) -> None:
         result.left_out.append("training: the time limit")
         return
     arguments = ["train", "--data", str(tiles), "--output", str(run_folder), "--preset", options.train_preset]
-    arguments += ["--trained-on", "simulated tissue" if options.tiles is None else "tiles brought along"]
+    arguments += ["--trained-on", "simulated tissue" if options.tiles is None else "tiles of your own"]
     result.data["command"] = " ".join(["staindiffuser", *arguments])
     result.attempt("train", _train, arguments, options, result, run_folder)
 

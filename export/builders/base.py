@@ -111,13 +111,13 @@ class Engine(Protocol):
 
 
 class DeviceEngine(Engine, Protocol):
-    """An engine whose arrays are on a GPU; see ``triton_models/engine/model.py``."""
+    """An engine with device arrays; see ``triton_models/engine/model.py``."""
 
     def receive(self, tensor: Any) -> Any:
-        """A NumPy array, or whatever speaks DLPack, as an array on the engine's device."""
+        """Convert a NumPy array or DLPack tensor to an array on the engine's device."""
 
     def join(self, arrays: list[Any]) -> Any:
-        """Received arrays in a row, along the batch."""
+        """Concatenate received arrays along the batch."""
 
 
 class Builder(Protocol):
@@ -173,7 +173,8 @@ class Builder(Protocol):
 class HostEngine:
     """A GPU engine with NumPy inputs and outputs, for parity and benchmarks.
 
-    A batch takes the server's way: each tile arrives in host memory by itself, as if from a request of its own.
+    As in the server, each tile is received from host memory and joined with the others, as if it were a request of its
+    own.
     """
 
     def __init__(self, engine: DeviceEngine) -> None:

@@ -1,10 +1,10 @@
-"""Target ``tensorrt``: plans for one GPU, by TensorRT 10.16 or 11 (the same code).
+"""Target ``tensorrt``: plans for one kind of GPU, built by TensorRT 10.16 or 11 with the same code.
 
-A plan runs on the kind of GPU that built it. Tactics are timed on the GPU; the timings are kept in the user's cache
-folder, per TensorRT version and GPU, so that building again is quick and the artefact does not change its bytes for it.
+A plan runs on the kind of GPU that built it. TensorRT times its tactics there; the timings are cached per TensorRT
+version and GPU in the user's cache folder, outside the repository, so that building again is quick.
 
-No machine with a GPU has run this file. On a CPU the tests run its network building through TensorRT-RTX, which has the
-same API, and all of it through a simulation that has the names and signatures of the bindings of 10.16 and 11.4.
+No GPU has run this file. The tests run its network building through TensorRT-RTX, which has the same API, and all of it
+through a simulation with the names and signatures of the bindings of 10.16 and 11.4.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TensorRTBuilder:
         return gpu
 
     def check(self, options: BuildOptions) -> None:
-        """A plan is for the GPU at hand; everything else may be chosen."""
+        """Refuse compute capabilities, since plans are built for this machine's GPU, and options of other targets."""
         if options.compute_capabilities:
             raise ExportUsageError(
                 "target tensorrt builds for the GPU of this machine: leave out --compute-capability, and build into "
@@ -58,11 +58,11 @@ class TensorRTBuilder:
         refuse_unused(self.target, options, "workspace_mib", "verbosity", "version_compatible", "weight_stripped")
 
     def profiles(self, options: BuildOptions) -> tuple[Profile, ...]:
-        """One per preferred batch: each gets the tactics that are fastest there."""
+        """One per preferred batch, each with the tactics that are fastest for it."""
         return options.profiles
 
     def settings(self, options: BuildOptions) -> Mapping[str, Any]:
-        """What else decides the bytes."""
+        """The options that change the plan."""
         names = ("workspace_mib", "verbosity", "version_compatible", "weight_stripped")
         return {"tf32": False, **{name: getattr(options, name) for name in names}}
 
@@ -81,7 +81,7 @@ class TensorRTBuilder:
         def configure(config: Any) -> None:
             known = cache.read_bytes() if cache.is_file() else b""
             timings.append(config.create_timing_cache(known))
-            # A cache of another version or GPU is not an error: TensorRT then times anew.
+            # With a cache from another version or GPU, TensorRT ignores it and times again.
             config.set_timing_cache(timings[0], ignore_mismatch=False)
 
         output.write_bytes(serialize(trt, graph, self.profiles(options), options, configure=configure))

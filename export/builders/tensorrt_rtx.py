@@ -1,10 +1,10 @@
-"""Target ``tensorrt-rtx``: engines for RTX workstations, compiled ahead of time, also on a machine without a GPU.
+"""Target ``tensorrt-rtx``: engines for RTX workstations, compiled ahead of time; compiling needs no GPU.
 
-One engine covers several compute capabilities: it holds the kernels' sources and the tactics, and the GPU it meets
-finishes the work. So one profile over all batches is enough; three of them were measured to double the bytes (a demo
-image, k = 1: 9.7 against 4.8 MB).
+One engine covers several compute capabilities: it contains kernel sources and tactics, and is finished on the GPU that
+loads it. One profile over all batches is therefore enough; three doubled the size (demo image branch, k = 1: 9.7
+instead of 4.8 MB).
 
-Loading an engine needs a GPU. Where there is none, engines can be compiled but not checked, so nothing is published:
+Loading an engine needs a GPU. Without one, engines can be compiled but not checked, so no repository is published;
 ``staindiffuser export compile`` writes the engines alone.
 """
 
@@ -55,7 +55,7 @@ class TensorRTRtxBuilder:
         return gpu
 
     def check(self, options: BuildOptions) -> None:
-        """Only compute capabilities and verbosity mean something here, and only some capabilities exist."""
+        """Refuse options of other targets, and compute capabilities that TensorRT-RTX does not compile for."""
         refuse_unused(self.target, options, "compute_capabilities", "verbosity", "workspace_mib")
         known = self.capabilities()
         for capability in options.compute_capabilities:
@@ -71,11 +71,11 @@ class TensorRTRtxBuilder:
         return tuple(sorted((f"{m[1]}.{m[2]}" for m in found if m), key=float))
 
     def profiles(self, options: BuildOptions) -> tuple[Profile, ...]:
-        """One over all batches."""
+        """One profile over all batches."""
         return options.one_profile
 
     def settings(self, options: BuildOptions) -> Mapping[str, Any]:
-        """What else decides the bytes."""
+        """The options that change the engine."""
         return {
             "tf32": False,
             "compute_capabilities": list(options.compute_capabilities or DEFAULT_CAPABILITIES),

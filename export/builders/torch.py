@@ -1,8 +1,8 @@
-"""Target ``torch``: the graph run by torch, under a captured CUDA graph on a GPU.
+"""Target ``torch``: torch runs the graph, on a GPU as a captured CUDA graph.
 
-The engine of a GPU without TensorRT, and the yardstick that TensorRT must beat. The engine file is the graph itself;
-``triton_models/engine/engine_torch.py`` says how it is run. Where there is no GPU it runs on the CPU, without capture:
-slower than ``onnxruntime``, and good for comparing.
+It serves GPUs without TensorRT and is the baseline that TensorRT must beat. The engine file is the graph itself;
+``triton_models/engine/engine_torch.py`` runs it. Without a GPU it runs on the CPU, uncaptured: slower than
+``onnxruntime``, for comparison.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ class TorchBuilder(GraphEngineBuilder):
     precisions: Sequence[str] = ("fp32", "fp16", "bf16")
 
     def version(self) -> str:
-        """The installed torch, asked without importing it."""
+        """The installed torch, without importing it."""
         try:
             return f"torch {importlib.metadata.version('torch')}"
         except importlib.metadata.PackageNotFoundError:
             raise missing(self.target, "torch is not installed: pip install 'staindiffuser[train]'") from None
 
     def device(self) -> Device:
-        """This machine's GPU if torch can use it, else its processor."""
+        """This machine's GPU if torch can use it, otherwise its CPU."""
         gpu = find_gpu()
         if gpu is not None and "+cpu" not in self.version():
             return gpu
         return processor()
 
     def settings(self, options: BuildOptions) -> Mapping[str, Any]:
-        """Nothing to choose: ``engine_torch.py`` computes float32 without TF32."""
+        """No options; ``engine_torch.py`` never uses TF32."""
         return {"tf32": False}
 
     def load(self, path: Path, *, threads: int) -> Engine:
-        """One program on the device, as the server does."""
+        """Load the graph on the device, as the server does."""
         self.version()
         engine_torch = importlib.import_module("staindiffuser.triton_models.engine.engine_torch")
         return HostEngine(engine_torch.load(path, threads=threads))

@@ -1,8 +1,8 @@
-"""One ONNX graph → one serialised engine: the part that TensorRT 10, TensorRT 11 and TensorRT-RTX share.
+"""From an ONNX graph to a serialised engine: what TensorRT 10, TensorRT 11 and TensorRT-RTX have in common.
 
-The three have one Python API, so the module is an argument. Networks are strongly typed: precision comes from the graph
-alone, and TensorRT 11 knows nothing else. TF32 is on by default and is switched off: results are compared with float32,
-and the torch target computes float32 graphs without it too.
+All three have the same Python API, so the module is an argument. Networks are strongly typed: the graph alone sets the
+precision (in TensorRT 11 there is no other way). TF32, which is on by default, is turned off, because results are
+compared with float32 and the torch target does not use it either.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _VERBOSITY = {"none": "NONE", "names": "LAYER_NAMES_ONLY", "detailed": "DETAILED
 
 
 def installed(name: str) -> Any:
-    """``tensorrt`` or ``tensorrt_rtx``, or its bindings alone, which is all that a machine with the libraries needs.
+    """Import ``tensorrt`` or ``tensorrt_rtx``; the bindings package alone is enough where the libraries are installed.
 
     Returns:
-        The module, or None if it is not installed (stubs for type checkers leave an empty package behind).
+        The module, or None if it is missing or only type stubs are installed, which make an empty package importable.
     """
     for candidate in (name, f"{name}_bindings"):
         try:
@@ -70,7 +70,7 @@ def serialize(
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.weight_stripped:
-        # Refitting with the same weights only leaves every fusion in place.
+        # Promising to refit the same weights keeps every fusion.
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
     configure(config)
@@ -89,7 +89,7 @@ def serialize(
 
 def _logger(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps what goes wrong, for the one line that is shown."""
+        """Collects errors, of which one line is shown."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -100,7 +100,7 @@ def _logger(trt: Any) -> Any:
                 self.errors.append(message)
 
         def reason(self) -> str:
-            # A machine without a GPU is complained about on the way; that is not why a build fails.
+            # Missing GPUs are reported on the way, but are not why a build fails.
             telling = [message for message in self.errors if "cudaError" not in message]
             return (telling or self.errors or ["no reason given"])[0]
 

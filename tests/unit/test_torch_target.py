@@ -75,7 +75,7 @@ def test_unknown_operation_is_named(tmp_path: Path) -> None:
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch"])
     graph = helper.make_graph([helper.make_node("Erf", ["x"], ["y"])], "g", [x], [y])
     onnx.save(helper.make_model(graph), tmp_path / "g.onnx")
-    with pytest.raises(ValueError, match=r"g\.onnx: operation Erf is not known"):
+    with pytest.raises(ValueError, match=r"g\.onnx: operator Erf is not supported"):
         engine_torch.load(tmp_path / "g.onnx")
 
 

@@ -1,4 +1,4 @@
-"""An ONNX Runtime engine on the CPU: what the embedded server runs, and what parity and benchmarks call directly.
+"""Runs an engine with ONNX Runtime on the CPU: in the embedded server, and directly in parity checks and benchmarks.
 
 Copied beside ``model.py`` into the model repository; imports nothing of the project.
 """
@@ -17,14 +17,14 @@ __all__ = ["OnnxRuntimeEngine", "available_cpus", "load", "session_options"]
 
 
 def available_cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Processors this process may use: its affinity, and a container's quota (cgroup v2), which affinity ignores."""
+    """CPUs that this process may use: limited by its affinity and by a container's quota (cgroup v2)."""
     cpus = len(os.sched_getaffinity(0))
     try:
         quota, period = quota_file.read_text(encoding="ascii").split()
         if quota != "max":
             cpus = min(cpus, max(1, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):
-        pass  # no cgroup v2: nothing is known of a quota
+        pass  # no cgroup v2, so no known quota
     return cpus
 
 
@@ -53,11 +53,11 @@ class OnnxRuntimeEngine:
         )
 
     def receive(self, tensor: Any) -> np.ndarray[Any, Any]:
-        """A NumPy array as it is."""
+        """Return a NumPy array unchanged."""
         return np.asarray(tensor)
 
     def join(self, arrays: list[Any]) -> np.ndarray[Any, Any]:
-        """Arrays in a row, along the batch."""
+        """Concatenate arrays along the batch."""
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def run(self, inputs: dict[str, Any], outputs: list[str]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""A TensorRT or TensorRT-RTX plan on one GPU: the Python runtime, memory from CuPy, DLPack at the border to Triton.
+"""Runs a TensorRT or TensorRT-RTX plan on one GPU, with memory from CuPy and DLPack tensors to and from Triton.
 
-Copied beside ``model.py`` into the model repository; imports nothing of the project. No machine with a GPU has run this
-file yet: it uses what TensorRT 10.16, 11.4 and RTX have in common, which the tests check against their bindings.
+Copied beside ``model.py`` into the model repository; imports nothing of the project. No GPU has run this file yet. It
+uses only what TensorRT 10.16, 11.4 and RTX have in common, which the tests check against their bindings.
 
-A plan with several optimisation profiles has one execution context each; a batch runs in the first that takes it. All
-work is enqueued on the engine's own stream, which waits for the caller's stream first.
+Each optimisation profile has its own execution context, and a batch runs in the first profile that admits it. All work
+goes to the engine's own stream, which first waits for the caller's stream.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["TensorRTEngine", "load"]
 
 
 def runtime_module(path: Path) -> Any:
-    """``tensorrt`` for ``.plan`` files, TensorRT-RTX for ``.rtx`` files; each may come as bindings alone.
+    """``tensorrt`` for ``.plan`` files, TensorRT-RTX for ``.rtx`` files; the bindings package alone is enough.
 
     Raises:
         ModuleNotFoundError: it is not installed.
@@ -33,7 +33,7 @@ def runtime_module(path: Path) -> Any:
 
 
 class TensorRTEngine:
-    """One plan, one stream, one execution context a profile."""
+    """One plan on one stream, with one execution context per optimisation profile."""
 
     def __init__(self, path: Path, *, device: int) -> None:
         self._trt = trt = runtime_module(path)
@@ -42,7 +42,7 @@ class TensorRTEngine:
         with self._device:
             self._stream = cupy.cuda.Stream(non_blocking=True)
             self._runtime = trt.Runtime(self._logger)
-            self._runtime.engine_host_code_allowed = True  # version-compatible plans bring their own runtime
+            self._runtime.engine_host_code_allowed = True  # version-compatible plans contain their own runtime
             self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
             if self._engine is None:
                 raise RuntimeError(f"{path.name} was not built for this GPU and {trt.__name__} {trt.__version__}")
@@ -57,9 +57,9 @@ class TensorRTEngine:
             self._stream.synchronize()
 
     def receive(self, tensor: Any) -> Any:
-        """A NumPy array is copied to the GPU; what speaks DLPack is taken as it is. In the order of our stream."""
+        """Copy a NumPy array to the GPU, or take a DLPack object without copying; ordered by our stream."""
         with self._device:
-            # A CuPy array may still be being written on the caller's stream, which ours knows nothing of.
+            # The caller's stream may still be writing the array.
             self._stream.wait_event(cupy.cuda.get_current_stream().record())
             with self._stream:
                 if isinstance(tensor, cupy.ndarray):
@@ -67,14 +67,14 @@ class TensorRTEngine:
                 return cupy.asarray(tensor) if isinstance(tensor, np.ndarray) else cupy.from_dlpack(tensor)
 
     def join(self, arrays: list[Any]) -> Any:
-        """Received arrays in a row, along the batch."""
+        """Concatenate received arrays along the batch."""
         if len(arrays) == 1:
             return arrays[0]
         with self._device, self._stream:
             return cupy.concatenate(arrays)
 
     def run(self, inputs: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
-        """Run one batch of CuPy or NumPy arrays; returns CuPy arrays, complete.
+        """Run one batch of CuPy or NumPy arrays; returns CuPy arrays, and the work has finished.
 
         Raises:
             RuntimeError: a shape is outside the plan's profiles, or the launch failed.
@@ -82,14 +82,14 @@ class TensorRTEngine:
         context = self._context(len(inputs[self._inputs[0]]))
         received = {name: self.receive(inputs[name]) for name in self._inputs}
         with self._device, self._stream:
-            # Held until the end: memory that is let go may become an output's.
+            # Kept until the plan has run: the pool could hand freed input memory to an output.
             held = {n: cupy.ascontiguousarray(cupy.asarray(a, dtype=self._dtypes[n])) for n, a in received.items()}
             results = self._enqueue(context, held)
-            self._stream.synchronize()  # Triton reads the outputs without knowing our stream
+            self._stream.synchronize()  # Triton does not know our stream
         return {name: results[name] for name in outputs}
 
     def close(self) -> None:
-        """Free contexts, plan and runtime, in that order."""
+        """Release contexts, plan and runtime, in that order."""
         self._contexts = []
         self._engine = self._runtime = None
 
@@ -114,7 +114,7 @@ class TensorRTEngine:
         raise RuntimeError(f"a batch of {batch} is outside the plan's profiles")
 
     def _new_context(self, path: Path, profile: int) -> tuple[int, int, Any]:
-        """Smallest and largest batch of an optimisation profile, and its context."""
+        """The smallest and largest batch of an optimisation profile, and a context for it."""
         smallest, _, largest = self._engine.get_tensor_profile_shape(self._inputs[0], profile)
         context = self._engine.create_execution_context()
         if context is None or not context.set_optimization_profile_async(profile, self._stream.ptr):
@@ -122,15 +122,15 @@ class TensorRTEngine:
         return smallest[0], largest[0], context
 
     def _refit(self, path: Path, weights: Path) -> None:
-        """Put the weights back into a weight-stripped plan."""
+        """Restore the weights of a weight-stripped plan."""
         refitter = self._trt.Refitter(self._engine, self._logger)
         parser = self._trt.OnnxParserRefitter(refitter, self._logger)
-        # The parser only says which weights go where; the second call moves them into the engine.
+        # The parser only sets the weights on the refitter; the second call applies them to the engine.
         if not (parser.refit_from_file(str(weights)) and refitter.refit_cuda_engine()):
             raise RuntimeError(f"{path.name}: the weights in {weights.name} do not fit the plan")
 
 
 def load(path: Path, *, threads: int = 0, device: int = 0) -> TensorRTEngine:
-    """Load a plan on a GPU; ``threads`` belongs to the runners of CPU engines."""
+    """Load a plan on a GPU; ``threads`` is for the runners of CPU engines."""
     del threads
     return TensorRTEngine(path, device=device)

@@ -1,13 +1,12 @@
-"""A graph run by torch: on a GPU without TensorRT each batch size is captured once as a CUDA graph and replayed.
+"""Runs an ONNX graph with torch. On a GPU each batch size is captured once as a CUDA graph and then replayed.
 
 Copied beside ``model.py`` into the model repository; imports nothing of the project. The engine file is the ONNX graph
-itself; its dozen kinds of operation are run by torch one after another, so what runs is exactly what was hashed, and no
-pickle is ever loaded. On a CPU (tests, comparison) the same program runs without capture. No machine with a GPU has run
-this file yet.
+itself, and torch executes its operators one by one: what runs is exactly what was hashed, and no pickle is loaded. On a
+CPU (tests, comparisons) the same program runs without capture. No GPU has run this file yet.
 
-Float32 convolutions do not use TF32: results are compared with float32, and TensorRT's plans do not use it either. On a
-GPU, half-precision convolutions get their weights channels-last, the layout that tensor cores read (NVIDIA's and
-PyTorch's advice; ``make verify-gpu`` measures both layouts).
+TF32 is off, as in the TensorRT plans, because results are compared with float32. On a GPU, half-precision convolutions
+use channels-last weights, the layout that NVIDIA and PyTorch recommend for tensor cores; ``make verify-gpu`` measures
+both layouts.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ __all__ = ["GraphProgram", "TorchEngine", "load"]
 
 _WARM_UPS = 3
 _MOST_CAPTURED = 8
-"""Batch sizes that are captured; others run without: each captured graph keeps its memory."""
+"""Number of batch sizes that are captured, since each captured graph keeps its memory; others run uncaptured."""
 _DTYPES = {
     onnx.TensorProto.FLOAT: torch.float32,
     onnx.TensorProto.FLOAT16: torch.float16,
@@ -100,14 +99,14 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "Transpose": lambda x, perm: x.permute(perm),
 }
 _CONSTANT_INPUTS = {"Split": (1,), "Reshape": (1,), "Resize": (2,), "Gather": (1,), "Clip": (1, 2)}
-"""Inputs that torch takes as Python numbers: they must be constants of the graph."""
+"""Inputs that torch needs as Python numbers; they must be constants of the graph."""
 
 
 class GraphProgram(torch.nn.Module):
     """An ONNX graph as a torch module; inputs in the graph's order.
 
     Raises:
-        ValueError: the graph holds an operation that is not known here.
+        ValueError: the graph has an unsupported operator.
     """
 
     def __init__(self, path: Path) -> None:
@@ -129,7 +128,7 @@ class GraphProgram(torch.nn.Module):
         for node in graph.node:
             operation = _OPERATIONS.get(node.op_type)
             if operation is None:
-                raise ValueError(f"{path.name}: operation {node.op_type} is not known")
+                raise ValueError(f"{path.name}: operator {node.op_type} is not supported")
             attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
             if node.op_type == "Cast" and node.input[0] in weights:
                 weights[node.output[0]] = operation(weights.pop(node.input[0]), **attributes)
@@ -151,7 +150,7 @@ class GraphProgram(torch.nn.Module):
         return {buffer.dtype for buffer in self.buffers() if buffer.ndim == 4} <= {torch.float16, torch.bfloat16}
 
     def channels_last(self) -> None:
-        """Keep convolution weights and activations channels-last: the same values in another order."""
+        """Use channels-last memory for convolution weights and activations; the values stay the same."""
         self._layout = torch.channels_last
         for name, buffer in list(self.named_buffers()):
             setattr(self, name, self._laid_out(buffer))
@@ -161,7 +160,7 @@ class GraphProgram(torch.nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the graph."""
-        # A tile is uint8 [B, H, W, 3] and its channels are last already.
+        # A uint8 tile [B, H, W, 3] is channels-last already.
         arranged = (x if x.dtype == torch.uint8 else self._laid_out(x) for x in inputs)
         values = dict(zip(self.inputs, arranged, strict=True))
         values.update({name: getattr(self, attribute) for name, attribute in self._weights.items()})
@@ -174,7 +173,7 @@ class GraphProgram(torch.nn.Module):
 
 
 class _Captured:
-    """One batch size: fixed input and output tensors, and the CUDA graph between them."""
+    """The CUDA graph of one batch size, with its static input and output tensors."""
 
     def __init__(self, program: GraphProgram, inputs: list[Tensor]) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
@@ -200,10 +199,10 @@ class TorchEngine:
 
     Args:
         path: the ONNX file.
-        threads: on a CPU, torch's threads; 0 leaves them.
-        device: the GPU's number; without a GPU the CPU runs.
-        channels_last: the layout; by default channels-last for half precision on a GPU.
-        capture: replay a CUDA graph for each batch size, on a GPU.
+        threads: torch's CPU threads; 0 keeps torch's default.
+        device: GPU index; ignored without a GPU.
+        channels_last: memory layout; by default channels-last for half precision on a GPU.
+        capture: on a GPU, capture and replay a CUDA graph for each batch size.
     """
 
     def __init__(
@@ -227,7 +226,7 @@ class TorchEngine:
         self._captured: dict[int, _Captured] = {}
 
     def receive(self, tensor: Any) -> Tensor:
-        """A NumPy array, a tensor, or whatever speaks DLPack, as a tensor on the engine's device."""
+        """Convert a NumPy array, a torch tensor or a DLPack object to a tensor on the engine's device."""
         with self._current():
             if isinstance(tensor, Tensor):
                 return tensor.to(self._device)
@@ -238,14 +237,17 @@ class TorchEngine:
             return shared.to(self._device)
 
     def join(self, arrays: list[Any]) -> Tensor:
-        """Received tensors in a row, along the batch."""
+        """Concatenate received tensors along the batch."""
         with self._current():
             return arrays[0] if len(arrays) == 1 else torch.cat(arrays)
 
     @torch.inference_mode()
     def run(self, inputs: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
-        """Run one batch of tensors, NumPy or CuPy arrays, batch dimension first; returns NumPy arrays or, on a GPU,
-        tensors that speak DLPack, complete."""
+        """Run one batch of tensors or arrays, batch dimension first.
+
+        Returns:
+            NumPy arrays, or on a GPU torch tensors; the work has finished.
+        """
         with self._current():
             tensors = [self.receive(inputs[name]) for name in self._program.inputs]
             batch = len(tensors[0])
@@ -254,22 +256,22 @@ class TorchEngine:
             captured = self._captured.get(batch)
             results = captured.run(tensors) if captured else list(self._program(*tensors))
             if self._cuda:
-                torch.cuda.current_stream().synchronize()  # the server reads without knowing our stream
+                torch.cuda.current_stream().synchronize()  # Triton does not know our stream
         named = dict(zip(self._program.outputs, results, strict=True))
         return {name: named[name] if self._cuda else named[name].numpy() for name in outputs}
 
     def close(self) -> None:
-        """Free graphs and weights."""
+        """Release captured graphs and weights."""
         self._captured.clear()
         del self._program
         if self._cuda:
             torch.cuda.empty_cache()
 
     def _current(self) -> contextlib.AbstractContextManager[Any]:
-        """Streams, graphs and memory are made on the current GPU, which is not always ours."""
+        """Make the engine's GPU current: streams, graphs and memory are created on the current GPU."""
         return torch.cuda.device(self._device) if self._cuda else contextlib.nullcontext()
 
 
 def load(path: Path, *, threads: int = 0, device: int = 0) -> TorchEngine:
-    """Load a graph on a GPU, or on the CPU where there is none."""
+    """Load a graph on a GPU, or on the CPU if there is none."""
     return TorchEngine(path, threads=threads, device=device)

@@ -1,14 +1,14 @@
 """Triton's Python model that runs one engine: the encoder, a stain's image branch, or its cell branch.
 
-``config.pbtxt`` says everything: tensor names and shapes, and as ``parameters``
+``config.pbtxt`` configures it: tensor names and shapes, and these ``parameters``:
 
 - ``runner``: the file beside this one that loads the engine (``engine_onnxruntime``, ``engine_tensorrt``, …);
 - ``engine``: the engine's file name in this folder;
 - ``gate``: ``true`` for the ensemble's first model, which refuses requests while the server stops (``gate.py``);
-- ``threads``: a CPU engine's threads, 0 for all that the process may use (``STAINDIFFUSER_THREADS`` overrides it).
+- ``threads``: threads of a CPU engine, 0 for all available; ``STAINDIFFUSER_THREADS`` overrides it.
 
-Requests that arrive together are concatenated along the batch, run once and split again. If that run fails, each
-request is run alone, so that only the one at fault is answered with an error.
+Requests that arrive together are concatenated along the batch, run once and split again. If that fails, each request
+is run alone, so that only the faulty one is answered with an error.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ gets numpy 2's arrays wrong; numpy 1's DLPack makes it crash."""
 
 
 class Engine(Protocol):
-    """What a runner gives. Its arrays are NumPy's on the CPU; on a GPU they are CuPy's or torch's."""
+    """A runner's engine. Its arrays are NumPy arrays on the CPU, and CuPy arrays or torch tensors on a GPU."""
 
     def receive(self, tensor: Any) -> Any:
-        """One request's tensor, a NumPy array or whatever speaks DLPack, as an array on the engine's device."""
+        """Convert a request's NumPy array or DLPack tensor to an array on the engine's device."""
 
     def join(self, arrays: list[Any]) -> Any:
-        """Received arrays in a row, along the batch."""
+        """Concatenate received arrays along the batch."""
 
     def run(self, inputs: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
-        """Run one batch, batch dimension first in every array; returns the outputs named, complete."""
+        """Run one batch, batch dimension first; returns the requested outputs, after the work has finished."""
 
     def close(self) -> None:
-        """Free what the engine holds."""
+        """Release the engine's resources."""
 
 
 class TritonPythonModel:
@@ -113,7 +113,7 @@ class TritonPythonModel:
 
 def _tensor(request: Any, name: str) -> Any:
     tensor = pb_utils.get_input_tensor_by_name(request, name)
-    # A GPU's model meets tensors in host memory too: a client's always are, and so is what did not fit the CUDA pool.
+    # A model on a GPU also gets host tensors: those of clients, and those that did not fit into the CUDA pool.
     if not tensor.is_cpu():
         return tensor
     return np.from_dlpack(tensor) if _DLPACK else tensor.as_numpy()

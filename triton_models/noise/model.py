@@ -1,12 +1,12 @@
-"""Triton's Python model ``noise``: ORIGIN and SEED of each tile in, the noise of its images and cell maps out.
+"""Triton's Python model ``noise``: makes the noise of each tile's images and cell maps from its ORIGIN and SEED.
 
     ORIGIN INT64 [B, 2] (x, y)  ─►  NOISE       FP16 [B, k, 3, H, W]
     SEED   INT64 [B, 1]         ─►  NOISE_CELLS FP16 [B, 1, H, W]
     AFTER  (not read: it makes the ensemble run the encoder first, see export/triton_config.py)
 
-Steps, height and width are read from the output shapes in ``config.pbtxt``. A GPU instance makes the noise on its GPU
-with CuPy. NVIDIA's Triton container has no CuPy: there the noise is made on the host, with the same bits and about 5 ms
-a tile of 256 pixels later, and the log says what to install.
+Steps, height and width come from the output shapes in ``config.pbtxt``. A GPU instance makes the noise on its GPU with
+CuPy. NVIDIA's Triton container has no CuPy; there the noise is made on the host, with the same bits but about 5 ms
+slower per 256-pixel tile, and the log says what to install.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class TritonPythonModel:
                 self.gpu = GpuNoise(int(args["model_instance_device_id"]))
             except ModuleNotFoundError:
                 pb_utils.Logger.log_warn(
-                    "noise: CuPy is not installed, so noise is made on the host (slower, the same bits): "
+                    "noise: CuPy is not installed, so noise is made on the host (slower, same bits): "
                     "pip install cupy-cuda13x (cupy-cuda12x for CUDA 12) in the server's image"
                 )
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One response a request; a request that is refused does not touch the others."""
+        """One response per request; refusing one does not affect the others."""
         with self.gate.busy():
             return [self._respond(request) for request in requests]
 
@@ -67,7 +67,7 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse([self._tensor(name, tensors[name]) for name in names])
         except ValueError as error:
             return _refusal(str(error), pb_utils.TritonError.INVALID_ARG)
-        except Exception as error:  # anything else is this request's error too, never the server's
+        except Exception as error:  # any other failure also belongs to this request alone
             return _refusal(f"noise: {type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
 
     def _tensor(self, name: str, array: Any) -> Any:

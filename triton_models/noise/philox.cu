@@ -1,10 +1,11 @@
-// The noise of a whole batch of tiles in one launch: the same integers and the same table as philox.py, bit for bit.
+// The noise of a batch of tiles in one launch, bit for bit that of philox.py.
 //
-// One work item is one Philox block: one pixel of one tile at one pair of steps, eight values of which at most seven
-// are kept (channels 0 to 2 of both steps for the images, channel 3 of step 0 for the cell maps). Neighbouring items
-// are neighbouring pixels of a row, so that writes coalesce. Halves are moved as 16-bit words.
+// A work item is one Philox block: one pixel of one tile at one pair of steps. Of its eight values at most seven are
+// used: channels 0 to 2 of both steps for the images, and channel 3 of step 0 for the cell map. Consecutive items are
+// consecutive pixels of a row, so that writes coalesce. Half-precision values are copied as 16-bit words.
 //
-// CuPy compiles this file by NVRTC, so it includes nothing. The tests compile it as C, with the CUDA words defined away.
+// CuPy compiles this file with NVRTC, so it includes nothing. The tests compile it as C and define the CUDA keywords
+// away.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;

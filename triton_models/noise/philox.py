@@ -1,4 +1,4 @@
-"""Counter-based Gaussian noise that depends on the pixel's place in the slide, not on tile, batch or machine.
+"""Counter-based Gaussian noise that depends on a pixel's coordinates in the slide, not on tile, batch or machine.
 
 Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is run once per pixel:
 
@@ -7,8 +7,8 @@ Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3
 
 and its four 32-bit words give eight 16-bit indices into a table of 65,536 half-precision normal quantiles
 (``ndtri((i + 0.5) / 65536)``). Value ``n = (step mod 2) * 4 + channel mod 4`` uses word ``n div 2``: its low half if n
-is even, its high half if n is odd. Only integers and a table are involved, so the GPU's kernel (``philox.cu``, launched
-by ``philox_gpu.py``) agrees bit for bit.
+is even, its high half if n is odd. It uses only integers and a table, so the GPU kernel (``philox.cu``, launched by
+``philox_gpu.py``) gives the same bits.
 
 This file is copied beside the noise model in Triton's model repository and must import nothing of the project.
 
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 ORIGIN_MULTIPLE = 16
-"""The network is equivariant to shifts of this many pixels; an origin off this grid would shift noise against it."""
+"""The network is equivariant to shifts by multiples of this many pixels, so origins must lie on this grid."""
 IMAGE_CHANNELS = 3
 CELL_CHANNEL = 3
 """The cell map's noise: channel 3 of step 0, independent of the image's channels 0..2."""
@@ -119,7 +119,7 @@ def tile_noise(
         seeds: int64 [B, 1].
         origins: int64 [B, 2], x and y of each tile's top-left pixel in the slide, multiples of 16.
         steps, height, width: sampler steps k of the images and the tile's size, pixels.
-        cells: whether the cell maps' noise is wanted too; without, the second result is None.
+        cells: whether to make the noise of the cell maps; if not, the second result is None.
 
     Returns:
         ``NOISE`` float16 [B, k, 3, H, W], and ``NOISE_CELLS`` float16 [B, 1, H, W].

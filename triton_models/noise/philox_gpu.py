@@ -1,8 +1,8 @@
-"""The noise of ``philox.py`` on a GPU, by CuPy: one launch of ``philox.cu`` for the whole batch, the same bits.
+"""The noise of ``philox.py`` on a GPU: CuPy launches ``philox.cu`` once for the whole batch; the bits are the same.
 
-Copied beside the noise model into the model repository; imports nothing of the project but ``philox`` beside it. CuPy
-is imported only when noise is made. No GPU has run this file yet: the tests compile the kernel's source as C, launch it
-through a simulated CuPy and compare it with NumPy.
+Copied beside the noise model into the model repository; imports nothing of the project except ``philox`` beside it.
+CuPy is imported only when noise is made. No GPU has run this file yet; the tests compile the kernel as C, launch it
+through a simulated CuPy and compare the result with NumPy.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["KERNEL_SOURCE", "GpuNoise"]
 KERNEL_SOURCE = Path(__file__).with_name("philox.cu")
 _THREADS = 256
 _MOST_BLOCKS = 65536
-"""The kernel strides over what is left."""
+"""With fewer threads than items, each thread strides over several."""
 
 
 class GpuNoise:
     """Makes noise on one GPU.
 
     Args:
-        device: the GPU's number.
+        device: GPU index.
 
     Raises:
         ModuleNotFoundError: CuPy is not installed.
@@ -46,13 +46,13 @@ class GpuNoise:
     def tile_noise(
         self, seeds: Any, origins: Any, *, steps: int, height: int, width: int, cells: bool = True
     ) -> tuple[Any, Any]:
-        """See :func:`philox.tile_noise`; CuPy arrays, complete when this returns.
+        """Like :func:`philox.tile_noise`, with CuPy arrays that are complete on return.
 
         Args:
             seeds: int64 [B, 1], on the host.
             origins: int64 [B, 2], on the host.
             steps, height, width: sampler steps k of the images and the tile's size, pixels.
-            cells: whether the cell maps' noise is wanted too; without, the second result is None.
+            cells: whether to make the noise of the cell maps; if not, the second result is None.
 
         Raises:
             ValueError: an origin is not a multiple of 16.
@@ -76,6 +76,6 @@ class GpuNoise:
                 np.int32(width),
             )
             self._kernel((blocks,), (_THREADS,), arguments)
-            # Triton, and engines with streams of their own, read the noise without waiting for ours.
+            # Triton, and engines with their own streams, do not wait for ours.
             cp.cuda.get_current_stream().synchronize()
         return image, cell

@@ -42,6 +42,7 @@ def test_help_needs_nothing_heavy_and_shows_an_example(verb: list[str]) -> None:
     assert "staindiffuser " + " ".join(verb) in " ".join(result.stdout.split())
 
 
+@pytest.mark.timing
 def test_help_answers_within_a_second() -> None:
     seconds = []
     for _ in range(3):

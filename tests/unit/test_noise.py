@@ -152,6 +152,7 @@ def test_the_gpu_refuses_an_origin_off_the_grid(monkeypatch: pytest.MonkeyPatch)
         philox_gpu.GpuNoise().tile_noise(np.array([[0]]), np.array([[8, 0]]), steps=1, height=16, width=16)
 
 
+@pytest.mark.timing
 def test_fast_enough_for_a_tile() -> None:
     best = min(_seconds() for _ in range(10))
     assert best < 0.02, f"{best * 1e3:.1f} ms for eight values a pixel of 256 x 256 (about 4 ms on one idle core)"

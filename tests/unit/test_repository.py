@@ -88,16 +88,22 @@ def test_the_ensemble_has_one_first_step(graphs: Path, tmp_path: Path) -> None:
     assert first == ["he_encoder"]
 
 
-def test_nothing_changed_builds_nothing_within_two_seconds(graphs: Path, tmp_path: Path) -> None:
+def test_nothing_changed_builds_nothing(graphs: Path, tmp_path: Path) -> None:
     first = build(graphs, tmp_path / "repository")
     assert len(first.built) == 5
     before = {p: p.stat().st_mtime_ns for p in first.repository.rglob("*")}
-    start = time.perf_counter()
     second = build(graphs, tmp_path / "repository")
-    assert time.perf_counter() - start < 2
     assert second.up_to_date
     assert second.built == ()
     assert {p: p.stat().st_mtime_ns for p in first.repository.rglob("*")} == before
+
+
+@pytest.mark.timing
+def test_what_is_up_to_date_is_known_within_two_seconds(graphs: Path, tmp_path: Path) -> None:
+    build(graphs, tmp_path / "repository")
+    start = time.perf_counter()
+    build(graphs, tmp_path / "repository")
+    assert time.perf_counter() - start < 2
 
 
 def test_another_option_republishes_and_keeps_what_it_can(graphs: Path, tmp_path: Path) -> None:

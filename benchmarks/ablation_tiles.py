@@ -34,7 +34,7 @@ def open_tiles(study: AblationStudy, progress: Callable[[str], None]) -> tuple[P
     for stain in tiles.stains:
         if stain not in others.stains:
             raise DataError(f"{path}, row 1: column {stain!r} is missing, which {study.data} has")
-    train, rows = tiles.split("train"), others.split(study.split)
+    train, rows = tiles.scored("train"), others.scored(study.split)
     largest = max((size for size in study.sizes if size is not None), default=1)
     if len(train) < largest:
         raise DataError(f"{study.data / 'tiles.csv'}: {len(train)} training tiles, but --sizes asks for {largest}")
@@ -97,6 +97,6 @@ def fingerprint(rows: tuple[PairedTile, ...]) -> str:
     """Of the rows and the sizes of their files: enough to notice other tiles, without reading them all."""
     digest = hashlib.sha256()
     for row in rows:
-        files = (row.he, *row.stains.values(), *(mask for mask in row.masks.values() if mask))
+        files = [file for file in (row.he, *row.stains.values(), *row.masks.values()) if file]
         digest.update(repr((row.slide, row.split, row.mpp, [(f.name, f.stat().st_size) for f in files])).encode())
     return digest.hexdigest()

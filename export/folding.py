@@ -110,6 +110,7 @@ class FoldedEncoder(nn.Module):
         self.stem = FoldedConv(encoder.stem)
         self.down = nn.ModuleList(FoldedConv(layer, unit_in=unit) for layer in encoder.down)
         self.blocks = nn.ModuleList(_Blocks(blocks, 1.0) for blocks in encoder.blocks)
+        self.unit, self.backbone = unit, encoder.backbone
 
     def forward(self, he: Tensor) -> list[Tensor]:
         h = self.stem(F.pixel_unshuffle(he, 2))
@@ -119,7 +120,9 @@ class FoldedEncoder(nn.Module):
                 h = self.down[level - 1](h)
             h = blocks(h)
             features.append(h)
-        return features
+        if self.backbone is None:
+            return features
+        return [torch.cat([f, b / self.unit], dim=1) for f, b in zip(features, self.backbone(he), strict=True)]
 
 
 class FoldedBranch(nn.Module):

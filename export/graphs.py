@@ -136,7 +136,7 @@ def write_engines(
     names = [f"FEATURES_{level}" for level in range(LEVELS)]
     features = [
         torch.zeros(2, channels, tile >> (level + 1), tile >> (level + 1), dtype=torch.float16)
-        for level, channels in enumerate(network.config.encoder.channels)
+        for level, channels in enumerate(network.config.features)
     ]
     engines = {}
     if only in (None, "he_encoder"):

@@ -13,8 +13,10 @@ from staindiffuser.training.errors import ConfigError
 from staindiffuser.training.tiles.stain_names import is_stain_name
 
 __all__ = [
+    "BACKBONE_CHANNELS",
     "LEVELS",
     "PRESETS",
+    "Backbone",
     "ModelConfig",
     "Preset",
     "StainConfig",
@@ -25,8 +27,12 @@ __all__ = [
 ]
 
 
+Backbone = Literal["none", "efficientnet-lite0"]
+"""Convolutions with published weights that stand beside the encoder's own; see ``model.pretrained``."""
 Task = Literal["images", "cells"]
 """Which of a stain's two branches: its image, or its cells."""
+BACKBONE_CHANNELS: dict[Backbone, tuple[int, ...]] = {"none": (0, 0, 0, 0), "efficientnet-lite0": (16, 24, 40, 112)}
+"""Channels of a backbone's features per level."""
 LEVELS = 4
 """Resolutions of the pyramid: 1/2, 1/4, 1/8, 1/16 of the tile."""
 
@@ -90,6 +96,8 @@ class ModelConfig:
     encoder: WidthConfig
     image: WidthConfig
     cells: WidthConfig
+    backbone: Backbone = "none"
+    """What stands beside the encoder's own pyramid; its features are appended to it."""
     embedding: int = 128
     """Channels of the noise-level embedding."""
     stains: tuple[StainConfig, ...] = ()
@@ -99,6 +107,13 @@ class ModelConfig:
     """Standard deviation of the standardised targets (EDM, Table 1)."""
     sigma_max: float = 80.0
     sigma_min: float = 0.002
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Channels of the encoder's features per level, those of the backbone included."""
+        own = self.encoder.channels
+        extra = BACKBONE_CHANNELS[self.backbone]
+        return tuple(a + b for a, b in zip(own, extra, strict=True))
 
     @property
     def stain_names(self) -> tuple[str, ...]:
@@ -129,6 +144,8 @@ class TrainConfig:
     """Height and width of a training crop, pixels; a multiple of 16."""
     learning_rate: float = 1e-2
     """Peak learning rate of Adam (magnitude-preserving layers want a large one: EDM2, Table 6)."""
+    backbone_rate: float = 0.05
+    """The backbone's learning rate as a share of the others' (ours): its weights are not kept at unit magnitude."""
     warmup: int = 200
     """Steps of linear warm-up."""
     cooldown: float = 0.4
@@ -167,6 +184,7 @@ class TrainConfig:
         _require(every is None or every >= 1, "checkpoint_steps", every, "at least 1, or not given")
         _require(self.crop >= 32 and self.crop % 16 == 0, "crop", self.crop, "a multiple of 16, at least 32")
         _require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "positive and finite")
+        _require(0 <= self.backbone_rate <= 1, "backbone_rate", self.backbone_rate, "between 0 and 1")
         for name in ("warmup", "workers"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2^32 - 1")

@@ -56,9 +56,13 @@ class Learner(nn.Module, abc.ABC):
         """Called when the optimiser has done ``step`` steps: normalise the weights, move the average."""
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Adam over all that is trained, at the peak learning rate."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return torch.optim.Adam(trained, lr=self.config.learning_rate, betas=self.config.betas, fused=True)
+        """Adam over all that is trained, at the peak learning rate; a backbone has a lower one."""
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        config, slow = self.config, [parameter for name, parameter in trained if ".backbone." in name]
+        groups: list[dict[str, Any]] = [{"params": [p for name, p in trained if ".backbone." not in name]}]
+        if slow:
+            groups.append({"params": slow, "lr": config.learning_rate * config.backbone_rate})
+        return torch.optim.Adam(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
     def curves(self, loss: Loss) -> Curves:
         """What the curves show of a batch."""

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from staindiffuser.training.config import LEVELS, ModelConfig
 from staindiffuser.training.infer import stain_tiles
 from staindiffuser.training.model.network import DualDiffusion
+from staindiffuser.training.model.pretrained import lite0_radius
 
 __all__ = ["default_margin", "effective_radius", "theoretical_radius"]
 
@@ -28,6 +29,8 @@ def theoretical_radius(model: ModelConfig) -> int:
     pixel = [2 ** (level + 1) for level in range(LEVELS)]
     blocks = {"encoder": model.encoder.blocks, "branch": max(model.image.blocks, model.cells.blocks)}
     down = pixel[0] + sum(2 * blocks["encoder"] * p for p in pixel) + pixel[-1]
+    if model.backbone != "none":
+        down = max(down, lite0_radius() + pixel[-1])
     across = 2 * blocks["branch"] * pixel[-1]
     up = sum(2 * blocks["branch"] * p for p in pixel[:-1]) + pixel[0]
     return int(down + across + up)

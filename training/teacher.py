@@ -20,6 +20,7 @@ from staindiffuser.training.learner import Curves, Learner, Loss
 from staindiffuser.training.model.branch import Branch
 from staindiffuser.training.model.layers import normalize_weight_
 from staindiffuser.training.model.network import DualDiffusion, he_to_network, standardize
+from staindiffuser.training.model.pretrained import lite0_weights
 
 __all__ = ["TASKS", "Teacher"]
 
@@ -60,6 +61,8 @@ class Teacher(Learner):
         self.net = DualDiffusion(model)
         if start is not None:
             self.net.load_state_dict(start)
+        elif self.net.encoder.backbone is not None and encoder is None:
+            self.net.encoder.backbone.load_state_dict(lite0_weights())
         if encoder is not None:
             self.net.encoder.load_state_dict(encoder)
         self.trained: tuple[str, ...] = tasks if encoder is not None else ("encoder", *tasks)
@@ -76,7 +79,8 @@ class Teacher(Learner):
         }
 
     def forward(self, batch: CropBatch, step: int) -> Loss:
-        """The loss is the sum over branches of the mean over samples; the errors are weighted and squared."""
+        """The loss is the sum over branches of the mean over samples, those without a branch's target counting 0; the
+        errors are weighted and squared."""
         model, config = self.net.config, self.config
         features = self.net.encoder(he_to_network(batch.he))
         total = torch.zeros((), device=batch.he.device)
@@ -110,7 +114,8 @@ class Teacher(Learner):
                     self.uncertainty[key],  # type: ignore[arg-type]
                     valid,
                 )
-                total = total + loss.mean()
+                # A crop without this target teaches this branch nothing.
+                total = total + (loss * batch.known[:, s, t]).mean()
         return Loss(value=total, errors=errors, sigmas=sigmas)
 
     def curves(self, loss: Loss) -> Curves:

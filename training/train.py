@@ -76,6 +76,8 @@ def train(preset: Preset, data: Path | Sequence[str], options: RunOptions, *, ta
             return folder
         radius, metrics = measured(fitted.network, checked.validation, sigmas)
         provenance = how_it_was_trained(recipe, checked, fitted)
+        if model.backbone != "none" and start is None:
+            provenance["encoder begun with"] = "EfficientNet-Lite0, trained on ImageNet (Apache-2.0)"
         if start:
             provenance["begun with"] = {"name": start.config.name, **start.config.provenance}
         about = CheckpointConfig(

@@ -68,7 +68,7 @@ class TrainingData:
             parts = tuple(dataclasses.replace(part, stains=stains) for part in tiles.parts)
             tiles = dataclasses.replace(tiles, parts=parts)
         dataset = CropDataset(tiles, crop=config.crop, seed=config.seed)
-        validation = spread(tiles.split("val"), config.validation_tiles)
+        validation = spread(tiles.scored("val"), config.validation_tiles)
         if not validation:
             path = tiles.folder / "tiles.csv"
             raise DataError(f"{path}: no rows with split 'val'; a run needs some to validate on")

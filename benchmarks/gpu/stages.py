@@ -237,7 +237,7 @@ def stage_inputs(network: DualDiffusion, stage: str, batch: int, tile: int, seed
         return [torch.randint(0, 256, (batch, tile, tile, 3), dtype=torch.uint8, generator=generator)]
     features = [
         torch.randn(batch, c, tile >> (level + 1), tile >> (level + 1), generator=generator).half()
-        for level, c in enumerate(network.config.encoder.channels)
+        for level, c in enumerate(network.config.features)
     ]
     shape = (batch, 1, tile, tile) if stage == "cells" else (batch, int(stage.rpartition("=")[2]), 3, tile, tile)
     return [*features, torch.randn(shape, generator=generator).half()]

@@ -1,5 +1,6 @@
 """Crops depend on the run's seed and the sample's number, and on nothing else."""
 
+import dataclasses
 import multiprocessing
 import os
 import pickle
@@ -14,8 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from staindiffuser.imaging.image_files import write_png
+from staindiffuser.training.config import PRESETS
 from staindiffuser.training.data.cache import TileCache
 from staindiffuser.training.data.dataset import (
+    UNKNOWN,
     CropBatch,
     CropDataset,
     jitter_stain,
@@ -26,6 +30,7 @@ from staindiffuser.training.data.dataset import (
 )
 from staindiffuser.training.data.loader import BatchLoader, sample_numbers
 from staindiffuser.training.errors import DataError, LoaderError
+from staindiffuser.training.teacher import Teacher
 from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
 
@@ -190,7 +195,7 @@ def shared_memory_full() -> CropBatch:
         def share_memory_(self) -> CropBatch:
             raise RuntimeError("unable to allocate shared memory(shm)")
 
-    return Full(**dict.fromkeys(("he", "images", "masks", "noise", "draws"), torch.zeros(1)))
+    return Full(**dict.fromkeys(("he", "images", "masks", "noise", "draws", "known"), torch.zeros(1)))
 
 
 @pytest.mark.parametrize(
@@ -243,3 +248,63 @@ def alive(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except FileNotFoundError:
         return False
+
+
+@pytest.fixture
+def partly_labelled(tiles: PairedTiles, tmp_path: Path) -> PairedTiles:
+    """Of the training tiles, every second has a mask of CD3 without its image, and nothing of CK8/18 at all."""
+    lines = ["he,cd3,cd3_mask,ck818,ck818_mask,slide,split,mpp"]
+    for number, tile in enumerate(tiles.tiles):
+        data = load_tile(tile, tiles.stains)
+        files = {name: f"{name}-{number}.png" for name in data}
+        for name, pixels in data.items():
+            write_png(tmp_path / files[name], pixels)
+        if tile.split == "train" and number % 8 == 0:
+            files |= {"cd3": "", "ck818": "", "ck818_mask": ""}
+        columns = [files[name] for name in ("he", "cd3", "cd3_mask", "ck818", "ck818_mask")]
+        lines.append(",".join([*columns, tile.slide, tile.split, str(tile.mpp)]))
+    (tmp_path / "tiles.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return PairedTiles.load(tmp_path)
+
+
+def test_a_crop_says_which_targets_it_has(partly_labelled: PairedTiles) -> None:
+    data = CropDataset(partly_labelled, crop=32, seed=0)
+    found = {tuple(data[n].known.flatten().tolist()) for n in range(len(data))}
+    assert found == {(1.0, 1.0, 1.0, 1.0), (0.0, 1.0, 0.0, 0.0)}
+    poor = next(crop for n in range(len(data)) if not (crop := data[n]).known[0, 0])
+    assert not poor.images.any()
+    assert (poor.masks[1] == UNKNOWN).all()
+    assert (poor.masks[0] != UNKNOWN).any()
+    again = CropDataset(partly_labelled, crop=32, seed=0)
+    assert all(same(data[n], again[n]) for n in range(len(data)))  # from the cache, and anew
+
+
+def test_constants_are_measured_on_tiles_that_have_the_image(partly_labelled: PairedTiles, tiles: PairedTiles) -> None:
+    measured = measure_stains(partly_labelled)
+    kept = [row for row in partly_labelled.split("train") if row.stains["cd3"] is not None]
+    values = np.concatenate([load_tile(row, ("cd3",))["cd3"].reshape(-1, 3) for row in kept]) / 255
+    np.testing.assert_allclose(measured[0].image_mean, values.mean(0), atol=1e-4)
+    none = dataclasses.replace(
+        partly_labelled, tiles=tuple(row for row in partly_labelled.tiles if row.stains["cd3"] is None)
+    )
+    with pytest.raises(DataError, match="no training tile has an image of cd3"):
+        measure_stains(none)
+
+
+def test_a_mask_alone_teaches_the_cells_and_not_the_image(partly_labelled: PairedTiles) -> None:
+    data = CropDataset(partly_labelled, crop=32, seed=0)
+    poor = [n for n in range(len(data)) if not data[n].known[0, 0]]
+    model = dataclasses.replace(PRESETS["debug"].model, stains=measure_stains(partly_labelled))
+    teacher = Teacher(model, PRESETS["debug"].train)
+    teacher(data.batch(poor[:2]), 0).value.backward()
+
+    def taught(part: torch.nn.Module) -> bool:
+        return any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in part.parameters())
+
+    net = teacher.net
+    assert taught(net.cells["cd3"])
+    assert taught(teacher.uncertainty["cells-cd3"])
+    for part in (net.images["cd3"], net.images["ck818"], net.cells["ck818"]):
+        assert not taught(part)
+    for name in ("images-cd3", "images-ck818", "cells-ck818"):
+        assert not taught(teacher.uncertainty[name])

@@ -145,7 +145,7 @@ def test_layout(tmp_path: Path, layout: str, stains: tuple[str, ...], pairs: int
     # The brown square lies in each pair's first tile, and nowhere else.
     if layout not in ("hemit", "deepliif"):
         stain = stains[-1]
-        np.testing.assert_allclose(read_image(first.stains[stain])[16, 16], BROWN, atol=20)  # JPEG
+        np.testing.assert_allclose(read_image(first.image(stain))[16, 16], BROWN, atol=20)  # JPEG
         assert mask_of(first, stain)[16, 16] == 255
         assert mask_of(tiles.tiles[1], stain).max() == 0
 
@@ -254,7 +254,7 @@ def test_images_are_resampled_to_the_models_pixel(tmp_path: Path) -> None:
     assert (result.source_mpp, result.mpp, result.tiles) == (0.25, 0.5, 6)
     first = tiles.tiles[0]
     assert first.size == (32, 32)
-    np.testing.assert_allclose(read_image(first.stains["her2"])[8, 8], BROWN, atol=12)
+    np.testing.assert_allclose(read_image(first.image("her2"))[8, 8], BROWN, atol=12)
     assert mask_of(first, "her2")[8, 8] > 200
 
 

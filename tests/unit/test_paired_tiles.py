@@ -57,6 +57,20 @@ def test_load(folder: Path) -> None:
     assert tiles.tiles[0].size == (48, 32)
 
 
+def test_a_tile_may_have_a_mask_without_an_image(folder: Path) -> None:
+    table = rows()
+    table[1]["cd3"] = ""
+    write(folder, table)
+    tiles = PairedTiles.load(folder, check="pixels")
+    assert tiles.tiles[1].stains["cd3"] is None
+    assert tiles.tiles[1].masks["cd3"] == folder / "m/1.png"
+    assert len(tiles.split("val")) == 1
+    assert tiles.scored("val") == ()
+    assert tiles.scored("train") == tiles.split("train")
+    with pytest.raises(DataError, match="row 3: cd3 is empty"):
+        tiles.tiles[1].image("cd3")
+
+
 def test_masks_may_be_empty_or_absent(folder: Path) -> None:
     table = rows()
     table[1]["cd3_mask"] = ""
@@ -103,8 +117,7 @@ def text(content: str) -> Callable[[Path], None]:
         (renamed(",cd3,cd3_mask", ",CD3,CD3_mask"), ["row 1", "'CD3'", "[a-z]"]),
         (renamed("cd3_mask", "cd3"), ["row 1", "'cd3'", "twice"]),
         (changed(0, he="he/9.png"), ["row 2", "he", "does not exist"]),
-        (changed(1, cd3=""), ["row 3", "cd3_mask", "mask without an image"]),
-        (changed(1, cd3="", cd3_mask=""), ["row 3", "cd3", "empty"]),
+        (changed(1, cd3="", cd3_mask=""), ["row 3", "no image and no mask of any stain"]),
         (changed(1, cd3="/etc/passwd"), ["row 3", "cd3", "relative"]),
         (changed(1, cd3="../x.png"), ["row 3", "cd3", "stay in"]),
         (changed(2, split="dev"), ["row 4", "split", "'dev'", "train, val, test"]),
@@ -179,7 +192,7 @@ def test_write_and_read_back(tmp_path: Path) -> None:
         writer.add("a", he=he, stains={"cd3": cd3}, masks={"cd3": cd3[..., 0]}, slide="s", split="train", mpp=0.5)
         assert not (tmp_path / "t/tiles.csv").exists(), "nothing incomplete stands under the final name"
     tiles = PairedTiles.load(tmp_path / "t")
-    np.testing.assert_array_equal(read_image(tiles.tiles[0].stains["cd3"]), cd3)
+    np.testing.assert_array_equal(read_image(tiles.tiles[0].image("cd3")), cd3)
     mask = tiles.tiles[0].masks["cd3"]
     assert mask is not None
     np.testing.assert_array_equal(read_image(mask, mode="L"), cd3[..., 0])

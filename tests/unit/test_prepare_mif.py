@@ -72,7 +72,7 @@ def test_tiles_carry_the_stain_that_the_fluorescence_showed(tissue: list[Simulat
     drawn, real, masks, coarse = [], [], [], []
     for row in tiles.tiles:
         truth = tissue[int(row.he.stem.split("_")[1])]
-        drawn.append(dab_mask(read_image(row.stains["ck818"])))
+        drawn.append(dab_mask(read_image(row.image("ck818"))))
         real.append(dab_mask(truth.stains["ck818"]))
         mask = row.masks["ck818"]
         assert mask is not None
@@ -165,7 +165,7 @@ def test_registered_slides_give_the_tiles_of_their_grid(tissue: list[SimulatedTi
         truth = tissue[2 * line + column]
         np.testing.assert_array_equal(read_image(row.he), truth.he)
         if dab_mask(truth.stains["ck818"]).mean() > 0.02:
-            assert dice(dab_mask(read_image(row.stains["ck818"])), dab_mask(truth.stains["ck818"])) > 0.8
+            assert dice(dab_mask(read_image(row.image("ck818"))), dab_mask(truth.stains["ck818"])) > 0.8
 
 
 def test_a_channel_slide_is_read_by_position(tmp_path: Path) -> None:

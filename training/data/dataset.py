@@ -27,15 +27,18 @@ from staindiffuser.training.errors import DataError
 from staindiffuser.training.tiles.mixed_tiles import MixedTiles, Schedule
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, spread
 from staindiffuser.training.tiles.stain_names import stain_label
+from staindiffuser.training.tiles.tile import TILES_CSV
 from staindiffuser.triton_models.noise.philox import quantiles
 
 __all__ = [
     "CACHE_BYTES",
     "NEGATIVE",
     "POSITIVE",
+    "UNKNOWN",
     "CropBatch",
     "CropDataset",
     "jitter_stain",
+    "known_targets",
     "load_tile",
     "measure_stains",
     "normal_noise",
@@ -45,18 +48,33 @@ __all__ = [
 
 NEGATIVE, POSITIVE = 25, 230
 """A coarse mask is negative up to the first value and positive from the second on; between them is the ignore band."""
+UNKNOWN = 128
+"""In the middle of the ignore band."""
 CACHE_BYTES = 2 << 30
 """Decoded tiles kept by default: 2 GiB are about 2,900 tiles of 256² with two stains."""
 
 
 def load_tile(tile: PairedTile, stains: tuple[str, ...]) -> dict[str, UInt8Array]:
-    """Decode a tile: ``he`` [H, W, 3], per stain ``<stain>`` [H, W, 3] and its ``<stain>_mask`` [H, W]."""
+    """Decode a tile: ``he`` [H, W, 3], per stain ``<stain>`` [H, W, 3] and its ``<stain>_mask`` [H, W].
+
+    An image that the tile does not have is black, and a mask that nothing says is :data:`UNKNOWN` everywhere.
+    """
     arrays = {"he": read_image(tile.he)}
     for stain in stains:
-        arrays[stain] = read_image(tile.stains[stain])
-        mask = tile.read_mask(stain)
-        arrays[f"{stain}_mask"] = coarse_mask(dab_mask(arrays[stain])) if mask is None else mask
+        image, mask = tile.stains[stain], tile.read_mask(stain)
+        arrays[stain] = np.zeros_like(arrays["he"]) if image is None else read_image(image)
+        if mask is None:
+            unknown = np.full(arrays["he"].shape[:2], UNKNOWN, np.uint8)
+            mask = unknown if image is None else coarse_mask(dab_mask(arrays[stain]))
+        arrays[f"{stain}_mask"] = mask
     return arrays
+
+
+def known_targets(tile: PairedTile, stains: tuple[str, ...]) -> NDArray[np.float32]:
+    """Per stain, whether the tile has an image and a mask to learn from (1) or not (0): float32 [S, 2]."""
+    images = [tile.stains[stain] is not None for stain in stains]
+    masks = [image or tile.masks[stain] is not None for image, stain in zip(images, stains, strict=True)]
+    return np.stack([images, masks], axis=-1).astype(np.float32)
 
 
 def valid_mask(mask: UInt8Array) -> NDArray[np.bool_]:
@@ -67,20 +85,32 @@ def valid_mask(mask: UInt8Array) -> NDArray[np.bool_]:
 def measure_stains(tiles: PairedTiles | MixedTiles, *, limit: int = 256) -> tuple[StainConfig, ...]:
     """Each stain's standardisation constants, as the samples of a training run have them.
 
-    From up to ``limit`` training tiles of each folder, spread over it; folders count by their shares.
+    From up to ``limit`` training tiles of each folder, spread over it; folders count by their shares. Tiles without an
+    image of a stain do not count for it.
+
+    Raises:
+        DataError: a stain has no image at all.
     """
     moments = {stain: np.zeros((2, 4)) for stain in tiles.stains}
+    weights = dict.fromkeys(tiles.stains, 0.0)
     for part, share in zip(tiles.parts, tiles.shares, strict=True):
         rows = spread(part.split("train"), limit)
         for row in rows:
             arrays = load_tile(row, tiles.stains)
             for stain in tiles.stains:
+                if row.stains[stain] is None:
+                    continue
                 values = np.concatenate([arrays[stain], arrays[f"{stain}_mask"][..., None]], axis=-1)
                 values = values.reshape(-1, 4) / 255
                 moments[stain] += np.stack([values.mean(0), (values**2).mean(0)]) * (share / len(rows))
+                weights[stain] += share / len(rows)
     configs = []
     for stain in tiles.stains:
-        mean, square = moments[stain]
+        if not weights[stain]:
+            raise DataError(
+                f"{tiles.folder / TILES_CSV}: no training tile has an image of {stain}: an image is learned from images"
+            )
+        mean, square = moments[stain] / weights[stain]
         std = np.sqrt(np.maximum(square - mean**2, 1e-4)).round(4)
         configs.append(
             StainConfig(
@@ -112,6 +142,8 @@ class CropBatch:
     """float32 [B, S, 4, H, W]: three channels for the image, one for the cells."""
     draws: Tensor
     """float32 [B, S, 2, 2]: per stain and task a uniform and a normal draw, from which σ follows."""
+    known: Tensor
+    """float32 [B, S, 2]: per stain and task 1 where the crop has a target to learn from, else 0."""
 
     def __len__(self) -> int:
         return len(self.he)
@@ -202,7 +234,8 @@ class CropDataset:
 
     def __getitem__(self, sample: int) -> CropBatch:
         rng = np.random.default_rng((self.seed, 2, sample))
-        arrays = self.decoded(self.index(sample))
+        index = self.index(sample)
+        arrays = self.decoded(index)
         height, width = arrays["he"].shape[:2]
         top, left = rng.integers(0, height - self.crop + 1), rng.integers(0, width - self.crop + 1)
         orientation = int(rng.integers(8))
@@ -217,6 +250,7 @@ class CropDataset:
             masks=torch.stack([parts[f"{stain}_mask"] for stain in self.stains]),
             noise=noise,
             draws=torch.from_numpy(draws.astype(np.float32)),
+            known=torch.from_numpy(known_targets(self.rows[index], self.stains)),
         )
 
     def batch(self, samples: Iterable[int]) -> CropBatch:

@@ -239,10 +239,10 @@ def _ship(
         found = _search(student.network, tiles, samplers, judging)
         samplers = {k: search.sigmas for k, search in found.items()}
         provenance["search for σ"] = {
-            "tiles": min(judging.search_tiles, len(tiles.split("val"))),
+            "tiles": min(judging.search_tiles, len(tiles.scored("val"))),
             "trials": sum(len(search.trials) for search in found.values()),
         }
-    rows = spread(tiles.split(judging.split), judging.gate_tiles)
+    rows = spread(tiles.scored(judging.split), judging.gate_tiles)
     table = _table(teacher, student, samplers, rows, judging, image=folder.parent / GALLERY)
     verdict = judge(table, at_most=judging.at_most)
     sigmas = samplers[verdict.steps]
@@ -272,7 +272,7 @@ def _ship(
 
 
 def _search(network: DualDiffusion, tiles: Tiles, samplers: Samplers, judging: JudgeOptions) -> dict[int, SigmaSearch]:
-    few = FewTiles(network, spread(tiles.split("val"), judging.search_tiles), seed=judging.seed)
+    few = FewTiles(network, spread(tiles.scored("val"), judging.search_tiles), seed=judging.seed)
     return search_sigmas(network, few, steps=tuple(samplers))
 
 

@@ -148,7 +148,7 @@ class Student(Learner):
                 stain,
                 step,
             )
-            total = total + loss.mean()
+            total = total + (loss * batch.known[:, s, 0]).mean()
         return Loss(value=total, errors=errors)
 
     def after_step(self, step: int) -> None:

@@ -231,9 +231,13 @@ def evaluate_steps(
     """
     check_data(tiles, checkpoint.config.model)
     samplers = [sampler_of(checkpoint, k) for k in steps]
-    rows = tiles.split(split)
+    stains = checkpoint.config.model.stain_names
+    rows = tuple(row for row in tiles.split(split) if row.has_images(stains))
     if not rows:
-        raise DataError(f"{tiles.folder / 'tiles.csv'}: no rows in split {split!r}; choose another with --split")
+        raise DataError(
+            f"{tiles.folder / 'tiles.csv'}: no rows in split {split!r} with an image of {', '.join(stains)}; choose "
+            "another with --split"
+        )
     if limit is not None:
         rows = spread(rows, limit)
     done = 0

@@ -19,8 +19,8 @@ class DualDiffusion(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        features = config.encoder.channels
-        self.encoder = HEEncoder(config.encoder)
+        features = config.features
+        self.encoder = HEEncoder(config.encoder, config.backbone)
         self.images = nn.ModuleDict(
             {s.name: Branch(config.image, features, 3, config.embedding) for s in config.stains}
         )

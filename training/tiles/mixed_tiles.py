@@ -76,6 +76,10 @@ class MixedTiles:
         turns = itertools.zip_longest(*(part.split(split) for part in self.parts))
         return tuple(tile for turn in turns for tile in turn if tile is not None)
 
+    def scored(self, split: Split) -> tuple[PairedTile, ...]:
+        """Those of one split that can be scored: they have an image of every stain."""
+        return tuple(tile for tile in self.split(split) if tile.has_images(self.stains))
+
 
 def open_tiles(
     specs: Sequence[str | Path], *, check: Check = "headers", mpp: float | None = None, fold: Fold | None = None

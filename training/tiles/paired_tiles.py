@@ -57,6 +57,10 @@ class PairedTiles:
         """The tiles of one split, in file order; may be empty."""
         return tuple(tile for tile in self.tiles if tile.split == split)
 
+    def scored(self, split: Split) -> tuple[PairedTile, ...]:
+        """Those of one split that can be scored: they have an image of every stain."""
+        return tuple(tile for tile in self.split(split) if tile.has_images(self.stains))
+
 
 def spread(rows: Sequence[PairedTile], count: int) -> tuple[PairedTile, ...]:
     """At most ``count`` rows, evenly spread over all of them: they stand slide by slide."""

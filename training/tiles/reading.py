@@ -204,10 +204,10 @@ def _tile(path: Path, row: int, values: dict[str, str], stains: tuple[str, ...],
         mpp = math.nan
     if not (math.isfinite(mpp) and mpp > 0):
         raise DataError(f"{path}, row {row}: mpp is {values['mpp']!r}; it must be a positive number of µm per pixel")
-    for stain in stains:
-        if not values[stain] and values.get(stain + MASK):
-            raise DataError(f"{path}, row {row}: {stain}{MASK} is a mask without an image in {stain}")
-    images = {column: _image(path, row, column, values[column]) for column in ("he", *stains)}
+    if not any(values[stain] or values.get(stain + MASK) for stain in stains):
+        raise DataError(f"{path}, row {row}: no image and no mask of any stain: delete the row, or fill a column")
+    named = ("he", *(stain for stain in stains if values[stain]))
+    images = {column: _image(path, row, column, values[column]) for column in named}
     masks = {
         stain: _image(path, row, stain + MASK, value) if (value := values.get(stain + MASK)) else None
         for stain in stains
@@ -224,7 +224,7 @@ def _tile(path: Path, row: int, values: dict[str, str], stains: tuple[str, ...],
     return PairedTile(
         row=row,
         he=images["he"],
-        stains={stain: images[stain] for stain in stains},
+        stains={stain: images.get(stain) for stain in stains},
         masks=masks,
         slide=values["slide"],
         split=split,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -33,10 +33,10 @@ class PairedTile:
     """Line in ``tiles.csv``, the header being line 1."""
     he: Path
     """The H&E image, RGB."""
-    stains: Mapping[str, Path]
-    """Per stain its IHC image, RGB, of the same size."""
+    stains: Mapping[str, Path | None]
+    """Per stain its IHC image, RGB, of the same size; None where only a mask says what is positive, or nothing does."""
     masks: Mapping[str, Path | None]
-    """Per stain its coarse mask (one channel, same size), or None: derived from the image when needed."""
+    """Per stain its coarse mask (one channel, same size), or None: derived from the image where there is one."""
     mask_codes: Mapping[str, MaskCode] = field(default_factory=dict)
     """Per stain what the values of its masks mean, decided over the whole folder; ``grey`` where missing."""
     slide: str
@@ -50,6 +50,21 @@ class PairedTile:
     """The ``tiles.csv`` that the row stands in."""
     patient: str | None = None
     """Whose tissue it is; None where the table does not say."""
+
+    def image(self, stain: str) -> Path:
+        """The image of a stain.
+
+        Raises:
+            DataError: the tile has none.
+        """
+        path = self.stains[stain]
+        if path is None:
+            raise DataError(f"{self.file}, row {self.row}: {stain} is empty, and its image is needed here")
+        return path
+
+    def has_images(self, stains: Iterable[str]) -> bool:
+        """Whether the tile has an image of each of ``stains``: without, it can be learned from but not scored."""
+        return all(self.stains[stain] is not None for stain in stains)
 
     @property
     def patient_or_slide(self) -> str:

@@ -55,6 +55,16 @@ def stain(
         bool, typer.Option("--resume", help="Keep complete results of the same slide, model and options.")
     ] = False,
     proxy: Annotated[bool, typer.Option("--proxy", help="Reach the server through http_proxy.")] = False,
+    tls_ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Use TLS; PEM file of the authority behind the server.")
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM file of this client's certificate.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM file of its key.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File that holds the token for the server.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each run.json on stdout, one line per slide.")] = False,
 ) -> None:
     """Stain H&E slides or tiles virtually. The images are synthetic, for research use only.
@@ -66,6 +76,7 @@ def stain(
     staindiffuser stain *.svs --output stained --stains ck818 --server 127.0.0.1:8001
     """
     from staindiffuser.client.command import run_command
+    from staindiffuser.client.credentials import Credentials
     from staindiffuser.client.options import StainingOptions
     from staindiffuser.client.target import Target
     from staindiffuser.errors import UsageError
@@ -85,7 +96,10 @@ def stain(
             overwrite=overwrite,
             resume=resume,
         )
-        target = Target(address=server, repository=repository, timeout=timeout, use_proxy=proxy)
+        credentials = Credentials(authority=tls_ca, certificate=tls_cert, key=tls_key, token_file=token_file)
+        target = Target(
+            address=server, repository=repository, timeout=timeout, use_proxy=proxy, credentials=credentials
+        )
     except ValueError as error:
         raise UsageError(str(error)) from error
     code = run_command(inputs, output, target, options, as_json=as_json)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from staindiffuser.client.contract import ENSEMBLE, ModelContract
+from staindiffuser.client.credentials import Credentials
 from staindiffuser.client.errors import ContractError, ModelChangedError, RefusedRequestError, ServerUnreachableError
 from staindiffuser.errors import ServerError, ServerLostError, StainDiffuserError
 from staindiffuser.imaging.arrays import UInt8Array
@@ -65,6 +66,7 @@ class StainClient:
         connect_timeout: float = 10.0,
         patience: float = PATIENCE,
         use_proxy: bool = False,
+        credentials: Credentials | None = None,
     ) -> None:
         """Connect and read the model's contract.
 
@@ -76,6 +78,7 @@ class StainClient:
             patience: seconds to wait for a lost server to return with the same model.
             use_proxy: obey ``http_proxy``, as gRPC does by default. Off here, because a proxy meant for the web
                 intercepts even requests to the loopback address.
+            credentials: for a server that is offered on a network; None for plain text.
         """
         import tritonclient.grpc as triton  # slow to import
 
@@ -87,9 +90,12 @@ class StainClient:
         self._slots = threading.BoundedSemaphore(in_flight)
         self._cancelled = threading.Event()
         self._triton = triton
+        credentials = credentials or Credentials()
+        self._headers = credentials.headers()
         # channel_args replaces all of tritonclient's defaults, message sizes included.
         self._client = triton.InferenceServerClient(
             url,
+            **credentials.tls(),
             channel_args=[
                 ("grpc.max_send_message_length", INT32_MAX),
                 ("grpc.max_receive_message_length", INT32_MAX),
@@ -182,7 +188,7 @@ class StainClient:
     def execution_counts(self) -> dict[str, int]:
         """How many times each of the server's models has run, for tests and benchmarks."""
         with self._lost("while reading its statistics"):
-            statistics = self._client.get_inference_statistics(client_timeout=self._deadline)
+            statistics = self._client.get_inference_statistics(headers=self._headers, client_timeout=self._deadline)
         return {model.name: int(model.execution_count) for model in statistics.model_stats}
 
     def cancel(self) -> None:
@@ -213,6 +219,7 @@ class StainClient:
                     inputs,
                     model_version=self._served.ensemble_version,
                     outputs=outputs,
+                    headers=self._headers,
                     client_timeout=self._deadline,
                 )
             except self._triton.InferenceServerException as error:
@@ -237,21 +244,28 @@ class StainClient:
 
     def _introduce(self, timeout: float) -> _Served:
         try:
-            if not self._client.is_server_ready(client_timeout=timeout):
+            if not self._client.is_server_ready(self._headers, client_timeout=timeout):
                 raise ServerUnreachableError(
                     f"the server at {self._url} is not ready: wait until it is, or check its log"
                 )
-            metadata = self._client.get_server_metadata(client_timeout=timeout)
+            metadata = self._client.get_server_metadata(self._headers, client_timeout=timeout)
         except self._triton.InferenceServerException as error:
+            if "UNAUTHENTICATED" in str(error.status()):
+                raise ServerUnreachableError(
+                    f"the server at {self._url} does not know this client ({_reason(error)}): give --tls-cert and "
+                    "--tls-key, or --token-file"
+                ) from error
             raise ServerUnreachableError(
                 f"no server answers at {self._url} ({_reason(error)}): start one with `staindiffuser serve REPO`, "
                 "or omit --server to use the demonstration model"
             ) from error
         try:
-            versions = self._client.get_model_metadata(ENSEMBLE, client_timeout=timeout).versions
+            versions = self._client.get_model_metadata(ENSEMBLE, headers=self._headers, client_timeout=timeout).versions
             version = max(versions, key=int, default="")
             # Naming the version makes sure that both answers come from servers with the same model.
-            config: Any = self._client.get_model_config(ENSEMBLE, version, client_timeout=timeout).config
+            config: Any = self._client.get_model_config(
+                ENSEMBLE, version, headers=self._headers, client_timeout=timeout
+            ).config
         except self._triton.InferenceServerException as error:
             raise ContractError(f"the server at {self._url} has no model {ENSEMBLE!r} ({_reason(error)})") from error
         parameters: Mapping[str, str] = {key: value.string_value for key, value in config.parameters.items()}

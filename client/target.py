@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from staindiffuser.client.connection import PATIENCE, StainClient
+from staindiffuser.client.credentials import Credentials
 
 __all__ = ["Target"]
 
@@ -25,12 +26,16 @@ class Target:
     """Seconds to wait for the answer to a request."""
     use_proxy: bool = False
     """Obey ``http_proxy``."""
+    credentials: Credentials = field(default_factory=Credentials)
+    """For a server that is offered on a network."""
 
     def __post_init__(self) -> None:
         if self.address is not None and self.repository is not None:
             raise ValueError("--server and --repository are mutually exclusive: --server names a running server")
         if self.address is not None and not re.fullmatch(r"[^\s/]+:\d{1,5}", self.address):
             raise ValueError(f"--server must be HOST:PORT of the server's gRPC endpoint, not {self.address!r}")
+        if self.address is None and self.credentials != Credentials():
+            raise ValueError("--tls-ca, --tls-cert, --tls-key and --token-file are for --server")
         if self.timeout <= 0:
             raise ValueError(f"--timeout must be positive, not {self.timeout:g}")
 
@@ -47,7 +52,7 @@ class Target:
             VerificationError: the model repository differs from its manifest.
         """
         if self.address is not None:
-            with self._client(self.address, in_flight) as client:
+            with self._client(self.address, in_flight, credentials=self.credentials) as client:
                 yield client
             return
         # Imported here, because a client of a remote server does not need the packages of the server.
@@ -62,7 +67,14 @@ class Target:
         ):
             yield client
 
-    def _client(self, address: str, in_flight: int, patience: float = PATIENCE) -> StainClient:
+    def _client(
+        self, address: str, in_flight: int, *, patience: float = PATIENCE, credentials: Credentials | None = None
+    ) -> StainClient:
         return StainClient(
-            address, in_flight=in_flight, deadline=self.timeout, patience=patience, use_proxy=self.use_proxy
+            address,
+            in_flight=in_flight,
+            deadline=self.timeout,
+            patience=patience,
+            use_proxy=self.use_proxy,
+            credentials=credentials,
         )

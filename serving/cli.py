@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from staindiffuser.serving.server import TritonServer
 
-__all__ = ["doctor", "serve"]
+__all__ = ["doctor", "proxy", "serve"]
 
 
 def serve(
@@ -123,6 +123,43 @@ def doctor(
     problems = [finding.exit_code for finding in findings if finding.status == "problem"]
     if problems:
         raise typer.Exit(problems[0])
+
+
+def proxy(
+    certificate: Annotated[Path, typer.Option(help="PEM file: the proxy's certificate, its chain, and its key.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for haproxy.cfg and grpc_guard.lua.")],
+    server: Annotated[
+        list[str] | None, typer.Option(help="HOST:GRPC_PORT:METRICS_PORT of a Triton server. Repeatable.")
+    ] = None,
+    listen: Annotated[str, typer.Option(help="ADDRESS:PORT for clients.")] = "0.0.0.0:8443",
+    metrics_listen: Annotated[str, typer.Option(help="ADDRESS:PORT for Prometheus; none by default.")] = "",
+    client_ca: Annotated[
+        Path | None, typer.Option(help="PEM file: the authority whose client certificates are accepted.")
+    ] = None,
+    tokens: Annotated[Path | None, typer.Option(help="File of accepted tokens: lines `TOKEN NAME`.")] = None,
+    requests_per_10s: Annotated[int, typer.Option(help="Calls that one client may make in ten seconds.")] = 2000,
+    in_flight: Annotated[int, typer.Option(help="Requests at a time to one server; further ones wait.")] = 8,
+    max_message: Annotated[int, typer.Option(help="Largest request, bytes.")] = 64 << 20,
+) -> None:
+    """Write an HAProxy configuration that offers Triton on a network: TLS, known clients only, limits, access log.
+
+    Example: staindiffuser proxy --certificate server.pem --client-ca clients.pem --output proxy
+    """
+    from staindiffuser.serving.proxy import ProxyOptions, ProxyServer, write_proxy
+
+    options = ProxyOptions(
+        listen=listen,
+        metrics_listen=metrics_listen,
+        servers=tuple(ProxyServer.parse(text) for text in server or ["127.0.0.1:8001:8002"]),
+        certificate=certificate,
+        client_ca=client_ca,
+        tokens=tokens,
+        requests_per_10s=requests_per_10s,
+        in_flight=in_flight,
+        max_message=max_message,
+    )
+    configuration = write_proxy(options, output)
+    typer.echo(f"{configuration}: written; next: haproxy -W -f {configuration}")
 
 
 def _ready(server: TritonServer) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from staindiffuser.benchmarks.cli import app as bench_app
 from staindiffuser.client.cli import stain
 from staindiffuser.errors import EXIT_INTERRUPTED, DependencyError, StainDiffuserError
 from staindiffuser.export.cli import app as export_app
-from staindiffuser.serving.cli import doctor, serve
+from staindiffuser.serving.cli import doctor, proxy, serve
 from staindiffuser.training.check.cli import app as data_app
 from staindiffuser.training.cli import app as train_app
 from staindiffuser.training.distill.cli import distill
@@ -63,6 +63,7 @@ def _root(version: bool = typer.Option(False, "--version", callback=_version, is
 
 app.command(rich_help_panel="Use")(stain)
 app.command(rich_help_panel="Use")(serve)
+app.command(rich_help_panel="Use")(proxy)
 app.command(rich_help_panel="Use")(doctor)
 app.add_typer(bench_app, name="bench", help="Measure speed.", rich_help_panel="Use")
 app.add_typer(prepare_app, name="prepare", help="Slides and public data sets → paired tiles.", rich_help_panel="Make")

@@ -1,0 +1,373 @@
+"""HAProxy in front of real Triton servers: who is let in, what may be asked, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc  # type: ignore[import-untyped]
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from tritonclient.grpc import service_pb2
+
+from staindiffuser.client import StainClient
+from staindiffuser.client.credentials import Credentials
+from staindiffuser.client.errors import ServerUnreachableError
+from staindiffuser.errors import UsageError
+from staindiffuser.export.repository import build_repository
+from staindiffuser.serving.proxy import ProxyOptions, ProxyServer, write_proxy
+from staindiffuser.serving.server import TritonServer
+from tests.certificates import Authority
+from tests.synthetic_graphs import write_graphs
+
+TILE = 64
+TILES = np.random.default_rng(0).integers(0, 255, (2, TILE, TILE, 3), dtype=np.uint8)
+ORIGINS = np.zeros((2, 2), np.int64)
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+INNER = ("he_encoder", "noise", "stain_cd3", "cells_cd3", "stain_ck818", "cells_ck818")
+MAX_MESSAGE = 200_000
+REFUSED = "status: 400"
+"""What a client sees of a request that the guard has refused."""
+
+
+def haproxy() -> str:
+    path = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
+    if path is None:
+        pytest.skip("haproxy is not installed: apt-get install haproxy")
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Proxy:
+    """A running HAProxy."""
+
+    def __init__(self, folder: Path, options: ProxyOptions) -> None:
+        self.url = f"localhost:{options.listen.rpartition(':')[2]}"
+        self.metrics = f"https://localhost:{options.metrics_listen.rpartition(':')[2]}"
+        self.log = folder / "log"
+        self.folder = folder
+
+    def credentials(self, name: str = "clinic", **others: Any) -> Credentials:
+        folder = self.folder.parent
+        files = {"certificate": folder / f"{name}.pem", "key": folder / f"{name}.key"} if name else {}
+        return Credentials(**{"authority": folder / "ca.pem", **files, **others})
+
+    def client(self, name: str = "clinic") -> triton.InferenceServerClient:
+        return triton.InferenceServerClient(self.url, **self.credentials(name).tls())
+
+    def channel(self) -> grpc.Channel:
+        files = [self.credentials().authority, self.credentials().key, self.credentials().certificate]
+        return grpc.secure_channel(self.url, grpc.ssl_channel_credentials(*(f.read_bytes() for f in files if f)))
+
+
+@contextmanager
+def running(folder: Path, servers: list[TritonServer], authority: Authority, **options: Any) -> Iterator[Proxy]:
+    (authority.folder / "tokens").write_text("s3cret night-batch\n", encoding="utf-8")
+    chosen = ProxyOptions(
+        listen=f"127.0.0.1:{free_port()}",
+        metrics_listen=f"127.0.0.1:{free_port()}",
+        servers=tuple(
+            ProxyServer.parse(f"{s.url}:{s.metrics_url.rpartition(':')[2].partition('/')[0]}") for s in servers
+        ),
+        certificate=authority.folder / "server.pem",
+        client_ca=authority.folder / "ca.pem",
+        **{"tokens": authority.folder / "tokens", "max_message": MAX_MESSAGE, "requests_per_10s": 10_000, **options},
+    )
+    configuration = write_proxy(chosen, folder)
+    checked = subprocess.run([haproxy(), "-c", "-f", configuration], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    assert "WARNING" not in checked.stderr
+    proxy = Proxy(folder, chosen)
+    with proxy.log.open("w") as log:
+        process = subprocess.Popen([haproxy(), "-W", "-f", configuration], stdout=log, stderr=log)
+    try:
+        assert eventually(lambda: is_ready(proxy)), proxy.log.read_text()
+        yield proxy
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def is_ready(proxy: Proxy) -> bool:
+    try:
+        with proxy.client() as client:
+            return bool(client.is_server_ready(client_timeout=2))
+    except triton.InferenceServerException:
+        return False
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return condition()
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    authority = Authority.create(tmp_path_factory.mktemp("pki"))
+    authority.issue("server")
+    authority.issue("clinic")
+    authority.issue("expired", days=-1)
+    return authority
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[TritonServer]]:
+    haproxy()
+    folder = tmp_path_factory.mktemp("servers")
+    write_graphs(folder / "graphs", tile=TILE)
+    repository = build_repository(folder / "graphs", folder / "models", max_batch=2, threads=1)
+    with TritonServer(repository) as one, TritonServer(repository) as two:
+        yield [one, two]
+
+
+@pytest.fixture(scope="module")
+def proxy(servers: list[TritonServer], authority: Authority) -> Iterator[Proxy]:
+    with running(authority.folder / "proxy", servers, authority) as proxy:
+        yield proxy
+
+
+def request(model: str = "staindiffuser", **parameters: Any) -> service_pb2.ModelInferRequest:
+    """A valid request for one output."""
+    message = service_pb2.ModelInferRequest(model_name=model)
+    arrays: dict[str, np.ndarray] = {"HE": TILES, "ORIGIN": ORIGINS, "SEED": np.zeros((2, 1), np.int64)}
+    for name, array in arrays.items():
+        dtype = "UINT8" if array.dtype == np.uint8 else "INT64"
+        message.inputs.add(name=name, datatype=dtype, shape=array.shape)
+        message.raw_input_contents.append(array.tobytes())
+    output = message.outputs.add(name="STAIN_CD3")
+    for name, value in parameters.items():
+        output.parameters[name].int64_param = value
+    return message
+
+
+def send(proxy: Proxy, data: bytes, call: str = INFER) -> bytes:
+    with proxy.channel() as channel:
+        answer: bytes = channel.unary_unary(call)(data, timeout=20)
+        return answer
+
+
+def pixels(answer: bytes) -> list[bytes]:
+    return list(service_pb2.ModelInferResponse.FromString(answer).raw_output_contents)
+
+
+def refusal(proxy: Proxy, data: bytes, call: str = INFER) -> str:
+    with pytest.raises(grpc.RpcError) as error:
+        send(proxy, data, call)
+    return str(error.value.details())
+
+
+@pytest.mark.parametrize("token", [False, True])
+def test_a_known_client_gets_the_bytes_of_the_server_itself(
+    proxy: Proxy, servers: list[TritonServer], tmp_path: Path, token: bool
+) -> None:
+    credentials = proxy.credentials()
+    if token:
+        (tmp_path / "token").write_text("s3cret\n", encoding="utf-8")
+        credentials = proxy.credentials("", token_file=tmp_path / "token")
+    with StainClient(servers[0].url) as direct, StainClient(proxy.url, credentials=credentials) as client:
+        assert client.contract == direct.contract
+        expected = direct.stain_tiles(TILES, ORIGINS, 3)
+        for _ in range(4):  # from either server
+            for name, tensor in client.stain_tiles(TILES, ORIGINS, 3).items():
+                np.testing.assert_array_equal(tensor, expected[name])
+
+
+def test_unknown_clients_are_refused(proxy: Proxy, authority: Authority, tmp_path: Path) -> None:
+    with pytest.raises(ServerUnreachableError, match=r"does not know this client .* --tls-cert"):
+        StainClient(proxy.url, credentials=proxy.credentials(""))
+    (tmp_path / "token").write_text("guessed", encoding="utf-8")
+    with pytest.raises(ServerUnreachableError, match="does not know this client"):
+        StainClient(proxy.url, credentials=proxy.credentials("", token_file=tmp_path / "token"))
+    with pytest.raises(ServerUnreachableError):
+        StainClient(proxy.url, credentials=proxy.credentials("expired"), connect_timeout=3)
+    with pytest.raises(ServerUnreachableError):
+        StainClient(proxy.url, connect_timeout=3)  # plain text
+    stranger = Authority.create(tmp_path / "stranger")
+    files = {"certificate": stranger.issue("clinic"), "key": stranger.folder / "clinic.key"}
+    with pytest.raises(ServerUnreachableError):
+        StainClient(proxy.url, credentials=proxy.credentials("", **files), connect_timeout=3)
+    with pytest.raises(ServerUnreachableError):  # and a server with a stranger's certificate is not trusted
+        StainClient(proxy.url, credentials=proxy.credentials(authority=stranger.folder / "ca.pem"), connect_timeout=3)
+
+
+def test_administration_is_not_offered(proxy: Proxy) -> None:
+    with proxy.client() as client:
+        calls: list[Callable[[], Any]] = [
+            client.get_model_repository_index,
+            lambda: client.load_model("noise"),
+            lambda: client.unload_model("staindiffuser"),
+            client.get_inference_statistics,
+            client.get_system_shared_memory_status,
+            lambda: client.register_system_shared_memory("x", "/x", 64),
+            client.get_trace_settings,
+            client.get_log_settings,
+        ]
+        for call in calls:
+            with pytest.raises(triton.InferenceServerException, match="this call is not offered"):
+                call()
+
+
+@pytest.mark.parametrize("model", INNER)
+def test_inner_models_do_not_answer(proxy: Proxy, model: str) -> None:
+    assert REFUSED in refusal(proxy, request(model).SerializeToString())
+    for call, message in (
+        ("ModelConfig", service_pb2.ModelConfigRequest(name=model)),
+        ("ModelMetadata", service_pb2.ModelMetadataRequest(name=model)),
+    ):
+        data = message.SerializeToString()
+        assert REFUSED in refusal(proxy, data, f"/inference.GRPCInferenceService/{call}")
+
+
+def test_a_second_model_name_does_not_pass(proxy: Proxy) -> None:
+    """Protobuf takes the last one, so that looking at the first would not do."""
+    valid = request().SerializeToString()
+    assert service_pb2.ModelInferResponse.FromString(send(proxy, valid)).outputs[0].name == "STAIN_CD3"
+    name = service_pb2.ModelInferRequest(model_name="he_encoder").SerializeToString()
+    assert REFUSED in refusal(proxy, valid + name)
+    assert REFUSED in refusal(proxy, name + valid)
+
+
+def test_what_costs_or_reveals_more_than_tiles_is_refused(proxy: Proxy) -> None:
+    assert REFUSED in refusal(proxy, request(classification=100).SerializeToString())
+    assert REFUSED in refusal(proxy, request(shared_memory_byte_size=100).SerializeToString())
+    shared = request()
+    shared.inputs[0].parameters["shared_memory_region"].string_param = "x"
+    assert REFUSED in refusal(proxy, shared.SerializeToString())
+    assert REFUSED in refusal(proxy, request().SerializeToString() + b"\x9a\x06\x00")  # field 99
+    large = request()
+    large.raw_input_contents[0] = bytes(MAX_MESSAGE)
+    assert REFUSED in refusal(proxy, large.SerializeToString())
+
+
+def test_damaged_requests_leave_it_ready_and_right(proxy: Proxy) -> None:
+    valid = request().SerializeToString()
+    expected = pixels(send(proxy, valid))
+    rng = np.random.default_rng(0)
+    outcomes = []
+    with proxy.channel() as channel:
+        call = channel.unary_unary(INFER)
+        for index in range(300):
+            data = bytearray(valid)
+            if index % 3 == 0:
+                data = data[: rng.integers(0, len(data))]
+            for position in rng.integers(0, min(len(data), 200), 3) if len(data) > 0 else []:
+                data[position] = rng.integers(0, 256)
+            try:
+                call(bytes(data), timeout=20)
+                outcomes.append(grpc.StatusCode.OK)  # a changed seed or pixel is a valid request
+            except grpc.RpcError as error:
+                outcomes.append(error.code())
+    assert grpc.StatusCode.DEADLINE_EXCEEDED not in outcomes
+    assert grpc.StatusCode.INTERNAL in outcomes, "the guard refused none"
+    assert pixels(send(proxy, valid)) == expected
+
+
+def test_random_bytes_and_half_requests_leave_it_ready(proxy: Proxy, authority: Authority) -> None:
+    rng = np.random.default_rng(1)
+    host, port = proxy.url.split(":")
+    context = ssl.create_default_context(cafile=authority.folder / "ca.pem")
+    context.load_cert_chain(authority.folder / "clinic.pem")
+    context.set_alpn_protocols(["h2"])
+    for index in range(60):
+        with socket.create_connection((host, int(port)), timeout=5) as plain:
+            if index % 2:
+                plain.sendall(rng.bytes(500))
+                continue
+            with context.wrap_socket(plain, server_hostname="localhost") as connection:
+                connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + rng.bytes(200) * (index % 4 > 0))
+    assert send(proxy, request().SerializeToString())
+
+
+def test_metrics_are_for_known_clients_and_nothing_else_is_there(proxy: Proxy, authority: Authority) -> None:
+    context = ssl.create_default_context(cafile=authority.folder / "ca.pem")
+
+    def status(path: str) -> int:
+        try:
+            with urllib.request.urlopen(proxy.metrics + path, context=context, timeout=10) as response:
+                assert b"nv_inference_count" in response.read()
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+
+    assert status("/metrics") == 401
+    context.load_cert_chain(authority.folder / "clinic.pem")
+    assert status("/metrics") == 200
+    assert status("/") == 404
+    assert status("/v2/models") == 404
+
+
+def test_the_access_log_says_who_and_what_without_payload(proxy: Proxy) -> None:
+    send(proxy, request().SerializeToString())
+    assert eventually(lambda: 'client="clinic"' in proxy.log.read_text())
+    line = [line for line in proxy.log.read_text().splitlines() if f"call={INFER}" in line][-1]
+    assert " id=" in line
+    assert "http=200" in line
+    assert "s3cret" not in proxy.log.read_text()
+
+
+def test_a_client_that_asks_too_often_is_slowed_down(servers: list[TritonServer], authority: Authority) -> None:
+    folder = authority.folder / "limited"
+    with running(folder, servers, authority, requests_per_10s=20) as proxy, proxy.client() as client:
+        deadline = time.monotonic() + 60
+
+        def ask_until_refused() -> None:
+            while time.monotonic() < deadline:
+                client.is_server_ready()
+
+        with pytest.raises(triton.InferenceServerException, match="too many requests") as error:
+            ask_until_refused()
+        assert error.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
+
+
+def test_a_server_that_ends_is_left_out(servers: list[TritonServer], authority: Authority) -> None:
+    with (
+        TritonServer(servers[0].repository) as third,
+        running(authority.folder / "three", [third, servers[1]], authority) as proxy,
+        StainClient(proxy.url, credentials=proxy.credentials()) as client,
+    ):
+        expected = client.stain_tiles(TILES, ORIGINS, 0)
+        third.stop()
+        for _ in range(6):
+            for name, tensor in client.stain_tiles(TILES, ORIGINS, 0).items():
+                np.testing.assert_array_equal(tensor, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"client_ca": None}, "--client-ca, --tokens or both"),
+        ({"listen": "8443"}, "--listen 8443: must be ADDRESS:PORT"),
+        ({"servers": ()}, "--server: name at least one"),
+        ({"certificate": Path("missing.pem")}, "missing.pem is not a file"),
+        ({"in_flight": 0}, "--in-flight 0: must be at least 1"),
+    ],
+)
+def test_impossible_options_are_refused(authority: Authority, changes: dict[str, Any], words: str) -> None:
+    options = {
+        "listen": "127.0.0.1:8443",
+        "servers": (ProxyServer.parse("127.0.0.1:8001:8002"),),
+        "certificate": authority.folder / "server.pem",
+        "client_ca": authority.folder / "ca.pem",
+    }
+    with pytest.raises(UsageError, match=words):
+        ProxyOptions(**{**options, **changes})

@@ -44,6 +44,9 @@ def stain(
     timeout: Annotated[
         float, typer.Option(help="Seconds to wait for an answer before the server counts as lost.")
     ] = 300.0,
+    patience: Annotated[
+        float, typer.Option(help="Seconds to wait for a lost server to come back with the same model.")
+    ] = 30.0,
     cells: Annotated[bool, typer.Option("--cells/--no-cells", help="Write cell maps and cells.geojson.gz.")] = True,
     allow_damaged: Annotated[
         bool,
@@ -98,7 +101,12 @@ def stain(
         )
         credentials = Credentials(authority=tls_ca, certificate=tls_cert, key=tls_key, token_file=token_file)
         target = Target(
-            address=server, repository=repository, timeout=timeout, use_proxy=proxy, credentials=credentials
+            address=server,
+            repository=repository,
+            timeout=timeout,
+            patience=patience,
+            use_proxy=proxy,
+            credentials=credentials,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

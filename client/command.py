@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from staindiffuser.client.connection import StainClient
 from staindiffuser.client.errors import FileNameError, OutputError
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.progress import TerminalReporter
+from staindiffuser.client.run_record import RunRecord
 from staindiffuser.client.staining import SlideJob
 from staindiffuser.client.target import Target
 from staindiffuser.errors import EXIT_SOME_FAILED, InputError, StainDiffuserError, UsageError
@@ -56,7 +58,7 @@ def run_command(
                 with SlideJob(path, folder, options) as job:
                     if client is None:
                         client = open_target.enter_context(target.connect(options.in_flight, reporter.say))
-                    run = job.stain(client, reporter)
+                    run = _stain(job, client, reporter)
             except (
                 InputError,
                 OutputError,
@@ -75,6 +77,20 @@ def run_command(
     if all_failed:
         raise failures[-1]
     return EXIT_SOME_FAILED if failures else 0
+
+
+def _stain(job: SlideJob, client: StainClient, reporter: TerminalReporter) -> RunRecord:
+    """Stain a slide; if that is interrupted and rows are saved, say how to continue."""
+    try:
+        return job.stain(client, reporter)
+    except InputError:
+        raise
+    except BaseException:
+        if job.run is not None and job.run.saved_rows:
+            saved, rows = job.run.saved_rows, job.run.plan.rows
+            command = shlex.join(["staindiffuser", *sys.argv[1:]])
+            reporter.say(f"{saved} of {rows} rows are saved; to continue, run the same command again: {command}")
+        raise
 
 
 def outputs_for(inputs: Sequence[Path], output: Path | None) -> dict[Path, Path]:
@@ -100,5 +116,5 @@ def default_output(path: Path) -> Path:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """Handle SIGTERM as Ctrl-C is handled: temporary files are removed and a server of our own is stopped."""
-    raise SystemExit(128 + number)
+    """Handle SIGTERM like Ctrl-C: finished rows stay saved, and a server of our own is stopped."""
+    raise KeyboardInterrupt

@@ -301,7 +301,7 @@ class StainClient:
         if any(lost in status for lost in _LOST):
             return ServerLostError(
                 f"the server at {self._url} was lost {when} ({_reason(error)}) and did not return within "
-                f"{self._patience:g} s: nothing was written; restart it"
+                f"{self._patience:g} s: restart it"
             )
         return ServerError(f"the server at {self._url} failed {when}: {_reason(error)}")
 
@@ -316,7 +316,7 @@ def _change(url: str, before: ModelContract, after: ModelContract) -> str:
             field.name for field in fields(before) if getattr(before, field.name) != getattr(after, field.name)
         ]
         change = f"the same model with another {', '.join(different)}"
-    return f"the server at {url} was replaced while staining: it now serves {change}; nothing was written, start again"
+    return f"the server at {url} was replaced while staining: it now serves {change}; serve the first model again"
 
 
 def _reason(error: Exception) -> str:

@@ -32,7 +32,7 @@ class StainingOptions:
     overwrite: bool = False
     """Replace an existing result."""
     resume: bool = False
-    """Keep a complete result of the same slide, model and options; redo it if any of them differs."""
+    """Keep a complete result of the same slide, model and options; if any of them differs, fail."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:

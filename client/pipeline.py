@@ -47,6 +47,7 @@ def stained_rows(
     options: StainingOptions,
     watch: Stopwatch,
     advance: Callable[[int], None],
+    first_row: int = 0,
 ) -> Iterator[Iterator[int]]:
     """Stain ``tiles`` into ``mosaic``; iterate over the rows of the result as the mosaic becomes able to compose them.
 
@@ -63,16 +64,21 @@ def stained_rows(
         options: seed, batch size, concurrent requests, cells.
         watch: times the stages ``read`` and ``stain``.
         advance: called with the number of further tiles that are done, from the caller's thread.
+        first_row: the row to begin with. Batches are the same as if it were 0, since engines may round differently
+            for others; those that only earlier rows need are skipped.
 
     Raises:
         SlideError: part of the slide is damaged.
         ServerError: the server failed or was lost.
     """
     size = min(options.batch, stainer.contract.max_batch)
-    batches = deque(tiles[i : i + size] for i in range(0, len(tiles), size))
+    first_tiles = _tile_rows(grid, first_row).start
+    every_batch = [tiles[i : i + size] for i in range(0, len(tiles), size)]
+    batches = deque(batch for batch in every_batch if batch[-1].row >= first_tiles)
+    skipped = len(tiles) - sum(map(len, batches))
     names = [stain.name for stain in stains]
     stop = threading.Event()
-    view.expect(((tile.x, tile.y) for tile in tiles), grid.tile)
+    view.expect(((tile.x, tile.y) for batch in batches for tile in batch), grid.tile)
 
     def stain(batch: Batch) -> None:
         if stop.is_set():
@@ -91,7 +97,8 @@ def stained_rows(
 
     def rows(senders: ThreadPoolExecutor) -> Iterator[int]:
         sent: deque[tuple[Batch, Future[None]]] = deque()
-        for row in range(-(-grid.height // SIDE)):
+        advance(skipped)
+        for row in range(first_row, -(-grid.height // SIDE)):
             needed = _tile_rows(grid, row)
             mosaic.forget_above(needed.start)
             ahead = _tile_rows(grid, row + ROWS_AHEAD).stop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from typing import Any, Self
 from staindiffuser.client.blending import Mosaic, OutputImage
 from staindiffuser.client.cells import BlockCells, CellsFile
 from staindiffuser.client.contract import ModelContract, ServedStain
+from staindiffuser.client.journal import WorkRow
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.progress import Stopwatch
 from staindiffuser.client.run_record import SYNTHETIC, description, printable
 from staindiffuser.imaging.ome_tiff import ImageInfo, PyramidWriter
+from staindiffuser.imaging.slides import DamagedRegion
 
 __all__ = ["CELLS_FILE", "PREVIEW_FILE", "ResultFiles", "cell_map_file", "image_file", "output_images"]
 
@@ -69,6 +72,7 @@ class ResultFiles:
         seed: int,
         cells: bool,
         watch: Stopwatch,
+        done: Sequence[WorkRow] = (),
     ) -> None:
         """Open the files.
 
@@ -81,6 +85,10 @@ class ResultFiles:
             seed: named in the files.
             cells: also write cell maps and cells.
             watch: times the stages ``compose and encode``, ``cells`` and ``assemble``.
+            done: rows that an earlier run has written to ``folder``; the files are continued after them.
+
+        Raises:
+            ValueError: the files in ``folder`` are not those of ``done``.
         """
         self._folder, self._watch = folder, watch
         self._open = ExitStack()
@@ -100,7 +108,10 @@ class ResultFiles:
                 "source": source.name,
                 "coordinates": "level-0 pixels of the source",
             }
-            self._cells = self._open.enter_context(CellsFile(folder / CELLS_FILE, collection))
+            state = done[-1].cells if done else None
+            self._cells = self._open.enter_context(CellsFile(folder / CELLS_FILE, collection, state))
+        if done:
+            self._restore(done)
 
     def _file(
         self,
@@ -112,13 +123,14 @@ class ResultFiles:
         about: str,
     ) -> _ImageFile:
         stain, is_map = stains[number], image.channels == 1
+        name = cell_map_file(stain) if is_map else image_file(stain)
         width, height = view.size
-        writer = PyramidWriter(self._folder, width, height, channels=image.channels, glass=image.glass)
+        writer = PyramidWriter(self._folder, width, height, channels=image.channels, glass=image.glass, name=name)
         self._open.enter_context(writer)
         mpp = math.sqrt(view.mpp[0] * view.mpp[1])
         content = "probability of stained cells, 0 to 255" if is_map else "virtual immunohistochemistry"
         return _ImageFile(
-            name=cell_map_file(stain) if is_map else image_file(stain),
+            name=name,
             image=image,
             writer=writer,
             info=ImageInfo(
@@ -147,6 +159,25 @@ class ResultFiles:
             if file.cells is not None and self._cells is not None:
                 with self._watch.stage("cells"):
                     self._cells.write(file.cells.add_row(blocks, self._workers))
+
+    def commit(self, damaged: tuple[DamagedRegion, ...]) -> WorkRow:
+        """Put the row that was just written on the disk; return what is needed to continue after it."""
+        with self._watch.stage("commit"):
+            return WorkRow(
+                images=tuple(file.writer.commit() for file in self._files),
+                cells=self._cells.commit() if self._cells else None,
+                damaged=damaged,
+            )
+
+    def _restore(self, done: Sequence[WorkRow]) -> None:
+        try:
+            for number, file in enumerate(self._files):
+                file.writer.restore([row.images[number] for row in done])
+                if file.cells is not None:
+                    file.cells.restore(len(done), file.writer.read_row)
+        except BaseException:
+            self._open.close()
+            raise
 
     def finish(self) -> list[str]:
         """Complete the files and return their names. Every row must have been written."""

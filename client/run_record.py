@@ -34,6 +34,7 @@ __all__ = [
     "ServerRecord",
     "TilesRecord",
     "description",
+    "differences",
     "find_run",
     "library_versions",
     "model_record",
@@ -165,6 +166,8 @@ class RunRecord:
     steps: int
     result: ResultRecord
     tiles: TilesRecord
+    resumed_rows: int
+    """Rows of the result that earlier, interrupted runs had written; times are those of the last run."""
     damaged: tuple[DamagedRegion, ...]
     """Regions of the input that could not be decoded and are left out, in pixels of the level."""
     tissue_fraction: float
@@ -181,6 +184,8 @@ class RunRecord:
     """Size in bytes of each other file of the result, by name."""
 
     def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"format: this version reads format {FORMAT}, not {self.format}")
         for name in self.outputs:
             if not name or Path(name).name != name:  # an edited record must not make --overwrite delete files elsewhere
                 raise ValueError(f"outputs: {name!r} is not a plain file name")
@@ -226,6 +231,23 @@ def slide_sha256(files: Sequence[Path]) -> str:
         return file_sha256(files[0])
     lines = [f"{file_sha256(path)}  {path.name}\n" for path in files]
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def differences(before: Any, now: Any) -> list[str]:
+    """What differs between two records of the same class, for people: ``seed 0 → 1``, ``stains cd3 → ck818``."""
+    found = []
+    for field in dataclasses.fields(before):
+        old, new = getattr(before, field.name), getattr(now, field.name)
+        if dataclasses.is_dataclass(old):
+            found += differences(old, new)
+        elif old != new:
+            found.append(f"{field.name} {_brief(old)} → {_brief(new)}")
+    return found
+
+
+def _brief(value: object) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"
 
 
 def printable(text: str) -> str:

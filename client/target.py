@@ -24,6 +24,8 @@ class Target:
     """A model repository to serve during the work; if there is no address either, the demonstration model is served."""
     timeout: float = 300.0
     """Seconds to wait for the answer to a request."""
+    patience: float = PATIENCE
+    """Seconds to wait for a lost server to return with the same model."""
     use_proxy: bool = False
     """Obey ``http_proxy``."""
     credentials: Credentials = field(default_factory=Credentials)
@@ -38,6 +40,8 @@ class Target:
             raise ValueError("--tls-ca, --tls-cert, --tls-key and --token-file are for --server")
         if self.timeout <= 0:
             raise ValueError(f"--timeout must be positive, not {self.timeout:g}")
+        if self.patience < 0:
+            raise ValueError(f"--patience must not be negative, not {self.patience:g}")
 
     @contextmanager
     def connect(self, in_flight: int = 4, say: Callable[[str], None] = lambda message: None) -> Iterator[StainClient]:
@@ -52,7 +56,7 @@ class Target:
             VerificationError: the model repository differs from its manifest.
         """
         if self.address is not None:
-            with self._client(self.address, in_flight, credentials=self.credentials) as client:
+            with self._client(self.address, in_flight, patience=self.patience, credentials=self.credentials) as client:
                 yield client
             return
         # Imported here, because a client of a remote server does not need the packages of the server.
@@ -68,7 +72,7 @@ class Target:
             yield client
 
     def _client(
-        self, address: str, in_flight: int, *, patience: float = PATIENCE, credentials: Credentials | None = None
+        self, address: str, in_flight: int, *, patience: float, credentials: Credentials | None = None
     ) -> StainClient:
         return StainClient(
             address,

@@ -9,6 +9,8 @@ the other, and all see every level.
 from __future__ import annotations
 
 import itertools
+import math
+import os
 import struct
 import tempfile
 import zlib
@@ -17,7 +19,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import imagecodecs
 import numpy as np
@@ -27,7 +29,7 @@ from PIL import Image
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.pixel_size import PixelSize
 
-__all__ = ["SIDE", "Compose", "ImageInfo", "PyramidWriter", "halved", "level_sizes"]
+__all__ = ["SIDE", "Compose", "ImageInfo", "PendingRow", "PyramidWriter", "RowState", "halved", "level_sizes"]
 
 SIDE = 512
 """Side of the file's tiles, pixels."""
@@ -54,6 +56,26 @@ class ImageInfo:
     """Name of the channel."""
 
 
+@dataclass(frozen=True)
+class PendingRow:
+    """A row of halved tiles that waits, in a file of its own, for the row below it."""
+
+    stored: tuple[bool, ...]
+    """Per tile: false for glass, which is not stored."""
+    crc32: int
+    """Of the file."""
+
+
+@dataclass(frozen=True)
+class RowState:
+    """What a row added to a resumable writer; the states of all rows so far restore it."""
+
+    lengths: tuple[tuple[int, ...], ...]
+    """Per level: bytes of each encoded tile that was appended to the spool."""
+    pending: tuple[PendingRow | None, ...]
+    """Per level."""
+
+
 def level_sizes(width: int, height: int) -> list[tuple[int, int]]:
     """(width, height) of each level: halved until one tile holds it, at least three."""
     sizes = [(width, height)]
@@ -72,8 +94,10 @@ def halved(tile_HWC: UInt8Array) -> UInt8Array:
 class PyramidWriter:
     """Takes rows of level-0 tiles from top to bottom; builds and encodes the other levels on the way."""
 
-    def __init__(self, folder: Path, width: int, height: int, *, channels: int, glass: int) -> None:
-        """Open the spool, an unnamed file in ``folder``: it vanishes by itself whatever happens.
+    def __init__(
+        self, folder: Path, width: int, height: int, *, channels: int, glass: int, name: str | None = None
+    ) -> None:
+        """Open the spool.
 
         Args:
             folder: where there is room for the encoded tiles.
@@ -81,15 +105,20 @@ class PyramidWriter:
             height: of level 0, pixels.
             channels: 3 gives RGB as JPEG, 1 gives one lossless plane.
             glass: value of glass, where nothing was stained.
+            name: names the spool's files in ``folder``, from which :meth:`restore` continues after a crash; by default
+                the spool is an unnamed file that vanishes whatever happens.
         """
         self.sizes = level_sizes(width, height)
         self._channels = channels
         self._glass = np.full((SIDE, SIDE, channels), glass, dtype=np.uint8)
         self._empty = self._encode(self._glass)
-        self._spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close()
+        self._base = None if name is None else folder / name
+        self._spool = _open_spool(folder, name)
         self._end = 0
         self._tiles: list[list[tuple[int, int]]] = [[] for _ in self.sizes]
         self._half_rows: list[list[list[UInt8Array | None]]] = [[] for _ in self.sizes]
+        self._committed = [0 for _ in self.sizes]
+        self._saved: dict[int, tuple[list[UInt8Array | None], PendingRow]] = {}
 
     @property
     def rows(self) -> int:
@@ -122,6 +151,59 @@ class PyramidWriter:
         self._append(0, [encoded for _, encoded, _ in made])
         self._pass_up(1, [half for _, _, half in made], last=row == self.rows - 1)
         return [tile for tile, _, _ in made]
+
+    def commit(self) -> RowState:
+        """Put everything that was written so far on the disk, so that the writer can be restored to this point."""
+        pending = tuple(
+            self._save_pending(level, rows[0]) if rows else None for level, rows in enumerate(self._half_rows)
+        )
+        self._spool.flush()
+        os.fsync(self._spool.fileno())
+        lengths = tuple(
+            tuple(count for _, count in tiles[done:]) for tiles, done in zip(self._tiles, self._committed, strict=True)
+        )
+        self._committed = [len(tiles) for tiles in self._tiles]
+        return RowState(lengths=lengths, pending=pending)
+
+    def restore(self, states: Sequence[RowState]) -> None:
+        """Continue after the row of the last state, in a new writer with the same arguments.
+
+        Args:
+            states: from :meth:`commit`, one per row, from the first row on.
+
+        Raises:
+            ValueError: the spool's files are not those that were committed.
+        """
+        for state in states:
+            for level, lengths in enumerate(state.lengths):
+                for length in lengths:
+                    self._tiles[level].append((self._end, length))
+                    self._end += length
+        if self._spool.seek(0, os.SEEK_END) < self._end:
+            raise ValueError("the spool is shorter than what was committed")
+        self._spool.truncate(self._end)
+        self._committed = [len(tiles) for tiles in self._tiles]
+        for level, pending in enumerate(states[-1].pending if states else ()):
+            if pending is not None:
+                row = self._load_pending(level, pending)
+                self._half_rows[level].append(row)
+                self._saved[level] = (row, pending)
+
+    def read_row(self, row: int) -> list[UInt8Array | None]:
+        """The tiles of a row that was written to a lossless plane, as :meth:`write_row` returned them."""
+        tiles: list[UInt8Array | None] = []
+        width, height = self.sizes[0]
+        for column in range(self.columns):
+            offset, length = self._tiles[0][row * self.columns + column]
+            self._spool.seek(offset)
+            encoded = self._spool.read(length)
+            if encoded == self._empty:
+                tiles.append(None)
+                continue
+            difference = np.frombuffer(zlib.decompress(encoded), np.uint8).reshape(SIDE, SIDE)
+            tile: UInt8Array = imagecodecs.delta_decode(difference, axis=-1)[..., None]
+            tiles.append(tile[: height - row * SIDE, : width - column * SIDE])
+        return tiles
 
     def finish(self, path: Path, info: ImageInfo) -> None:
         """Write the file. All rows must have been written."""
@@ -158,7 +240,7 @@ class PyramidWriter:
         _chain_levels(path, big=big)
 
     def close(self) -> None:
-        """Let go of the spool."""
+        """Close the spool."""
         self._spool.close()
 
     def __enter__(self) -> Self:
@@ -178,6 +260,7 @@ class PyramidWriter:
         return bytes(encoded)
 
     def _append(self, level: int, row: Sequence[bytes | None]) -> None:
+        self._spool.seek(self._end)
         for encoded in row:
             data = self._empty if encoded is None else encoded
             self._spool.write(data)
@@ -215,10 +298,43 @@ class PyramidWriter:
         self._append(level, encoded)
         self._pass_up(level + 1, above, last=last)
 
+    def _pending_path(self, level: int) -> Path:
+        assert self._base is not None, "only a named spool can be committed"
+        return self._base.with_name(f"{self._base.name}.pending-{level}")
+
+    def _save_pending(self, level: int, row: list[UInt8Array | None]) -> PendingRow:
+        """Write a row of halved tiles, over a file to which the last committed state does not refer."""
+        if level in self._saved and self._saved[level][0] is row:
+            return self._saved[level][1]
+        data = b"".join(tile.tobytes() for tile in row if tile is not None)
+        with self._pending_path(level).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        pending = PendingRow(stored=tuple(tile is not None for tile in row), crc32=zlib.crc32(data))
+        self._saved[level] = (row, pending)
+        return pending
+
+    def _load_pending(self, level: int, pending: PendingRow) -> list[UInt8Array | None]:
+        data = self._pending_path(level).read_bytes()
+        shape = (SIDE // 2, SIDE // 2, self._channels)
+        size = math.prod(shape)
+        if zlib.crc32(data) != pending.crc32 or len(data) != size * sum(pending.stored):
+            raise ValueError(f"the pending row of level {level} is not the one that was committed")
+        parts = iter(np.frombuffer(data, np.uint8).reshape(-1, *shape))
+        return [next(parts) if stored else None for stored in pending.stored]
+
     def _read_back(self, level: int) -> Iterator[bytes]:
         for offset, count in self._tiles[level]:
             self._spool.seek(offset)
             yield self._spool.read(count)
+
+
+def _open_spool(folder: Path, name: str | None) -> IO[bytes]:
+    if name is None:
+        return tempfile.TemporaryFile(dir=folder)
+    path = folder / f"{name}.spool"
+    return path.open("r+b" if path.exists() else "w+b")
 
 
 def _filled(tile_HWC: UInt8Array) -> UInt8Array:

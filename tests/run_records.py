@@ -28,6 +28,7 @@ def run_record(*, outputs: dict[str, int] | None = None) -> RunRecord:
         steps=2,
         result=records.ResultRecord(size=(100, 80), mpp=(0.5, 0.5), resampled=False),
         tiles=records.TilesRecord(total=1, stained=1, side=256, stride=192, margin=32, batch=4, in_flight=3),
+        resumed_rows=0,
         damaged=(),
         tissue_fraction=0.5,
         cells={"CD3": 3},

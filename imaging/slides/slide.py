@@ -10,6 +10,7 @@ from __future__ import annotations
 import stat
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -126,6 +127,11 @@ class Slide(ABC):
                 f"{self.path} does not state its pixel size: give it in µm per pixel as {option}"
             )
         return self.mpp
+
+    def add_damaged(self, regions: Iterable[DamagedRegion]) -> None:
+        """Remember regions that were found damaged earlier."""
+        with self._lock:
+            self._damaged.update(regions)
 
     def _white_if_allowed(self, region: DamagedRegion, error: SlideError) -> UInt8Array:
         """White for a damaged region, which is remembered; raises ``error`` unless damage is allowed."""

@@ -18,7 +18,7 @@ import numpy as np
 import tifffile
 
 from staindiffuser.imaging.arrays import UInt8Array
-from staindiffuser.imaging.errors import IncompleteSlideError, SlideError
+from staindiffuser.imaging.errors import IncompleteSlideError, SlideError, SlideReadError
 from staindiffuser.imaging.image_files import WHITE, on_white
 from staindiffuser.imaging.pixel_size import PixelSize, from_imagej, from_ome_xml, from_resolution
 from staindiffuser.imaging.slides.codestreams import (
@@ -110,6 +110,7 @@ class TiffLevels:
 
         Raises:
             SlideError: a tile cannot be decoded, from ``on_damage``.
+            SlideReadError: the disk or network failed.
             LookupError: a tile is not stored and ``sparse`` is false: the vendor's format decides what that means.
         """
         chunk_width, chunk_height = self._chunk(level)
@@ -128,6 +129,8 @@ class TiffLevels:
                     if not sparse:
                         raise
                     chunk = np.full((size_y, size_x, 3), WHITE, dtype=np.uint8)
+                except SlideReadError:
+                    raise
                 except SlideError as error:
                     chunk = on_damage(DamagedRegion(level, left, top, size_x, size_y), error)
                 x0, x1 = max(x, left), min(x + width, left + size_x)
@@ -214,6 +217,8 @@ class TiffLevels:
             parts = [self._decode_segment(level, index + plane * stride) for plane in range(planes)]
         except LookupError:
             raise
+        except OSError as error:
+            raise SlideReadError(f"{self.path} cannot be read: {error.strerror or error}") from error
         except Exception as error:  # every codec has its own exception class
             raise SlideError(
                 f"{self.path} is damaged: tile {index} of level {level} cannot be decoded: {_one_line(error)} "

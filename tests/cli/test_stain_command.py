@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import tifffile
 
+from staindiffuser.client.journal import JOURNAL
+from staindiffuser.client.result_folder import UNFINISHED
 from staindiffuser.client.testing import FakeTriton
 
 COMMAND = [sys.executable, "-c", "from staindiffuser.cli import main; main()", "stain"]
@@ -171,14 +173,14 @@ def test_impossible_options(tile: Path, tmp_path: Path, arguments: tuple[object,
     assert list(tmp_path.iterdir()) == [tile]
 
 
-def started(folder: Path, server: FakeTriton, *arguments: object) -> subprocess.Popen[str]:
-    """The command, once it has tiles with the server."""
+def started(folder: Path, server: FakeTriton, *arguments: object, requests: int = 4) -> subprocess.Popen[str]:
+    """The command, once it has sent this many requests."""
     command = [*COMMAND, *map(str, arguments), "--server", server.url]
     process = subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while server.requests < 4 and time.monotonic() < deadline:
+    while server.requests < requests and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert server.requests >= 4
+    assert server.requests >= requests
     return process
 
 
@@ -187,23 +189,62 @@ def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess([], process.returncode, "", stderr)
 
 
+def unfinished_only(folder: Path) -> bool:
+    """Nothing stands under a final name: there is no result yet, or the folder holds saved work alone."""
+    return not folder.exists() or [path.name for path in folder.iterdir()] == [UNFINISHED]
+
+
 def test_a_server_that_dies_in_the_middle(real_data: Path, tmp_path: Path) -> None:
     with FakeTriton(delay=0.3) as fake:
-        process = started(tmp_path, fake, real_data / CMU, "--output", "a/out")
+        process = started(tmp_path, fake, real_data / CMU, "--output", "a/out", "--patience", 0)
         fake.kill()
         refused(ended(process), 3, "lost")
-    assert list(tmp_path.iterdir()) == []
+    assert unfinished_only(tmp_path / "a/out")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted(real_data: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(real_data: Path, tmp_path: Path, number: signal.Signals) -> None:
     with FakeTriton(delay=0.3) as fake:
-        process = started(tmp_path, fake, real_data / CMU, "--output", "out")
+        process = started(tmp_path, fake, real_data / CMU, "--output", "out", "--batch", 2, requests=16)
         process.send_signal(number)
         result = ended(process)
-    assert result.returncode == code, result.stderr
+    assert result.returncode == 130, result.stderr
     assert "Traceback" not in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert unfinished_only(tmp_path / "out")
+    if (tmp_path / "out").exists():
+        assert "rows are saved; to continue, run the same command again: staindiffuser " in result.stderr
+
+
+def saved_rows(folder: Path) -> int:
+    journal = folder / UNFINISHED / JOURNAL
+    return max(0, len(journal.read_bytes().splitlines()) - 1) if journal.exists() else 0
+
+
+def test_killed_again_and_again(real_data: Path, tmp_path: Path) -> None:
+    """SIGKILL, which nothing can catch: the same command goes on each time, to the same result."""
+    command = (real_data / CMU, "--batch", 2, "--stains", "cd3")
+    with FakeTriton(delay=0.1) as fake:
+        assert stain(tmp_path, *command, "--server", fake.url, "--output", "whole").returncode == 0
+        for rows in (1, 2, 4):
+            process = started(tmp_path, fake, *command, "--output", "out")
+            deadline = time.monotonic() + 60
+            while saved_rows(tmp_path / "out") < rows and time.monotonic() < deadline:
+                time.sleep(0.02)
+            process.kill()
+            ended(process)
+            assert unfinished_only(tmp_path / "out")
+        result = stain(tmp_path, *command, "--server", fake.url, "--output", "out")
+    assert result.returncode == 0, result.stderr
+    assert "continuing interrupted work" in result.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
+    for name in ("cd3.ome.tiff", "cd3.cells.ome.tiff"):
+        np.testing.assert_array_equal(
+            tifffile.imread(tmp_path / "out" / name), tifffile.imread(tmp_path / "whole" / name)
+        )
+    cells = [(tmp_path / folder / "cells.geojson.gz").read_bytes() for folder in ("out", "whole")]
+    assert cells[0] == cells[1]
 
 
 def test_help_names_the_options(tmp_path: Path) -> None:

@@ -125,14 +125,14 @@ def wait_for_tiles(url: str) -> None:
 def test_a_server_that_is_killed_in_the_middle(repository: Path, tmp_path: Path) -> None:
     path = big_tile(tmp_path / "big.tif")
     with TritonServer(repository) as server:
-        process = launched(path, "--server", server.url, "--output", tmp_path / "out")
+        process = launched(path, "--server", server.url, "--output", tmp_path / "out", "--patience", 0)
         wait_for_tiles(server.url)
         os.kill(server.pid, signal.SIGKILL)
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 3, stderr
     assert "Traceback" not in stderr
     assert [line for line in stderr.splitlines() if line.startswith("error: ")] == [stderr.splitlines()[-1]]
-    assert [p.name for p in tmp_path.iterdir()] == ["big.tif"]
+    assert not (tmp_path / "out/run.json").exists()
 
 
 def descendants(pid: int) -> list[int]:
@@ -164,7 +164,7 @@ def test_ctrl_c_ends_the_server_too(repository: Path, tmp_path: Path) -> None:
     path = big_tile(tmp_path / "big.tif")
     process = launched(path, "--repository", repository, "--output", tmp_path / "out")
     deadline = time.monotonic() + 60
-    while not (tmp_path / "out").exists() or not list((tmp_path / "out").glob(".partial-*")):
+    while not list((tmp_path / "out").glob(".unfinished/*.spool")):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -179,7 +179,7 @@ def test_ctrl_c_ends_the_server_too(repository: Path, tmp_path: Path) -> None:
     while any(running(pid) for pid in started) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in started if running(pid)]
-    assert [p.name for p in tmp_path.iterdir()] == ["big.tif"]
+    assert not (tmp_path / "out/run.json").exists()
 
 
 def test_a_repository_that_was_tampered_with_is_not_served(repository: Path, tile: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from staindiffuser.client.command import default_output, outputs_for
 from staindiffuser.client.errors import OutputError
+from staindiffuser.client.journal import JOURNAL
 from staindiffuser.client.result_folder import ResultFolder
 from staindiffuser.client.run_record import read_run, write_run
 from staindiffuser.errors import UsageError
@@ -15,15 +16,15 @@ from tests.run_records import run_record
 
 def fill(folder: ResultFolder, *names: str) -> None:
     for name in names:
-        (folder.staging / name).write_text("{}")
-    write_run(folder.staging, run_record(outputs=dict.fromkeys(names, 1)))
+        (folder.work / name).write_text("{}")
+    write_run(folder.work, run_record(outputs=dict.fromkeys(names, 1)))
     folder.publish([*names, "run.json"])
 
 
 def test_publishing_leaves_only_the_result(tmp_path: Path) -> None:
     output = tmp_path / "a/b/out"
     with ResultFolder(output) as folder:
-        assert folder.staging.parent == output
+        assert folder.work.parent == output
         assert not [p for p in output.iterdir() if not p.name.startswith(".")]
         fill(folder, "cd3.ome.tiff")
     assert sorted(p.name for p in output.iterdir()) == ["cd3.ome.tiff", "run.json"]
@@ -33,7 +34,7 @@ def test_publishing_leaves_only_the_result(tmp_path: Path) -> None:
 def test_nothing_is_left_when_it_fails(tmp_path: Path, error: type[BaseException]) -> None:
     def fail() -> None:
         with ResultFolder(tmp_path / "a/out") as folder:
-            (folder.staging / "x").write_text("half")
+            (folder.work / "x").write_text("half")
             raise error
 
     with pytest.raises(error):
@@ -58,13 +59,27 @@ def test_a_result_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cd3.ome.tiff", "notes.txt", "run.json"]
 
 
-def test_a_result_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
-    with ResultFolder(tmp_path / "out") as late:
-        with ResultFolder(tmp_path / "out") as early:
-            fill(early, "cd3.ome.tiff")
-        with pytest.raises(OutputError, match="another run"):
-            fill(late, "ck818.ome.tiff")
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    with ResultFolder(tmp_path / "out") as folder:
+        with pytest.raises(OutputError, match="another run"), ResultFolder(tmp_path / "out"):
+            pass
+        fill(folder, "cd3.ome.tiff")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cd3.ome.tiff", "run.json"]
+
+
+def test_saved_work_stays(tmp_path: Path) -> None:
+    """Also if a later run fails before it does anything, such as for a server that cannot be reached."""
+    with ResultFolder(tmp_path / "out") as folder:
+        (folder.work / JOURNAL).write_text("")
+        (folder.work / "cd3.spool").write_text("half")
+        folder.keep = True
+    with pytest.raises(RuntimeError), ResultFolder(tmp_path / "out"):
+        raise RuntimeError
+    assert (folder.work / "cd3.spool").exists()
+    with ResultFolder(tmp_path / "out") as folder:
+        folder.clear()
+        assert [p.name for p in folder.work.iterdir()] == ["lock"]
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("outputs", [{"../precious": 1}, {"": 1}])

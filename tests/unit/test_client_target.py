@@ -16,6 +16,7 @@ from staindiffuser.client.testing import FakeTriton
         ({"address": "http://host:1"}, "--server"),
         ({"address": "h:1", "repository": Path("r")}, "--repository"),
         ({"timeout": 0.0}, "--timeout"),
+        ({"patience": -1.0}, "--patience"),
     ],
 )
 def test_an_impossible_target_is_refused(values: dict[str, Any], option: str) -> None:

@@ -1,0 +1,109 @@
+"""Everything about staining a slide that is known before the first request: geometry, tissue, tiles, warnings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from staindiffuser.client.blending import Rectangle
+from staindiffuser.client.contract import ModelContract
+from staindiffuser.client.model_view import ModelView
+from staindiffuser.client.progress import Stopwatch
+from staindiffuser.client.tiling import GridTile, TileGrid
+from staindiffuser.imaging.errors import PixelSizeError
+from staindiffuser.imaging.ome_tiff import SIDE
+from staindiffuser.imaging.pixel_size import SAME_PIXEL_SIZE, PixelSize
+from staindiffuser.imaging.slides import Slide
+from staindiffuser.imaging.tissue import TissueMask, find_tissue, read_overview
+
+__all__ = ["SlidePlan", "plan_slide"]
+
+COARSE, UPSAMPLING = 1.5, 2.0
+"""Input pixels larger than the model's by the first factor cause a warning, by the second a refusal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlidePlan:
+    """How a slide will be stained."""
+
+    slide: Slide
+    mpp: PixelSize
+    """Of the slide at level 0, µm per pixel."""
+    view: ModelView
+    grid: TileGrid
+    mask: TissueMask
+    tiles: tuple[GridTile, ...]
+    """The tiles with tissue, in the grid's order."""
+    warnings: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the result."""
+        return -(-self.view.size[1] // SIDE)
+
+    def announcement(self) -> str:
+        """One line for the user."""
+        slide, view, grid = self.slide, self.view, self.grid
+        resampled = f", resampled to {view.size[0]} × {view.size[1]} at {view.mpp[0]:.3f}" if view.resampled else ""
+        return (
+            f"{slide.path}: {slide.format}, {slide.size[0]} × {slide.size[1]} pixels of {self.mpp[0]:.3f} µm"
+            f"{resampled}; {len(self.tiles)} of {grid.rows * grid.columns} tiles show tissue"
+        )
+
+    def left_out(self) -> list[Rectangle]:
+        """The damaged regions found so far, in pixels of the result, rounded outwards."""
+        rectangles = []
+        for region in self.slide.damaged:
+            width, height = self.slide.level_sizes[region.level]
+            x, y = self.view.size[0] / width, self.view.size[1] / height
+            right, bottom = region.x + region.width, region.y + region.height
+            rectangles.append(
+                (math.floor(region.x * x), math.floor(region.y * y), math.ceil(right * x), math.ceil(bottom * y))
+            )
+        return rectangles
+
+
+def plan_slide(slide: Slide, mpp: PixelSize, contract: ModelContract, watch: Stopwatch) -> SlidePlan:
+    """Find the tissue and choose the tiles.
+
+    Args:
+        slide: the slide.
+        mpp: its pixel size at level 0, µm per pixel.
+        contract: of the model that will stain it.
+        watch: times the stage ``tissue``.
+
+    Raises:
+        PixelSizeError: the slide's pixels are too large for the model.
+        SlideError: part of the slide is damaged.
+    """
+    if max(mpp) > UPSAMPLING * contract.mpp * (1 + SAME_PIXEL_SIZE):
+        raise PixelSizeError(
+            f"{slide.path} has pixels of {max(mpp):.4g} µm, but the model needs {contract.mpp:g} µm and at most "
+            f"{UPSAMPLING:g} times that: scan at a higher magnification, or correct the pixel size with --mpp"
+        )
+    view = ModelView(slide, mpp, contract.mpp)
+    grid = TileGrid.for_model(contract, *view.size)
+    with watch.stage("tissue"):
+        mask = find_tissue(read_overview(slide, mpp), view.mpp)
+        tiles = tuple(_tiles_with_tissue(grid, mask))
+    warnings = [f"warning: {note}" for note in slide.notes]
+    if max(mpp) > COARSE * contract.mpp:
+        warnings.append(
+            f"warning: {slide.path.name} has pixels of {max(mpp):.2f} µm, but the model was trained at "
+            f"{contract.mpp:g} µm and will lack details that it needs"
+        )
+    if not tiles:
+        warnings.append(f"warning: no tissue found on {slide.path.name}: the result is empty")
+    return SlidePlan(slide=slide, mpp=mpp, view=view, grid=grid, mask=mask, tiles=tiles, warnings=tuple(warnings))
+
+
+def _tiles_with_tissue(grid: TileGrid, mask: TissueMask) -> list[GridTile]:
+    """The tiles of which any part shows in the result, in the grid's order."""
+    tiles = []
+    for row in range(grid.rows):
+        for column in range(grid.columns):
+            tile = grid.at(row, column)
+            (x0, x1), (y0, y1) = grid.shown(tile.x, grid.width), grid.shown(tile.y, grid.height)
+            if x0 < x1 and y0 < y1 and mask.touches(x0, y0, x1 - x0, y1 - y0):
+                tiles.append(tile)
+    return tiles

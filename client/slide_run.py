@@ -1,0 +1,194 @@
+"""Stains the rows of one slide and saves each of them, so that the work survives any interruption."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import staindiffuser
+from staindiffuser.client import run_record
+from staindiffuser.client.blending import Mosaic
+from staindiffuser.client.contract import ServedStain, Stainer
+from staindiffuser.client.errors import OutputError
+from staindiffuser.client.journal import Journal, Work, WorkRow, read_journal
+from staindiffuser.client.options import StainingOptions
+from staindiffuser.client.pipeline import stained_rows
+from staindiffuser.client.preview import PANEL, write_preview
+from staindiffuser.client.progress import Reporter, Stopwatch
+from staindiffuser.client.result_files import PREVIEW_FILE, ResultFiles, output_images
+from staindiffuser.client.result_folder import ResultFolder
+from staindiffuser.client.run_record import RUN_JSON, Request, RunRecord
+from staindiffuser.client.slide_plan import SlidePlan
+from staindiffuser.imaging.tissue import read_overview
+
+__all__ = ["SlideRun"]
+
+SPARE_BYTES = 2**26
+"""Free disk space that a row must leave."""
+
+
+@dataclass(kw_only=True)
+class SlideRun:
+    """The staining of one slide into a folder that is locked."""
+
+    folder: ResultFolder
+    options: StainingOptions
+    request: Request
+    stains: tuple[ServedStain, ...]
+    stainer: Stainer
+    plan: SlidePlan
+    input_sha256: Future[str]
+    """Of the slide; computed meanwhile."""
+    reporter: Reporter
+    watch: Stopwatch
+    started: str = field(default_factory=run_record.utc_now)
+    saved_rows: int = 0
+    """Rows of the result that are on the disk."""
+    resumed_rows: int = 0
+    """Those of them that an earlier run has written."""
+
+    def finish(self) -> RunRecord:
+        """Stain every row that is not saved yet and publish the result.
+
+        Raises:
+            OutputError: the folder holds other unfinished work, or the disk is nearly full.
+            SlideError: part of the slide is damaged.
+            ServerError: the server failed or was lost.
+        """
+        names, cells = self._write(self._saved())
+        if self.options.preview:
+            with self.watch.stage("preview"):
+                plan, work = self.plan, self.folder.work
+                overview = read_overview(plan.slide, plan.mpp, PANEL).pixels
+                contract = self.stainer.contract
+                write_preview(work, work / PREVIEW_FILE, plan.view, overview, self.stains, contract)
+            names.append(PREVIEW_FILE)
+        record = self._record(names, cells)
+        run_record.write_run(self.folder.work, record)
+        self.folder.publish([*names, RUN_JSON])
+        return record
+
+    def _work(self) -> Work:
+        return Work(
+            input_sha256=self.input_sha256.result(),
+            request=self.request,
+            batch=min(self.options.batch, self.stainer.contract.max_batch),
+            software=staindiffuser.__version__,
+            size=self.plan.view.size,
+        )
+
+    def _saved(self) -> list[WorkRow]:
+        """The rows of the same work that an earlier run has saved; anything else in the folder is removed."""
+        unfinished = read_journal(self.folder.work)
+        before, rows = unfinished if unfinished is not None else (None, [])
+        changed = run_record.differences(before, self._work()) if before is not None else []
+        if changed and not self.options.overwrite:
+            raise OutputError(
+                f"{self.folder.path} holds unfinished work with other settings ({', '.join(changed)}): finish it with "
+                "those, discard it with --overwrite, or use another --output"
+            )
+        if changed or not rows:
+            self.folder.clear()
+            return []
+        self.reporter.say(f"continuing interrupted work: {len(rows)} of {self.plan.rows} rows are already done")
+        return rows
+
+    def _write(self, saved: list[WorkRow]) -> tuple[list[str], dict[str, int]]:
+        """Stain and write every row that is not saved; return the files' names and the number of cells per stain."""
+        plan, slide = self.plan, self.plan.slide
+        mosaic = Mosaic(plan.grid, output_images(self.stains, cells=self.options.cells), plan.mask, plan.left_out)
+        with self._open_files(saved) as files, Journal(self.folder.work) as journal:
+            if not self.saved_rows:
+                journal.start(self._work())
+            self.reporter.start(slide.path.name, len(plan.tiles))
+            try:
+                with stained_rows(
+                    plan.view, plan.grid, plan.tiles, mosaic, self.stainer, self.stains, self.options, self.watch,
+                    self.reporter.advance, first_row=self.saved_rows,
+                ) as rows:  # fmt: skip
+                    for row in rows:
+                        files.write_row(row, mosaic)
+                        journal.add(files.commit(slide.damaged))
+                        self.saved_rows, self.folder.keep = row + 1, True
+                        self._require_space()
+            finally:
+                self.reporter.stop()
+            return files.finish(), files.cell_counts
+
+    def _open_files(self, saved: list[WorkRow]) -> ResultFiles:
+        """The files of the result, continued after the saved rows, or begun anew if they do not match them."""
+
+        def files(saved: list[WorkRow]) -> ResultFiles:
+            return ResultFiles(
+                self.folder.work, self.plan.slide.path, self.plan.view, self.stainer.contract, self.stains,
+                seed=self.options.seed, cells=self.options.cells, watch=self.watch, done=saved,
+            )  # fmt: skip
+
+        try:
+            opened = files(saved)
+        except (ValueError, FileNotFoundError) as error:
+            self.reporter.say(f"the unfinished work in {self.folder.work} is damaged ({error}): starting again")
+            self.folder.clear()
+            return files([])
+        self.saved_rows = self.resumed_rows = len(saved)
+        self.plan.slide.add_damaged(saved[-1].damaged if saved else ())
+        return opened
+
+    def _require_space(self) -> None:
+        """The finished files need as much space again as the unfinished ones."""
+        needed = sum(path.stat().st_size for path in self.folder.work.iterdir()) + SPARE_BYTES
+        free = shutil.disk_usage(self.folder.work).free
+        if free < needed:
+            raise OutputError(
+                f"the disk of {self.folder.path} is nearly full: {free >> 20} MiB are free, {needed >> 20} are needed; "
+                "make room and run the same command again"
+            )
+
+    def _record(self, names: list[str], cells: dict[str, int]) -> RunRecord:
+        plan, options, contract = self.plan, self.options, self.stainer.contract
+        slide, view, grid = plan.slide, plan.view, plan.grid
+        mpp_from = "--force-mpp" if options.force_mpp else "--mpp" if slide.mpp is None else "file"
+        return RunRecord(
+            format=run_record.FORMAT,
+            notice=f"{run_record.SYNTHETIC} {contract.notice}",
+            input=run_record.InputRecord(
+                path=str(slide.path.absolute()),
+                sha256=self.input_sha256.result(),
+                bytes=sum(path.stat().st_size for path in slide.files),
+                format=slide.format,
+                size=slide.size,
+                mpp=plan.mpp,
+                mpp_from=mpp_from,
+                level_read=view.level,
+            ),
+            model=run_record.model_record(contract),
+            request=self.request,
+            stains=self.stains,
+            seed=options.seed,
+            steps=contract.steps,
+            result=run_record.ResultRecord(size=view.size, mpp=view.mpp, resampled=view.resampled),
+            tiles=run_record.TilesRecord(
+                total=grid.rows * grid.columns,
+                stained=len(plan.tiles),
+                side=grid.tile,
+                stride=grid.stride,
+                margin=grid.margin,
+                batch=min(options.batch, contract.max_batch),
+                in_flight=options.in_flight,
+            ),
+            resumed_rows=self.resumed_rows,
+            damaged=slide.damaged,
+            tissue_fraction=round(plan.mask.fraction, 4),
+            cells=cells,
+            warnings=plan.warnings,
+            server=run_record.ServerRecord(
+                url=self.stainer.url, version=self.stainer.server_version, id=self.stainer.server_id
+            ),
+            started=self.started,
+            seconds=run_record.Seconds(
+                total=round(self.watch.total, 3), stages_summed_over_threads=self.watch.seconds()
+            ),
+            versions=run_record.library_versions(),
+            outputs={name: (self.folder.work / name).stat().st_size for name in names},
+        )

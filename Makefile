@@ -29,11 +29,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # PyPI's torch is a build with CUDA: 2.5 GB to download, 5 GB on disk. Where PyTorch's own index of CPU builds can be
 # reached, name it in PIP_EXTRA_INDEX_URL. Only the files of the server's wheel are used: --no-deps leaves its pin of
-# numpy<2 out.
+# numpy<2 out (the serve extra has no server for Python 3.13).
 $(NUMPY2_VENV)/.installed: pyproject.toml constraints-numpy2.txt
-	python=$(or $(NUMPY2_PYTHON),$$(.ci/find-python 3.13 3.12)) && "$$python" -m venv $(NUMPY2_VENV)
+	python=$(or $(NUMPY2_PYTHON),$$(.ci/find-python 3.13)) && "$$python" -m venv $(NUMPY2_VENV)
 	$(NUMPY2_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-numpy2.txt \
-		--editable '.[client,train,dev]'
+		--editable '.[client,serve,train,dev]'
 	$(NUMPY2_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
 	@touch $@
 
@@ -51,7 +51,7 @@ test-all: install lint types  ## every test that this machine can run
 test-timing: install  ## tests that measure wall-clock time; only on an idle machine
 	$(RUN) -m pytest -m "timing and not gpu"
 
-test-numpy2: $(NUMPY2_VENV)/.installed  ## unit and integration tests with Python 3.13 (or 3.12), numpy 2, newest libraries
+test-numpy2: $(NUMPY2_VENV)/.installed  ## unit and integration tests with Python 3.13, numpy 2, newest libraries
 	$(NUMPY2_VENV)/bin/python -m pytest -m "not slow and not gpu and not network and not timing" tests/unit tests/integration
 
 lint: install  ## ruff (lint, formatting) and the contracts on who may import whom

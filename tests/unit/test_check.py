@@ -81,10 +81,10 @@ def test_the_summary_of_a_clean_folder(clean: Path, report: CheckReport) -> None
 def test_planted_faults_are_suspicious(folder: Path) -> None:
     blurred, moved, red, hazy, erased = rich_in_nuclei(folder)[:50:10]
     change(blurred.he, lambda image: ndimage.gaussian_filter(image, (4, 4, 0)))
-    change(moved.stains["cd3"], lambda image: np.roll(image, 9, axis=1))
+    change(moved.image("cd3"), lambda image: np.roll(image, 9, axis=1))
     change(red.he, lambda image: (image * [1.0, 0.45, 0.45]).astype(np.uint8))
-    change(hazy.stains["ck818"], lambda image: (image * [0.9, 0.82, 0.76]).astype(np.uint8))
-    change(erased.stains["ck818"], lambda image: np.full_like(image, (140, 95, 60)))
+    change(hazy.image("ck818"), lambda image: (image * [0.9, 0.82, 0.76]).astype(np.uint8))
+    change(erased.image("ck818"), lambda image: np.full_like(image, (140, 95, 60)))
     found = check_tiles(folder)
     assert "H&E blurred" in said_of(found, blurred)["blurred"]
     assert "cd3 fits better when shifted by 9 px" in said_of(found, moved)["misaligned"]
@@ -134,7 +134,7 @@ def test_everything_wrong_is_said_at_once_and_ends_with_4(folder: Path) -> None:
 
 def test_the_tables_and_the_sheet(folder: Path, tmp_path: Path) -> None:
     worst = rich_in_nuclei(folder)[3]
-    change(worst.stains["ck818"], lambda image: np.roll(image, 9, axis=0))
+    change(worst.image("ck818"), lambda image: np.roll(image, 9, axis=0))
     result = invoke(folder, "--sheet", tmp_path / "sheet.png", "--count", 4)
     assert result.exit_code == 0, result.output
     for words in ("CK8/18", "0 to 255", "positive", worst.he.name, "fits better when shifted by 9 px"):
@@ -156,3 +156,17 @@ def test_a_damaged_image_is_named(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-60])
     result = invoke(folder)
     assert path.name in str(result.exception)
+
+
+def test_tiles_with_a_mask_alone_are_counted_and_measured_by_the_rest(folder: Path) -> None:
+    rows = rows_of(folder)
+    alone = rows[0]["slide"]
+    write_rows(folder, [row | ({"cd3": ""} if row["slide"] == alone else {}) for row in rows])
+    report = check_tiles(folder)
+    assert report.errors == ()
+    lacking = sum(row["slide"] == alone for row in rows)
+    assert report.stains["cd3"].with_image == len(rows) - lacking
+    assert report.stains["ck818"].with_image == len(rows)
+    (slide,) = (part for part in report.slides if part.slide == alone)
+    assert set(slide.positive) == {"ck818"}
+    assert invoke(folder).exit_code == 0

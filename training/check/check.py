@@ -40,6 +40,8 @@ class StainSummary:
 
     masks: MaskCode | None
     """What the values of its masks mean; None without masks, or where that cannot be told."""
+    with_image: int
+    """Tiles that have an image of it."""
     with_mask: int
     """Tiles that have a mask."""
     positive: Mapping[str, float]
@@ -190,10 +192,13 @@ def _stain_summary(
 ) -> StainSummary:
     shares: dict[str, list[float]] = {split: [] for split in SPLITS}
     for tile, measured in zip(tiles, measures, strict=True):
-        shares[tile.split].append(measured.stains[stain].positive)
-    fits = [part.stains[stain].correlation for part in measures if part.tissue >= LEAST_TISSUE]
+        if stain in measured.stains:
+            shares[tile.split].append(measured.stains[stain].positive)
+    with_image = [part for part in measures if stain in part.stains]
+    fits = [part.stains[stain].correlation for part in with_image if part.tissue >= LEAST_TISSUE]
     return StainSummary(
         masks=code,
+        with_image=len(with_image),
         with_mask=sum(tile.masks[stain] is not None for tile in tiles),
         positive={split: round(float(np.mean(values)), 5) for split, values in shares.items() if values},
         tiles_with_positive={
@@ -220,8 +225,9 @@ def _slide_summaries(tiles: Sequence[PairedTile], measures: Sequence[TileMeasure
                 blank=sum(part.tissue < LEAST_TISSUE for part in own),
                 rgb=(red, green, blue),
                 positive={
-                    stain: round(float(np.mean([part.stains[stain].positive for part in own])), 5)
+                    stain: round(float(np.mean(values)), 5)
                     for stain in first.stains
+                    if (values := [part.stains[stain].positive for part in own if stain in part.stains])
                 },
             )
         )

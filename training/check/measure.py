@@ -67,6 +67,7 @@ class TileMeasures:
     """Mean of the H&E, grey levels."""
     sharpness: float
     stains: Mapping[str, StainMeasures]
+    """Of the stains that the tile has an image of."""
 
 
 def measure(tile: PairedTile) -> TileMeasures:
@@ -85,12 +86,12 @@ def measure(tile: PairedTile) -> TileMeasures:
         colour=_triple(density[where].mean(axis=0)),
         rgb=_triple(he.mean(axis=(0, 1))),
         sharpness=sharpness(he),
-        stains={stain: _stain(tile, stain, density @ _HE_HEMATOXYLIN) for stain in tile.stains},
+        stains={stain: _stain(tile, stain, density @ _HE_HEMATOXYLIN) for stain, file in tile.stains.items() if file},
     )
 
 
 def _stain(tile: PairedTile, stain: str, he_hematoxylin: FloatArray) -> StainMeasures:
-    image = read_image(tile.stains[stain])
+    image = read_image(tile.image(stain))
     dab = dab_mask(image)
     path, code = tile.masks[stain], tile.mask_codes.get(stain)
     mask = is_positive(read_image(path, mode="L"), code) if path is not None and code is not None else None

@@ -59,8 +59,8 @@ def write_sheet(path: Path, tiles: Sequence[tuple[PairedTile, Sequence[str]]], *
 
 
 def _with_outline(tile: PairedTile, stain: str) -> UInt8Array:
-    """A stain's image with the outline of its mask in green."""
-    image = read_image(tile.stains[stain])
+    """A stain's image, or the H&E where there is none, with the outline of its mask in green."""
+    image = read_image(tile.stains[stain] or tile.he)
     path = tile.masks[stain]
     if path is None:
         return image

@@ -65,6 +65,6 @@ def _slides(report: CheckReport) -> Table:
     table = Table(*columns, box=SIMPLE, caption=caption)
     for part in shown:
         colour = " ".join(f"{value:.0f}" for value in part.rgb)
-        shares = [f"{part.positive[stain]:.1%}" for stain in stains]
+        shares = [f"{part.positive[stain]:.1%}" if stain in part.positive else "–" for stain in stains]
         table.add_row(part.slide, part.patient or "–", part.split, str(part.tiles), str(part.blank), colour, *shares)
     return table

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from staindiffuser.training.diffusion.samplers import few_step, heun
+from staindiffuser.training.errors import DivergedError
 from staindiffuser.training.model.network import DualDiffusion, he_to_network, unstandardize
 from staindiffuser.triton_models.noise.philox import tile_noise
 
@@ -46,6 +47,9 @@ def stain_tiles(
 
     Returns:
         ``STAIN_<NAME>`` uint8 [B, H, W, 3] and ``CELLS_<NAME>`` uint8 [B, H, W, 1] for each stain.
+
+    Raises:
+        DivergedError: an output is NaN or infinite.
     """
     return stain_tiles_with(network, he, samplers=[sigmas], seeds=seeds, origins=origins)[0]
 
@@ -85,5 +89,7 @@ def stain_tiles_with(
 
 
 def _bytes(value: Tensor) -> NDArray[np.uint8]:
+    if not bool(value.isfinite().all()):  # which would become 0 without a word
+        raise DivergedError("the network's output is not finite: its weights are of a training that diverged")
     array: NDArray[np.uint8] = (value.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return array

@@ -11,11 +11,12 @@ __all__ = ["check_graph"]
 
 
 def check_graph(graph: Path, description: EngineGraph) -> None:
-    """Check that a file is a valid ONNX model with the tensors of its description.
+    """Check that a file is a valid ONNX model with the tensors of its description and finite weights.
 
     Raises:
         GraphsError: names the file and the tensor.
     """
+    import numpy as np
     import onnx
 
     try:
@@ -23,6 +24,11 @@ def check_graph(graph: Path, description: EngineGraph) -> None:
         onnx.checker.check_model(model)
     except Exception as error:  # the errors of protobuf and of the checker have no common base
         raise GraphsError(f"{graph} is not a valid ONNX model: {str(error).splitlines()[0]}") from error
+    constants = [attribute.t for node in model.graph.node for attribute in node.attribute if attribute.HasField("t")]
+    for weight in (*model.graph.initializer, *constants):
+        values = onnx.numpy_helper.to_array(weight)
+        if values.dtype.kind not in "iub" and not np.isfinite(values.astype(np.float32)).all():
+            raise GraphsError(f"{graph}: {weight.name or 'a constant'} is not finite: export a checkpoint that is")
     for side, tensors, described in (
         ("input", model.graph.input, description.inputs),
         ("output", model.graph.output, description.outputs),

@@ -5,12 +5,14 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
 from staindiffuser.errors import DependencyError
 from staindiffuser.export import builders
 from staindiffuser.export.builders import BuildOptions, engine_key
+from staindiffuser.export.builders.checks import check_graph
 from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import BuilderMissingError, ExportUsageError, GraphsError
 from staindiffuser.triton_models.engine.engine_onnxruntime import available_cpus
@@ -100,3 +102,17 @@ def test_threads_respect_a_containers_quota(tmp_path: Path, text: str, most: int
     (tmp_path / "cpu.max").write_text(text)
     assert 1 <= available_cpus(tmp_path / "cpu.max") <= most
     assert available_cpus(tmp_path / "absent") >= 1
+
+
+def test_weights_that_are_not_finite_are_refused(graphs: tuple[Path, GraphSet], tmp_path: Path) -> None:
+    folder, graph_set = graphs
+    description = next(d for name, d in graph_set.engines.items() if name.startswith("stain_"))
+    model = onnx.load(folder / description.file)
+    check_graph(folder / description.file, description)
+    weight = model.graph.initializer[0]
+    values = onnx.numpy_helper.to_array(weight).astype(np.float32).copy()
+    values.flat[0] = np.nan
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(model, tmp_path / "bad.onnx")
+    with pytest.raises(GraphsError, match=r"bad\.onnx: .* is not finite: export a checkpoint that is"):
+        check_graph(tmp_path / "bad.onnx", description)

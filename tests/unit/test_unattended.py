@@ -30,6 +30,7 @@ from staindiffuser.training.errors import CheckpointError, DivergedError
 from staindiffuser.training.evaluation.evaluate import evaluate
 from staindiffuser.training.journal import Journal
 from staindiffuser.training.options import RunOptions, locked
+from staindiffuser.training.receptive import effective_radius
 from staindiffuser.training.snapshots import find_snapshot, read_snapshot
 from staindiffuser.training.teacher import Teacher
 from staindiffuser.training.tiles.folds import Fold, deal_fold
@@ -160,6 +161,9 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(tiny_checkpoin
     with pytest.raises(CheckpointError, match=r"1 of .* tensors are not finite"):
         Checkpoint.load(folder)
     checkpoint = Checkpoint.load(tiny_checkpoint)
+    next(checkpoint.network.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(DivergedError, match="the network's output is not finite"):  # golden samples too
+        effective_radius(checkpoint.network, np.zeros((1, 64, 128, 3), np.uint8), sigmas=(80.0,))
     next(checkpoint.network.parameters()).view(-1)[0] = 1e6  # more than half precision holds
     with pytest.raises(DivergedError, match="is not written"):
         checkpoint.save(tmp_path / "new")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import resource
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -21,7 +22,11 @@ from torch.utils.tensorboard import SummaryWriter
 from staindiffuser.errors import UsageError
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.training.curves import METRICS, read_rows
-from staindiffuser.training.trackers import Tracker
+from staindiffuser.training.trackers import Tracker, open_tracker
+
+if TYPE_CHECKING:
+    from staindiffuser.training.config import TrainConfig
+    from staindiffuser.training.options import RunOptions
 
 __all__ = ["Journal", "ProgressName", "tell"]
 
@@ -80,6 +85,16 @@ class Journal:
         self._latest: dict[str, float] = {}
         self._validated = ""
         self._start = self._told = time.monotonic()
+
+    @classmethod
+    def open(cls, options: RunOptions, first: int, recipe: TrainConfig, *, write: bool) -> Self:
+        """The journal that a run's options ask for."""
+        tracker = None
+        if options.track and write:
+            tracker = open_tracker(options.track, options.output, dataclasses.asdict(recipe))
+        return cls(
+            options.output, first=first, steps=recipe.steps, progress=options.progress, write=write, tracker=tracker
+        )
 
     def __enter__(self) -> Self:
         if self._bar is not None:

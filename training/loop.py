@@ -23,7 +23,6 @@ from staindiffuser.training.options import RunOptions, check_run, locked
 from staindiffuser.training.processes import Processes, gradients_kept
 from staindiffuser.training.snapshots import Best, Snapshot, Snapshots, begun_with, check_same_run
 from staindiffuser.training.tiles.digest import DataDigest
-from staindiffuser.training.trackers import open_tracker
 
 __all__ = ["Fitted", "Validation", "fit"]
 
@@ -89,143 +88,176 @@ def fit(
     check_run(recipe, options)
     run = begun_with(learner, recipe, data)
     change = check_same_run(first, run, options) if first else None
-    begin, steps, parts = first.step if first else 0, recipe.steps, recipe.gradient_accumulation
     if options.dry_run:
         return None
     with locked(options), contextlib.ExitStack() as stack:
-        processes = Processes.join()
+        sitting = _Sitting(
+            learner, dataset, recipe, options, Snapshots(options.output, run, first, change), first, stack
+        )
+        for step in range(sitting.begin, recipe.steps):
+            sitting.step(step)
+            if validation and sitting.validation_is_due(step + 1):
+                sitting.validate(step + 1, validation)
+            sitting.save_if_due(step + 1)
+        return sitting.result()
+
+
+class _Sitting:
+    """A run from where it stands to its end or its next interruption."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        dataset: Batches,
+        recipe: TrainConfig,
+        options: RunOptions,
+        snapshots: Snapshots,
+        first: Snapshot | None,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.learner, self.recipe, self.options, self.snapshots = learner, recipe, options, snapshots
+        self.processes = processes = Processes.join()
+        self.begin = first.step if first else 0
         learner.to(processes.device)
         if options.strategy == "fsdp":
             learner.shard(processes.mesh)
         else:  # FSDP takes only the plain layout
             learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster on a CPU
-        optimizer = learner.optimizer()
-        peaks = [group["lr"] for group in optimizer.param_groups]
+        self.optimizer = learner.optimizer()
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         if first:
-            first.restore(learner, optimizer)
-        model = learner if options.strategy == "fsdp" else processes.distribute(learner)
-        autocast = torch.autocast(processes.device.type, torch.bfloat16, enabled=recipe.bf16)
-        snapshots = Snapshots(options.output, run, first, change)
+            first.restore(learner, self.optimizer)
+        self.model = learner if options.strategy == "fsdp" else processes.distribute(learner)
+        self.autocast = torch.autocast(processes.device.type, torch.bfloat16, enabled=recipe.bf16)
         numbers = sample_numbers(
-            range(begin, steps), batch=recipe.batch, parts=parts, rank=processes.rank, world=processes.world
+            range(self.begin, recipe.steps),
+            batch=recipe.batch,
+            parts=recipe.gradient_accumulation,
+            rank=processes.rank,
+            world=processes.world,
         )
         pin = processes.device.type == "cuda"
-        loader = stack.enter_context(BatchLoader(dataset, numbers, workers=recipe.workers, pin=pin))
-        stop = stack.enter_context(_StopSignals())
-        tracker = None
-        if options.track and processes.first:
-            tracker = open_tracker(options.track, options.output, run["recipe"])
-        journal = Journal(
-            options.output,
-            first=begin,
-            steps=steps,
-            progress=options.progress,
-            write=processes.first,
-            tracker=tracker,
-        )
-        stack.enter_context(journal)
+        # The loader comes first: it forks its processes, which need no copies of the journal's threads.
+        self.loader = stack.enter_context(BatchLoader(dataset, numbers, workers=recipe.workers, pin=pin))
+        self.stop = stack.enter_context(_StopSignals())
+        self.journal = stack.enter_context(Journal.open(options, self.begin, recipe, write=processes.first))
         if first:
-            journal.tell(f"going on from {first.path}")
+            self.journal.tell(f"going on from {first.path}")
+        self.speed = _Speed(self.loader, recipe)
+        self.started = self.saved = time.monotonic()
 
-        def save(step: int) -> None:
-            if step > begin and step != snapshots.step:
-                snapshots.save(step, learner, optimizer, write=processes.first)
+    def step(self, step: int) -> None:
+        """One optimiser step, and a row of the curves if it is time for one."""
+        recipe, parts = self.recipe, self.recipe.gradient_accumulation
+        logged = (step + 1) % self.options.log_every == 0
+        curves: Curves = {}
+        with self.speed.measured(first=step == self.begin):
+            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+                group["lr"] = peak * learning_rate(step, recipe)
+            self.optimizer.zero_grad()
+            for part in range(parts):
+                batch = self._batch(step)
+                with gradients_kept(self.model) if part < parts - 1 else contextlib.nullcontext():
+                    with self.autocast:
+                        loss: Loss = self.model(batch, step)
+                    self._stop_if_not_finite(loss, batch, step)
+                    torch.autograd.backward(loss.value / parts)
+                if logged:
+                    curves = {name: value + curves.get(name, 0) for name, value in self.learner.curves(loss).items()}
+            self.optimizer.step()
+            self.learner.after_step(step + 1)
+        if logged:
+            sums = self.processes.sum(torch.stack(list(curves.values()))).tolist()
+            self.journal.log({name: total / n for name, (total, n) in zip(curves, sums, strict=True) if n}, step + 1)
+        self.journal.step(step + 1, loss.value)
+        if (step + 1) % recipe.validate_every == 0:
+            self.journal.log({f"speed/{name}": value for name, value in self.speed.summary().items()}, step + 1)
 
-        def batch_of(step: int) -> CropBatch:
-            batch, error = _take(loader)
-            if processes.any(error is not None):  # in any process, so that all of them save and stop
-                save(step)
-                if stop.asked:
-                    raise KeyboardInterrupt(_stopped(step, steps))
-                raise error or LoaderError("another process lost its loader, and says why")
-            assert batch is not None
-            return batch.to(processes.device)
+    def _batch(self, step: int) -> CropBatch:
+        """The next batch, on the device. If any process has none, all of them save the last whole step and stop."""
+        batch, error = None, None
+        try:
+            batch = self.loader.take()
+        except Exception as caught:  # raised again, once every process knows
+            error = caught
+        if self.processes.any(error is not None):
+            self.save(step)
+            if self.stop.asked:  # what asked this process to stop may have ended its loader
+                raise self._stopped(step)
+            raise error or LoaderError("another process lost its loader, and says why")
+        assert batch is not None
+        return batch.to(self.processes.device)
 
-        started = saved = time.monotonic()
-        speed = _Speed(loader, recipe)
-        for step in range(begin, steps):
-            with speed.measured(first=step == begin):
-                curves: Curves = {}
-                logged = (step + 1) % options.log_every == 0
-                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                    group["lr"] = peak * learning_rate(step, recipe)
-                optimizer.zero_grad()
-                for part in range(parts):
-                    batch = batch_of(step)
-                    with gradients_kept(model) if part < parts - 1 else contextlib.nullcontext():
-                        with autocast:
-                            loss = model(batch, step)
-                        _stop_if_not_finite(loss, batch, step, options, processes, snapshots)
-                        torch.autograd.backward(loss.value / parts)
-                    if logged:
-                        curves = {name: value + curves.get(name, 0) for name, value in learner.curves(loss).items()}
-                optimizer.step()
-                learner.after_step(step + 1)
-            done = step + 1
-            if logged:
-                sums = processes.sum(torch.stack(list(curves.values()))).tolist()
-                journal.log({name: total / n for name, (total, n) in zip(curves, sums, strict=True) if n}, done)
-            journal.step(done, loss.value)
-            if done % recipe.validate_every == 0:
-                journal.log({f"speed/{name}": value for name, value in speed.summary().items()}, done)
-            if validation and (done % recipe.validate_every == 0 or (done == steps > recipe.validate_every)):
-                network = learner.averaged()  # by every process: its weights may have to be gathered
-                if processes.first:
-                    snapshots.save_best(done, validation(network, done, journal), network.state_dict())
-            by_step = recipe.checkpoint_steps is not None and done % recipe.checkpoint_steps == 0
-            by_time = time.monotonic() - saved > 60 * recipe.checkpoint_minutes
-            if processes.any(stop.asked or by_step or by_time or done == steps):
-                save(done)
-                saved = time.monotonic()
-            if processes.any(stop.asked) and done < steps:
-                raise KeyboardInterrupt(_stopped(done, steps))
-        network, step = learner.averaged(), steps
-        if options.keep == "best" and snapshots.best and snapshots.best.step != steps:
-            step = snapshots.best.step
-            network.load_state_dict(snapshots.load_best())
-        if processes.first and speed.crops:
-            write_json(options.output / "speed.json", speed.summary())
+    def _stop_if_not_finite(self, loss: Loss, batch: CropBatch, step: int) -> None:
+        """Stop every process if any one's loss is not finite; that one saves its batch beside the run.
+
+        Raises:
+            DivergedError: naming the file, and how to go on.
+        """
+        finite = bool(torch.isfinite(loss.value))
+        if not self.processes.any(not finite):
+            return
+        what = f"training diverged: the loss is not finite at step {step}"
+        if finite:
+            raise DivergedError(f"{what} on another process, which names the batch")
+        suffix = f"-{self.processes.rank}" if self.processes.rank else ""
+        path = self.options.output / f"diverged-batch{suffix}.pt"
+        torch.save({"batch": vars(batch), "step": step}, path)
+        raise DivergedError(f"{what}: the batch is in {path}; {self.snapshots.advice()} and a lower learning rate")
+
+    def validation_is_due(self, step: int) -> bool:
+        """Every so many steps, and at the end of a run that was long enough for any."""
+        return step % self.recipe.validate_every == 0 or step == self.recipe.steps > self.recipe.validate_every
+
+    def validate(self, step: int, validation: Validation) -> None:
+        """Score the averaged network, and keep it if it is the best so far."""
+        network = self.learner.averaged()  # by every process: its weights may have to be gathered
+        if self.processes.first:
+            self.snapshots.save_best(step, validation(network, step, self.journal), network.state_dict())
+
+    def save_if_due(self, step: int) -> None:
+        """Save a snapshot every so many minutes or steps, at the end, and when the run is asked to stop.
+
+        Raises:
+            KeyboardInterrupt: it was asked to.
+        """
+        recipe = self.recipe
+        due = step == recipe.steps or (recipe.checkpoint_steps is not None and step % recipe.checkpoint_steps == 0)
+        due = due or time.monotonic() - self.saved > 60 * recipe.checkpoint_minutes
+        stop = self.processes.any(self.stop.asked)
+        if self.processes.any(due or stop):
+            self.save(step)
+            self.saved = time.monotonic()
+        if stop and step < recipe.steps:
+            raise self._stopped(step)
+
+    def save(self, step: int) -> None:
+        """Save a snapshot, unless there is one of this step."""
+        if step > self.begin and step != self.snapshots.step:
+            self.snapshots.save(step, self.learner, self.optimizer, write=self.processes.first)
+
+    def _stopped(self, step: int) -> KeyboardInterrupt:
+        saved = "which is saved: the same command goes on from there" if step else "before the first: nothing to save"
+        return KeyboardInterrupt(f"stopped after step {step} of {self.recipe.steps}, {saved}")
+
+    def result(self) -> Fitted:
+        """What the run ends with."""
+        network, step, best = self.learner.averaged(), self.recipe.steps, self.snapshots.best
+        if self.options.keep == "best" and best and best.step != step:
+            step = best.step
+            network.load_state_dict(self.snapshots.load_best())
+        speed = self.speed.summary() if self.speed.crops else {}
+        if self.processes.first and speed:
+            write_json(self.options.output / "speed.json", speed)
         return Fitted(
             network=network,
             step=step,
-            best=snapshots.best,
-            first=processes.first,
-            seconds=time.monotonic() - started,
-            speed=speed.summary() if speed.crops else {},
-            data_changes=snapshots.data_changes,
+            best=best,
+            first=self.processes.first,
+            seconds=time.monotonic() - self.started,
+            speed=speed,
+            data_changes=self.snapshots.data_changes,
         )
-
-
-def _take(loader: BatchLoader) -> tuple[CropBatch | None, Exception | None]:
-    """The next batch, or why there is none."""
-    try:
-        return loader.take(), None
-    except Exception as error:  # raised again, once every process knows
-        return None, error
-
-
-def _stopped(step: int, steps: int) -> str:
-    return f"stopped after step {step} of {steps}, which is saved: the same command goes on from there"
-
-
-def _stop_if_not_finite(
-    loss: Loss, batch: CropBatch, step: int, options: RunOptions, processes: Processes, snapshots: Snapshots
-) -> None:
-    """Stop every process if any one's loss is not finite; that one saves its batch beside the run.
-
-    Raises:
-        DivergedError: naming the file, and how to go on.
-    """
-    finite = bool(torch.isfinite(loss.value))
-    if not processes.any(not finite):
-        return
-    what = f"training diverged: the loss is not finite at step {step}"
-    if finite:
-        raise DivergedError(f"{what} on another process, which names the batch")
-    suffix = f"-{processes.rank}" if processes.rank else ""
-    path = options.output / f"diverged-batch{suffix}.pt"
-    torch.save({"batch": vars(batch), "step": step}, path)
-    raise DivergedError(f"{what}: the batch is in {path}; {snapshots.advice()} and a lower learning rate")
 
 
 class _StopSignals:

@@ -29,7 +29,7 @@ def command(tiles: Path, output: Path, settings: Path) -> list[str]:
 def test_killed_at_twenty_random_moments(tiles_folder: Path, tmp_path: Path) -> None:
     settings = tmp_path / "settings.toml"
     settings.write_text(
-        'preset = "debug"\n[train]\nsteps = 600\ncrop = 32\nworkers = 1\ncheckpoint_steps = 2\nvalidate_every = 50\n'
+        'preset = "debug"\n[train]\nsteps = 300\ncrop = 32\nworkers = 1\ncheckpoint_steps = 2\nvalidate_every = 50\n'
         "validation_tiles = 2\n",
         encoding="utf-8",
     )

@@ -223,8 +223,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "demo": Preset(
         model=_model((32, 48, 64, 96), (32, 64, 96, 128)),
-        # For two cores and an hour or two: the noise levels are drawn around those that the two-step sampler uses (80
-        # and 1.5), since a short run learns the lowest ones last.
+        # For two cores and an hour or two: noise levels are drawn around those of the two-step sampler (80 and 1.5),
+        # since a short run learns the lowest ones last.
         train=TrainConfig(
             steps=10_000,
             batch=5,

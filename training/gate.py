@@ -1,9 +1,9 @@
 """Which number of steps ships (docs/explanation/mathematics.md, "Gate"): a table of scores, and the judgement on it.
 
 The smallest k whose DAB-Dice is within 0.01 of the best of k = 1, 2, 4 and the 18-step teacher, and whose radial power
-is within 20 % of the real IHC's. With several stains, a k passes only if every stain does. If no k passes, the one that
-misses by least, Dice and power together, ships all the same, marked as not passed, with the reasons. (Not the one of
-the best Dice: that is the blurred mean which the gate is there to stop.)
+is within 20 % of the real IHC's. With several stains, k passes only if every stain does. If no k passes, the one that
+comes closest in Dice and power together ships, marked as not passed, with the reasons. (Not the one of the best Dice:
+that may be the blurred mean that the gate is there to stop.)
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class GateRow:
     """A sampler's scores."""
 
     role: Role
-    """``student``: a candidate; ``teacher``: the 18-step sampler that sets the mark with it; ``undistilled``: the
-    teacher's weights in few steps, for comparison only."""
+    """``student``: a candidate; ``teacher``: the 18-step sampler, which sets the mark with it; ``undistilled``: the
+    teacher's weights with few steps, for comparison only."""
     steps: int
     sigmas: tuple[float, ...] | None
     """Noise levels of the few-step sampler; None for Heun."""
@@ -45,7 +45,7 @@ class Verdict:
     """Per number of steps what it fails on; empty where it passes."""
 
     def line(self) -> str:
-        """In one line."""
+        """One line for people."""
         if self.passed:
             return f"gate passed: {_steps(self.steps)}"
         reasons = "; ".join(f"k = {k}: {', '.join(why)}" for k, why in self.failures.items())
@@ -56,11 +56,11 @@ def judge(rows: Sequence[GateRow], *, at_most: int = 4) -> Verdict:
     """The gate's verdict.
 
     Args:
-        rows: the table.
-        at_most: students of more steps are shown, and set the mark, but do not ship.
+        rows: the scores of all samplers.
+        at_most: students with more steps set the mark, but do not ship.
 
     Raises:
-        ValueError: there is no student among the rows that could ship.
+        ValueError: no row is of a student that may ship.
     """
     students = sorted((row for row in rows if row.role == "student"), key=lambda row: row.steps)
     if not students:
@@ -79,7 +79,7 @@ def judge(rows: Sequence[GateRow], *, at_most: int = 4) -> Verdict:
 
 
 def _misses(row: GateRow, best: dict[str, float]) -> dict[str, float]:
-    """What a row fails on, in words, and by how much; infinite for a score that is not a number."""
+    """What a row fails on, in words, and by how much; infinite where the score is NaN."""
     missed = {}
     for stain, values in row.stains.items():
         dice, power = values["dab_dice"], values["radial_power"]

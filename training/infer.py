@@ -1,4 +1,4 @@
-"""Stain tiles with torch: what evaluation, validation and the golden samples use. The engines must agree with it."""
+"""Stain tiles with torch, for evaluation, validation and the golden samples. The engines must agree with it."""
 
 from __future__ import annotations
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import resource
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -33,6 +35,7 @@ __all__ = ["Journal", "ProgressName", "tell"]
 ProgressName = Literal["none", "lines", "bar"]
 """How a run shows its progress on standard error: not at all, plain lines that a log can hold, or a bar in a terminal
 and lines elsewhere."""
+_AGAIN = "make room, then start the same command again"
 SECONDS = 60.0
 """Between two plain lines; validations have their own."""
 
@@ -97,6 +100,7 @@ class Journal:
         )
 
     def __enter__(self) -> Self:
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         if self._bar is not None:
             self._bar.start()
         if self._lines:
@@ -109,9 +113,16 @@ class Journal:
         if self._bar is not None:
             self._bar.stop()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
+        threading.excepthook = self._hook
         if self._tracker is not None:
             self._tracker.close()
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread: its error is raised where the next number is logged, not shown here."""
+        if not isinstance(failure.exc_value, OSError):
+            self._hook(failure)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Add a row to the curves.
@@ -122,8 +133,11 @@ class Journal:
         if self._csv is None or self._board is None:
             return
         self._csv.add(values, step)
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        try:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:
+            raise UsageError(f"{self._board.log_dir} cannot be written: {error.strerror}: {_AGAIN}") from error
         if self._tracker is not None:
             self._tracker.log(values, step)
         scores = {name: value for name, value in values.items() if name.startswith("val/dab_dice/")}
@@ -136,7 +150,8 @@ class Journal:
     def image(self, name: str, images: Sequence[UInt8Array], step: int) -> None:
         """Images [H, W, 3] below each other, for TensorBoard."""
         if self._board is not None and images:
-            self._board.add_image(name, np.concatenate(list(images)), step, dataformats="HWC")
+            with contextlib.suppress(OSError):  # it comes again with the next number
+                self._board.add_image(name, np.concatenate(list(images)), step, dataformats="HWC")
 
     def step(self, step: int, loss: torch.Tensor) -> None:
         """``step`` steps are done."""
@@ -195,7 +210,7 @@ class _Table:
             with self.path.open("a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
         except OSError as error:
-            raise UsageError(f"{self.path} cannot be written: {error.strerror}: make room, then go on") from error
+            raise UsageError(f"{self.path} cannot be written: {error.strerror}: {_AGAIN}") from error
 
     def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
         partial = self.path.with_name(f"{self.path.name}.partial")
@@ -208,4 +223,4 @@ class _Table:
             partial.replace(self.path)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise UsageError(f"{self.path} cannot be written: {error.strerror}: make room, then go on") from error
+            raise UsageError(f"{self.path} cannot be written: {error.strerror}: {_AGAIN}") from error

@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from staindiffuser.errors import DependencyError
 from staindiffuser.files import write_json
 from staindiffuser.training.config import TrainConfig
 from staindiffuser.training.data.dataset import CropBatch
@@ -95,7 +96,13 @@ def fit(
             learner, dataset, recipe, options, Snapshots(options.output, run, first, change), first, stack
         )
         for step in range(sitting.begin, recipe.steps):
-            sitting.step(step)
+            try:
+                sitting.step(step)
+            except torch.OutOfMemoryError as error:
+                raise DependencyError(
+                    f"the GPU's memory ran out at step {step}: use a smaller --batch or --crop, or "
+                    "--gradient-accumulation"
+                ) from error
             if validation and sitting.validation_is_due(step + 1):
                 sitting.validate(step + 1, validation)
             sitting.save_if_due(step + 1)

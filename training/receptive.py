@@ -1,4 +1,4 @@
-"""How far context reaches: the receptive radius from the architecture, and the effective one as measured."""
+"""How far context reaches: the receptive radius of the architecture, and the effective one, which is measured."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ LARGEST_OVERHEAD = 1.8
 """(tile / (tile − 2 margin))² at most: how much work a margin may cost (docs/explanation/model.md)."""
 
 QUANTILE = 0.99
-"""Share of a column's values that context must leave alone (ours)."""
+"""Share of a column's values that must not depend on context (ours)."""
 
 
 def theoretical_radius(model: ModelConfig) -> int:
     """Largest distance at which an input pixel can reach an output pixel, pixels.
 
-    The longest way: down the encoder, across at the coarsest level, and up a branch. A 3x3 convolution at level l
-    reaches 2^(l+1) pixels; a step down reaches one pixel of the coarser level at most.
+    The longest path runs down the encoder, across the coarsest level and up a branch. A 3x3 convolution at level l
+    reaches 2^(l+1) pixels; a step down reaches at most one pixel of the coarser level.
     """
     pixel = [2 ** (level + 1) for level in range(LEVELS)]
     blocks = {"encoder": model.encoder.blocks, "branch": max(model.image.blocks, model.cells.blocks)}
@@ -42,8 +42,8 @@ def effective_radius(
     """Depth, in pixels, beyond which cutting the context away changes the result by at most ``threshold`` grey levels.
 
     Each image is stained whole and with its left part missing; columns are judged by the 99 % quantile of their
-    absolute difference, over all stains and cell maps. Not by its mean: a cell here and there that is
-    decided by what lies farther away is what is seen between tiles, and a mean hides it.
+    absolute difference, over all stains and cell maps. Not by the mean, which hides what shows between tiles: single
+    cells that are decided by distant context.
 
     Args:
         he: uint8 [B, H, W, 3]; W at least four times the radius to be found.
@@ -65,7 +65,7 @@ def effective_radius(
 def default_margin(radius: int, tile: int) -> int:
     """The next multiple of 16 above the effective radius, as far as the overhead allows; pixels.
 
-    Above, not at: a radius of 48 was measured where a margin of 48 left steps of seven grey levels between tiles.
+    Above, not at: where a radius of 48 was measured, a margin of 48 left steps of seven grey levels between tiles.
     """
     largest = int(tile * (1 - LARGEST_OVERHEAD**-0.5) / 2) // ORIGIN_MULTIPLE * ORIGIN_MULTIPLE
     wanted = (radius // ORIGIN_MULTIPLE + 1) * ORIGIN_MULTIPLE

@@ -5,6 +5,7 @@ This file is also the program that those processes run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -37,6 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "single task, in parts": {"gradient_accumulation": 2, "tasks": ("images",)},
 }
 """What two processes do; each must give the curve of one process."""
+RESUMED = "fsdp, interrupted"
 FAILURES: dict[str, dict[str, Any]] = {"diverged": {"diverge": True}, "uneven": {"batch": 7}}
 
 
@@ -88,6 +90,13 @@ def test_two_processes_give_the_curve_of_one(
     for tensor in of_one.learner:  # one file, of the whole, whatever each process held
         torch.testing.assert_close(of_two.learner[tensor], of_one.learner[tensor], atol=1e-3, rtol=1e-3)
     assert set(of_two.optimizer["state"]) == set(of_one.optimizer["state"])
+
+
+def test_split_weights_are_resumed_exactly(two: Path) -> None:
+    whole, parts = (read_snapshot(two / name / "snapshots" / "last.ckpt") for name in ("fsdp", RESUMED))
+    for name, tensor in whole.learner.items():
+        assert torch.equal(parts.learner[name], tensor), name
+    np.testing.assert_array_equal(read_curves(two / RESUMED)["loss"][1], read_curves(two / "fsdp")["loss"][1])
 
 
 def test_what_one_process_cannot_stops_both(two: Path) -> None:
@@ -146,6 +155,8 @@ def main(what: str, data: Path, output: Path) -> None:
         loss = real(teacher, batch, step)
         if what == "one":
             time.sleep(0.03)  # so that a signal meets a step
+        if name == RESUMED and step == 12:
+            raise RuntimeError("lost")
         bad = name in FAILURES and rank == "1" and step == 2
         return dataclasses.replace(loss, value=loss.value * float("nan")) if bad else loss
 
@@ -159,6 +170,11 @@ def main(what: str, data: Path, output: Path) -> None:
         return
     for name, changes in RUNS.items():
         run(data, output / name, **changes)
+    name = RESUMED
+    with contextlib.suppress(RuntimeError):
+        run(data, output / name, strategy="fsdp", checkpoint_steps=5)
+    name = "the rest of it"
+    run(data, output / RESUMED, strategy="fsdp", checkpoint_steps=5)
     for name, changes in FAILURES.items():
         try:
             run(data, output / name, **{key: value for key, value in changes.items() if key != "diverge"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from staindiffuser.errors import UsageError
+from staindiffuser.errors import DependencyError, UsageError
 from staindiffuser.training import train as training
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint
 from staindiffuser.training.config import PRESETS, Preset
@@ -381,3 +383,29 @@ def test_progress_that_a_log_can_hold(
     assert lines[0] == "training from step 0 to 4"
     validated = r"step 2 of 4 \(50%\), \d:\d\d:\d\d left · loss \d.*validation DAB-Dice cd3 \d.* of memory"
     assert any(re.match(validated, line) for line in lines)
+
+
+def test_curves_that_cannot_be_written_end_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with Journal(tmp_path, first=0, steps=9, progress="none", write=True) as journal:
+        journal.log({"loss": 1.0}, 1)
+        (failed,) = [thread for thread in threading.enumerate() if "AsyncWriter" in type(thread).__name__]
+        with pytest.MonkeyPatch.context() as patch:
+
+            def full(*_: object) -> None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            patch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+            journal.log({"loss": 1.0}, 2)  # on which the thread fails
+            failed.join(timeout=30)
+            with pytest.raises(UsageError, match="tensorboard cannot be written: No space left on device: make room"):
+                journal.log({"loss": 1.0}, 3)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_gpu_without_memory_says_what_to_do(own_tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*_: object) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Teacher, "forward", forward)
+    with pytest.raises(DependencyError, match="memory ran out at step 0: use a smaller --batch"):
+        train(preset(2), own_tiles, options(tmp_path / "run"))

@@ -1,1 +1,1 @@
-"""What the dual-diffusion model is compared with: U-Net regression, and pix2pix on the same U-Net."""
+"""Baselines for the dual-diffusion model: U-Net regression, and pix2pix on the same U-Net."""

@@ -1,8 +1,8 @@
 """U-Net regression: H&E in, the images of all stains out, one forward pass, no noise.
 
 A plain U-Net (Ronneberger et al. 2015, arXiv 1505.04597) as it is built today: pixel-unshuffle stem, convolution, group
-norm and SiLU, strided convolutions down, nearest neighbour up, concatenated skip connections. It trains by the same
-schedule as the teacher and is judged by the moving average of its weights, as the teacher is.
+norm and SiLU, strided convolutions down, nearest neighbour up, concatenated skip connections. Like the teacher, it is
+trained by the same schedule and judged by the moving average of its weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Regression", "UNet", "matching_unet", "parameter_count"]
 
 _GROUPS = 4
 _LARGEST = 8 * 1024
-"""Eighths of a channel at the finest level, up to which a matching U-Net is looked for."""
+"""Largest width tried for a matching U-Net, in eighths of a channel at the finest level."""
 
 
 def _two_convolutions(cin: int, cout: int) -> nn.Sequential:
@@ -69,7 +69,7 @@ class UNet(nn.Module):
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Learned numbers in a module."""
+    """Number of learned values in a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -92,7 +92,7 @@ def matching_unet(model: ModelConfig) -> UNet:
 
 
 def _widths(unit: int) -> tuple[int, ...]:
-    """Channels per level from the finest level's, in eighths of a channel."""
+    """Channels per level, from those of the finest level in eighths of a channel."""
     return tuple(max(_GROUPS, _GROUPS * round(unit * (level + 1) / (8 * _GROUPS))) for level in range(LEVELS))
 
 

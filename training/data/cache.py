@@ -16,11 +16,11 @@ __all__ = ["TileCache"]
 class TileCache:
     """Keeps the bytes of tiles, up to a budget.
 
-    Each tile has its fixed place, in file order until the budget is used up; the rest is decoded every time. Where
-    every tile is seen once an epoch, in random order, nothing that throws tiles out has more hits.
+    Each tile has a fixed slot, in file order until the budget is used up; the others are decoded every time. Where
+    every tile is seen once an epoch in random order, no policy of eviction has more hits.
 
     The memory is anonymous and shared: processes forked from this one (a loader's workers) fill it together, and it
-    grows only as tiles come in. Where workers are spawned instead, each has its own.
+    grows only as tiles come in. Spawned workers would each have their own.
 
     Args:
         sizes: bytes of each tile.
@@ -43,24 +43,24 @@ class TileCache:
         self._lock = multiprocessing.Lock()
 
     def get(self, index: int) -> NDArray[np.uint8] | None:
-        """The bytes of tile ``index``, uint8 [N], not to be written to; None where they are not kept (yet)."""
+        """The bytes of tile ``index``, uint8 [N], read-only; None if they are not kept (yet)."""
         if index >= self._kept:
             return None
         with self._lock:
             filled = self._filled[index]
-        return self._place(index) if filled else None
+        return self._slot(index) if filled else None
 
     def put(self, index: int, arrays: Iterable[NDArray[np.uint8]]) -> None:
-        """Keep the bytes of tile ``index``, its arrays one after another, if they have a place."""
+        """Keep the bytes of tile ``index``, its arrays one after another, if it has a slot."""
         if index < self._kept:
-            place, start = self._place(index), 0
+            slot, start = self._slot(index), 0
             for array in arrays:
-                place[start : start + array.size] = array.reshape(-1)
+                slot[start : start + array.size] = array.reshape(-1)
                 start += array.size
             with self._lock:
                 self._filled[index] = 1
 
-    def _place(self, index: int) -> NDArray[np.uint8]:
+    def _slot(self, index: int) -> NDArray[np.uint8]:
         start = int(self._ends[index]) - self._sizes[index]
         return np.frombuffer(self._memory, np.uint8, self._sizes[index], start)
 

@@ -76,32 +76,30 @@ def distill(
     stages: Annotated[int | None, typer.Option(help="Stages of consistency tuning; 3 if not given.")] = None,
     weighting: Annotated[
         WeightingName | None,
-        typer.Option(help="Of the consistency loss: flat, alike at all noise levels (default), or step, 1 / (t − r)."),
+        typer.Option(help="Weight of the consistency loss per noise level: flat (the default), or step, 1 / (t − r)."),
     ] = None,
     consistent_below: Annotated[
         float | None,
-        typer.Option(help="Noise level from which up the student keeps to the expected image; 1.5 if not given."),
+        typer.Option(help="At and above this noise level the student learns the expected image; 1.5 if not given."),
     ] = None,
-    r_min: Annotated[
-        float | None, typer.Option(help="Lower noise levels than this are taken for 0; 0.1 if not given.")
-    ] = None,
-    p_mean: Annotated[float | None, typer.Option(help="Mean of ln σ of the draws; -1 if not given.")] = None,
-    p_std: Annotated[float | None, typer.Option(help="Its standard deviation; 0.9 if not given.")] = None,
+    r_min: Annotated[float | None, typer.Option(help="Noise levels r below this count as 0; 0.1 if not given.")] = None,
+    p_mean: Annotated[float | None, typer.Option(help="Mean of ln σ; -1 if not given.")] = None,
+    p_std: Annotated[float | None, typer.Option(help="Standard deviation of ln σ; 0.9 if not given.")] = None,
     max_share: Annotated[float | None, typer.Option(help="Share of the draws at the highest noise level.")] = None,
     detail_weight: Annotated[
-        float | None, typer.Option(help="Of e2e's loss on local spectra, against that of the pixels; 30 if not given.")
+        float | None, typer.Option(help="Weight of e2e's loss on local spectra; the pixel loss has 1. 30 if not given.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides crops and noise.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Loader processes; the teacher's if not given.")] = None,
     search: Annotated[bool, typer.Option(help="Search the noise levels on validation tiles.")] = True,
     search_tiles: Annotated[int, typer.Option(help="Validation tiles for the search.", min=1)] = 8,
-    gate_tiles: Annotated[int, typer.Option(help="At most so many tiles for the gate.", min=1)] = 64,
+    gate_tiles: Annotated[int, typer.Option(help="Tiles for the gate, at most.", min=1)] = 64,
     split: Annotated[SplitName, typer.Option(help="Rows that the gate judges by.")] = SplitName.val,
     at_most: Annotated[
-        int, typer.Option(help="Steps that may ship: those you have time for. More are shown, to compare with.", min=1)
+        int, typer.Option(help="Largest number of steps that may ship; more are shown for comparison.", min=1)
     ] = 4,
     undistilled: Annotated[
-        bool, typer.Option("--undistilled", help="Show the teacher's own few steps in the table, to compare with.")
+        bool, typer.Option("--undistilled", help="Show the teacher's own few steps in the table, for comparison.")
     ] = False,
     only_gate: Annotated[
         bool, typer.Option("--only-gate", help="Train nothing: search and judge --student, or the teacher itself.")
@@ -124,7 +122,7 @@ def distill(
     """Make a few-step student of a teacher: tune its image branches, search σ, choose the steps by the gate.
 
     The gate: the fewest steps whose DAB-Dice is within 0.01 of the best and whose radial power is within 20 % of the
-    real stain's, for every stain. If none passes, the steps that miss it by least are stored, and all places say so.
+    real stain's, for every stain. If none passes, the number of steps that comes closest is stored, marked as failed.
 
     Example: staindiffuser distill runs/demo/checkpoint --data tiles --output runs/demo-few
     """

@@ -1,12 +1,12 @@
-"""End-to-end one-step fine-tuning: the network is trained as it is used, in one step from nothing.
+"""End-to-end one-step fine-tuning: the network is trained as it is used, in one step from x = 0.
 
-After Garcia et al. 2024 (arXiv 2409.11355), who found that a diffusion model fine-tuned this way, without noise, is
-hard to beat where the condition decides the image: x = 0 at σ = 80, and losses on what is painted.
+After Garcia et al. 2024 (arXiv 2409.11355), who found that a diffusion model fine-tuned without noise is hard to beat
+where the condition decides the image: x = 0 at σ = 80, and losses on the image.
 
-A squared error alone paints the mean of all images that may be, which is blurred: the place of a cell's grain cannot
-be known. How much of it there is can be. So the amplitudes of the local spectra are compared too (the "multi-resolution
-STFT loss" of speech synthesis: Yamamoto et al. 2020, arXiv 1910.11480; in two dimensions, and weighted, here): they do
-not say where within a window a detail lies.
+A squared error alone gives the mean of all plausible images, which is blurred: where the grain of a cell lies cannot be
+known, but how much of it there is can. So the amplitudes of local spectra are compared as well, which do not depend on
+where within a window a detail lies (the "multi-resolution STFT loss" of speech synthesis: Yamamoto et al. 2020, arXiv
+1910.11480; here in two dimensions, and weighted).
 
 Shapes: y [B, 3, H, W] standardised; draws and noise are not used.
 """
@@ -38,8 +38,8 @@ _EPSILON = 1e-8
 def dab_density(intensity: Tensor) -> Tensor:
     """DAB's optical density of images in [0, 1], [B, 3, H, W] → [B, 1, H, W], unsmoothed; differentiable.
 
-    The same definition as :func:`staindiffuser.imaging.optical_density.dab_density` but for the Gaussian: every
-    pixel is to be right here, not only the mask.
+    The same definition as :func:`staindiffuser.imaging.optical_density.dab_density` without the Gaussian: here every
+    pixel counts, not only the mask.
     """
     unmix = torch.linalg.inv(torch.from_numpy(STAIN_MATRIX))[:, 1].to(intensity)
     density = -torch.log10((intensity.clamp(0, 1) * 255 + 1) / 256)
@@ -49,9 +49,9 @@ def dab_density(intensity: Tensor) -> Tensor:
 def local_spectra(images: Tensor, window: int) -> Tensor:
     """Amplitudes of the spectra of overlapping windows (Hann, half a window apart), each times its frequency.
 
-    Spectra of tissue fall about as the inverse of the frequency, so fine and coarse detail then weigh alike; the
-    window's mean weighs nothing. Each amplitude is the root mean square over a frequency and its neighbours: grain has
-    Rayleigh-distributed amplitudes, and a branch that gives each its mean has only π / 4 of the power.
+    Spectra of tissue fall roughly as the inverse of the frequency, so fine and coarse detail then have equal weight,
+    and the window's mean has none. Each amplitude is the root mean square over a frequency and its neighbours: the
+    amplitudes of grain are Rayleigh-distributed, and a branch that gives each its mean has only π / 4 of the power.
 
     Args:
         images: [B, C, H, W], sides of at least ``window``.
@@ -81,10 +81,10 @@ def detail_distance(painted: Tensor, real: Tensor) -> Tensor:
 
 @torch.no_grad()
 def forget_noise_(images: nn.ModuleDict) -> None:
-    """Make each image branch blind to the noisy image, for good: the weights of its first layer become 0 and stay.
+    """Make each image branch ignore the noisy image for good: the weights of its first layer become 0 and stay 0.
 
-    It then computes from the H&E alone what x = 0 gives, so the exported sampler, which starts from σ z, needs no
-    change. What is left of z is c_skip σ z, about (sd² / σ) z: 0.6 % of the target's standard deviation.
+    It then computes from the H&E alone what it would from x = 0, so the exported sampler, which starts from σ z, needs
+    no change. What remains of z is c_skip σ z, about (sd² / σ) z: 0.6 % of the target's standard deviation.
     """
     for branch in images.values():
         assert isinstance(branch, Branch)
@@ -97,7 +97,7 @@ class OneStepLoss:
     """mean (D(0, σ_max) − y)² + λ · mean (OD(D) − OD(y))² + μ · mean (A(D) − A(y))², OD being DAB's and A the local
     spectra (the losses, λ and μ are ours).
 
-    Squared: an absolute error is least at the median, which of a marker that few cells carry is no marker at all.
+    Squared: an absolute error is least at the median, and the median of a marker that few cells carry is no marker.
     """
 
     sigma_max: float

@@ -1,7 +1,7 @@
 """Easy consistency tuning (ECT: Geng et al. 2024, "Consistency Models Made Easy", arXiv 2406.14548).
 
-A diffusion model is a consistency model whose pairs of noise levels are far apart (r = 0): so start from the teacher
-and bring r towards t, stage by stage.
+A diffusion model is a consistency model whose pairs of noise levels are as far apart as can be (r = 0). So training
+starts from the teacher and brings r towards t, stage by stage.
 
 Shapes: y, noise [B, C, H, W]; t, r [B].
 """
@@ -23,15 +23,15 @@ __all__ = ["ConsistencyLoss", "Weighting", "consistency_loss", "lower_level", "s
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Weighting = Literal["step", "flat"]
-"""What is made of the distance d of a pair of predictions: ``step`` is ECT's d / (t − r). ``flat`` (ours) is
-d / c_out(t), which weighs the network's own output alike at all noise levels, where ``step`` lets the high ones fade;
-against the real image it is squared, as the teacher's loss is: a norm that is not takes weight from the crops that
-are hard to predict, so from those that hold rare cells."""
+"""How the distance d of a pair of predictions is weighted. ``step`` is ECT's d / (t − r). ``flat`` (ours) is
+d / c_out(t): equal weight for the network's own output at all noise levels, where ``step`` lets the high ones fade.
+Against the real image it is squared, like the teacher's loss: a plain norm takes weight from crops that are hard to
+predict, and those hold the rare cells."""
 
 _K, _B = 8.0, 1.0
 """Of ECT's mapping n(t) = 1 + k sigmoid(−b t)."""
 _EPSILON = 1e-6
-"""Keeps the gradient of the norm finite where both predictions agree (ours); far below any difference that matters."""
+"""Keeps the gradient of the norm finite where both predictions agree (ours); far below any visible difference."""
 
 
 def stage_of(step: int, steps: int, stages: int) -> int:
@@ -52,7 +52,7 @@ def consistency_loss(
     """‖D(y + t ε, t) − stopgrad D(y + r ε, r)‖₂, weighted, with the same ε; the target is y where r = 0 (ECT's loss;
     that the norm is not squared is its "adaptive weighting").
 
-    The norm is divided by the square root of the number of values (ours), so that the loss does not depend on the crop.
+    The norm is divided by the square root of the number of values (ours), so that it does not depend on the crop size.
 
     Returns:
         the loss per sample [B], and the norm alone [B], in units of the standardised target.
@@ -89,9 +89,9 @@ class ConsistencyLoss:
     max_share: float
     """Share of the draws taken at σ_max (ours; as the teacher does)."""
     consistent_below: float
-    """Noise level from which up r = 0 in all stages (see ``DistillConfig``)."""
+    """At and above this noise level r = 0 in all stages (see ``DistillConfig``)."""
     r_min: float
-    """What is below it is 0 (see ``DistillConfig``)."""
+    """Lower r count as 0 (see ``DistillConfig``)."""
     sigma_min: float
     sigma_max: float
     sigma_data: float

@@ -1,4 +1,4 @@
-"""What the gate judged, as an image: some of its tiles, by every sampler."""
+"""An image of tiles that the gate judged, as every sampler stains them."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from staindiffuser.training.evaluation.scoring import ScoredTile
 __all__ = ["Gallery"]
 
 SIDE = 192
-"""Of the part of a tile that is shown, pixels."""
+"""Side of the part of a tile that is shown, pixels."""
 TYPICAL = 0.3
-"""Share of that part that is positive: tiles near it show both cells that carry the protein and cells that do not."""
+"""Preferred positive share of that part: such tiles show both positive and negative cells."""
 EACH = 2
 """Tiles kept for each stain."""
 _GAP, _HEAD = 4, 24
 
 
 class Gallery:
-    """Keeps the tiles worth looking at while they are scored, some for each stain (machine names), and draws them."""
+    """Keeps tiles worth looking at while they are scored, some for each stain (by machine name), and draws them."""
 
     def __init__(self, stains: Sequence[str]) -> None:
         self._kept: dict[str, list[tuple[float, ScoredTile]]] = {stain: [] for stain in stains}
 
     def see(self, tile: ScoredTile) -> None:
-        """Take a look at a tile."""
+        """Consider a tile."""
         for stain, kept in self._kept.items():
-            distance = abs(float(np.mean(_middle(tile.data[f"{stain}_mask"]) > 127)) - TYPICAL)
+            distance = abs(float(np.mean(_centre(tile.data[f"{stain}_mask"]) > 127)) - TYPICAL)
             kept.append((distance, tile))
             kept.sort(key=lambda item: item[0])
             del kept[EACH:]
 
     def draw(self, path: Path, samplers: Sequence[str]) -> None:
-        """A row per tile: the H&E, the real stain, and what each sampler makes of it.
+        """A row per tile: the H&E, the real stain, and the result of each sampler.
 
         Args:
             path: a JPEG.
@@ -57,10 +57,10 @@ class Gallery:
         for number, (stain, tile) in enumerate(rows):
             results = (result[f"STAIN_{stain.upper()}"] for result in tile.results)
             for column, image in enumerate((tile.data["he"], tile.data[stain], *results)):
-                place = (column * step, _HEAD + number * step)
-                sheet.paste(Image.fromarray(_middle(image)), place)
+                corner = (column * step, _HEAD + number * step)
+                sheet.paste(Image.fromarray(_centre(image)), corner)
                 if column == 1:
-                    draw.text((place[0] + 4, place[1] + 2), stain, fill="black", font=font)
+                    draw.text((corner[0] + 4, corner[1] + 2), stain, fill="black", font=font)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             sheet.save(path, quality=90)
@@ -68,7 +68,7 @@ class Gallery:
             raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _middle(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _centre(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     height, width = image.shape[:2]
     top, left = max(0, (height - SIDE) // 2), max(0, (width - SIDE) // 2)
     return np.ascontiguousarray(image[top : top + SIDE, left : left + SIDE])

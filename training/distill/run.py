@@ -39,7 +39,7 @@ from staindiffuser.training.train import how_it_was_trained
 from staindiffuser.training.training_data import TrainingData, check_one_size
 
 GALLERY = "gate.jpg"
-"""In the run folder: tiles that the gate judged, by every sampler."""
+"""In the run folder: tiles that the gate judged, as every sampler stains them."""
 __all__ = ["GALLERY", "JudgeOptions", "Outcome", "default_recipe", "distill", "judge_student"]
 
 Samplers = dict[int, tuple[float, ...]]
@@ -57,16 +57,16 @@ class JudgeOptions:
     split: Split = "val"
     """Rows that the gate judges by."""
     at_most: int = 4
-    """Steps that may ship: what the user has time for."""
+    """Largest number of steps that may ship."""
     undistilled: bool = False
-    """Show the teacher's weights in few steps too."""
+    """Show the teacher's weights with few steps, too."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of it."""
+    """The result of a distillation."""
 
     folder: Path
     """The checkpoint folder."""

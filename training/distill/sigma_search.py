@@ -1,7 +1,7 @@
 """The student's noise levels, searched on validation tiles.
 
 The encoder is frozen, so its features of a few tiles are computed once and serve every trial, and the validations
-during training too.
+during training as well.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Objective = Callable[[Sigmas], float]
 GRID = tuple(float(s) for s in np.geomspace(0.1, 25.6, 9))
 """Second noise levels tried for k = 2 (ours)."""
 FACTORS = (2.0, 2**0.5)
-"""By how much each noise level but the first is moved, both ways, in the rounds of the search for k = 4 (ours)."""
+"""Factors by which each noise level but the first is raised and lowered in the search for k = 4 (ours)."""
 POWER_MARGIN = 0.05
-"""The search keeps this far inside the gate's bounds on radial power: it sees few tiles (ours)."""
+"""The search stays this far inside the gate's bounds on radial power, since it sees few tiles (ours)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuickScore:
-    """The two numbers that the gate asks for, of one stain."""
+    """The two numbers that the gate needs, of one stain."""
 
     dab_dice: float
     radial_power: float
@@ -55,7 +55,7 @@ class _Tile:
 
 
 class FewTiles:
-    """A few tiles with everything that does not depend on the image branches."""
+    """A few tiles, with everything computed that does not depend on the image branches."""
 
     @torch.no_grad()
     def __init__(self, network: DualDiffusion, rows: Sequence[PairedTile], *, seed: int = 0) -> None:
@@ -108,14 +108,14 @@ class FewTiles:
 
 
 def merit(scores: dict[str, QuickScore]) -> float:
-    """What the search maximises: mean DAB-Dice, less what each stain's radial power lies outside the gate's bounds."""
+    """What the search maximises: mean DAB-Dice, minus each stain's radial power outside the gate's bounds."""
     within = POWER_WITHIN - POWER_MARGIN
     return float(np.mean([s.dab_dice - max(0.0, abs(s.radial_power - 1) - within) for s in scores.values()]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SigmaSearch:
-    """The noise levels found, and every trial with what it was worth."""
+    """The noise levels found, and every trial with its value."""
 
     sigmas: Sigmas
     value: float
@@ -125,11 +125,12 @@ class SigmaSearch:
 def coordinate_search(
     objective: Objective, starts: Sequence[Sigmas], *, factors: Sequence[float] = FACTORS, rounds: int = 2
 ) -> SigmaSearch:
-    """Maximise over descending noise levels: the best start, then each level but the first times and by each factor.
+    """Maximise over descending noise levels: from the best start, multiply and divide each level but the first by each
+    factor.
 
     Args:
-        factors: the steps, coarse to fine.
-        rounds: at most so many times over all levels per factor; fewer once nothing gets better.
+        factors: coarse to fine.
+        rounds: rounds over all levels per factor, at most; fewer if one brings no gain.
     """
     trials: dict[Sigmas, float] = {}
 

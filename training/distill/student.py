@@ -33,35 +33,34 @@ class DistillConfig(TrainConfig):
     learning_rate: float = 1e-3
     warmup: int = 100
     bf16: bool = False
-    """Off: late stages compare predictions that differ by less than bfloat16 can hold."""
+    """Off: late stages compare predictions that differ by less than bfloat16 resolves."""
     p_mean: float = -1.0
     """Mean of ln t (ours; ECT's are −1.1 and −0.8)."""
     p_std: float = 0.9
-    """Its standard deviation (ours; ECT's are 2.0 and 1.6): most draws at the levels of the sampler's last steps."""
+    """Standard deviation of ln t (ours; ECT's are 2.0 and 1.6): most draws are at the levels of the last steps."""
     image_max_share: float = 0.1
     """Share of the draws taken at σ_max, where every sampler starts (ours)."""
     method: Method = "ect"
     """``ect``: easy consistency tuning; ``e2e``: end-to-end one-step fine-tuning."""
     stages: int = 3
-    """Stages of consistency tuning, of equal length (ours; ECT's are 4 and more: the last ones of a short run added
-    nothing)."""
+    """Stages of consistency tuning, of equal length (ours; ECT has 4 and more, of which the last added nothing to a
+    short run)."""
     q: float = 4.0
-    """How much closer each stage brings the two noise levels."""
+    """Factor by which each stage brings the two noise levels closer."""
     consistent_below: float = 1.5
-    """Noise level from which up the student goes on learning the expected image, as the teacher does (r = 0), and
-    below which it learns a consistent one (ours; above σ_max is ECT as it was published). The sampler's first step then
-    gives what is likely, and the next ones its detail: with our c_in the noise at σ_max is too faint to make an image
-    from."""
+    """At and above this noise level the student learns the expected image, as the teacher does (r = 0); below it, a
+    consistent one (ours; a value above σ_max is ECT as published). The sampler's first step then gives the likely image
+    and the next ones its detail: with our c_in the noise at σ_max is too faint to make an image from."""
     r_min: float = 0.1
-    """Lower levels r below this are 0: the target is the real image (ours; ECT has 0). Otherwise the noise that is
-    left at r is passed up from level to level, and the student's images are grainy."""
+    """Levels r below this count as 0: the target is the real image (ours; ECT has 0). Otherwise the noise left at r is
+    passed on from level to level, and the student's images are grainy."""
     weighting: Weighting = "flat"
     """How the consistency loss weighs noise levels and samples (ECT: ``step``)."""
     density_weight: float = 10.0
-    """Weight of the optical-density loss of one-step fine-tuning, against that of the standardised pixels (ours)."""
+    """Weight of the optical-density loss of one-step fine-tuning; the pixel loss has 1 (ours)."""
     detail_weight: float = 30.0
-    """Weight of one-step fine-tuning's loss on the local spectra, against that of the standardised pixels (ours; with 3
-    the radial power stayed below the gate's, with 30 the Dice was no worse)."""
+    """Weight of the loss on local spectra of one-step fine-tuning; the pixel loss has 1 (ours; with 3 the radial power
+    stayed below the gate's, with 30 the Dice was no worse)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

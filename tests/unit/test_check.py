@@ -142,8 +142,8 @@ def test_the_tables_and_the_sheet(folder: Path, tmp_path: Path) -> None:
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape[0] >= 192
     shown = np.asarray(Image.fromarray(np.asarray(Image.open(worst.he))).resize((192, 192), Image.Resampling.BOX))
-    places = [(sheet[34 + row * 226 :][:192, column * 586 :][:, :192]) for row in range(2) for column in range(3)]
-    assert any(place.shape == shown.shape and np.abs(place.astype(int) - shown).max() == 0 for place in places)
+    shown_tiles = [(sheet[34 + row * 226 :][:192, column * 586 :][:, :192]) for row in range(2) for column in range(3)]
+    assert any(part.shape == shown.shape and np.abs(part.astype(int) - shown).max() == 0 for part in shown_tiles)
 
 
 def test_patients_are_counted(folder: Path) -> None:

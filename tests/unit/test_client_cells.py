@@ -71,7 +71,7 @@ def test_touching_cells_are_parted_and_specks_left_out() -> None:
 
 
 def test_outlines_are_those_of_marching_squares() -> None:
-    """The same middles of pixel sides as scikit-image's contours, for regions of any shape that touch one another."""
+    """The same midpoints of pixel sides as scikit-image's contours, for regions of any shape that touch one another."""
     rng = np.random.default_rng(2)
     labels = np.zeros((90, 120), dtype=np.int32)
     for number in range(1, 13):
@@ -113,12 +113,12 @@ def test_blocks_find_each_cell_once() -> None:
     whole = find_cells(image, MPP)
     features = features_of(image)
     assert len(features) == len(whole)
-    middles = sorted((round(c.centroid[1]), round(c.centroid[0])) for c in whole)
+    centroids = sorted((round(c.centroid[1]), round(c.centroid[0])) for c in whole)
     found = sorted(
         (round(np.mean([p[1] for p in ring[:-1]])), round(np.mean([p[0] for p in ring[:-1]])))
         for ring in (feature["geometry"]["coordinates"][0] for feature in features)
     )
-    assert np.abs(np.array(middles) - np.array(found)).max() <= 2
+    assert np.abs(np.array(centroids) - np.array(found)).max() <= 2
 
 
 def test_coordinates_are_the_slides_own() -> None:

@@ -23,8 +23,8 @@ def labels(seed: int, *, cells: int = 12, first: int = 1) -> np.ndarray:
     mask = np.zeros((SIDE, SIDE), np.uint8)
     y, x = np.mgrid[:SIDE, :SIDE]
     chosen = rng.choice(25, size=0 if seed % 4 == 3 else cells, replace=False)
-    for number, place in enumerate(chosen):
-        inside = np.hypot(y - 10 - 19 * (place // 5), x - 10 - 19 * (place % 5)) <= rng.uniform(4, 8)
+    for number, cell in enumerate(chosen):
+        inside = np.hypot(y - 10 - 19 * (cell // 5), x - 10 - 19 * (cell % 5)) <= rng.uniform(4, 8)
         mask[inside] = first + number
     return mask
 

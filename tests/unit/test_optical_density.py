@@ -60,7 +60,7 @@ def test_glass_and_counterstain_are_negative() -> None:
 
 def test_the_mask_is_smoothed() -> None:
     amounts = np.zeros((21, 21, 2))
-    amounts[10, 10, 1] = 0.8  # a Gaussian of 1 px leaves 0.16 of it in its middle
+    amounts[10, 10, 1] = 0.8  # a Gaussian of 1 px leaves 0.16 of it at its centre
     assert dab_mask(image_of(amounts)).sum() <= 1
     amounts[9:12, 9:12, 1] = 0.8
     assert dab_mask(image_of(amounts)).sum() > 9
@@ -86,7 +86,7 @@ def test_ignore_band_of_a_disc(radius: int) -> None:
     y, x = np.mgrid[-32:32, -32:32] + 0.5
     coarse = coarse_mask(np.hypot(x, y) < radius)
     assert 3 <= band_width(coarse[32, 32:]) <= 5
-    assert coarse[32, 32] >= 230, "even a small cell keeps a positive middle"
+    assert coarse[32, 32] >= 230, "even a small cell keeps a positive centre"
 
 
 def test_cleaning() -> None:

@@ -163,8 +163,8 @@ def test_splits_are_whole_slides_and_all_there() -> None:
 def test_place_numbers_do_not_depend_on_the_box() -> None:
     x, y, u = jittered(12345, 6, 10.0, (-35, -35, 85, 85))
     x2, y2, u2 = jittered(12345, 6, 10.0, (0, 0, 40, 40))
-    places = {(float(a), float(b)): tuple(c) for a, b, c in zip(x, y, u.T, strict=True)}
-    assert all(places[(float(a), float(b))] == tuple(c) for a, b, c in zip(x2, y2, u2.T, strict=True))
+    cells = {(float(a), float(b)): tuple(c) for a, b, c in zip(x, y, u.T, strict=True)}
+    assert all(cells[(float(a), float(b))] == tuple(c) for a, b, c in zip(x2, y2, u2.T, strict=True))
 
 
 def test_place_numbers_are_uniform() -> None:

@@ -69,9 +69,9 @@ def _nuclei(cells: Cells, chosen: npt.NDArray[np.int64], patch: int, around: npt
     a, b = cells.length[chosen][:, None, None], cells.width[chosen][:, None, None]
     ua = (dx * cos + dy * sin) / a
     vb = (dy * cos - dx * sin) / b
-    # Bent like a bean, and thicker at one end.
-    bend, taper = ((cells.numbers[i][chosen] - np.float32(0.5))[:, None, None] for i in (0, 3))
-    vb += bend * np.float32(0.45) * (ua * ua - np.float32(0.4))
+    # Curved like a bean, and thicker at one end.
+    curvature, taper = ((cells.numbers[i][chosen] - np.float32(0.5))[:, None, None] for i in (0, 3))
+    vb += curvature * np.float32(0.45) * (ua * ua - np.float32(0.4))
     vb *= 1 + np.float32(0.3) * taper * ua
     ua *= ua
     vb *= vb

@@ -98,10 +98,12 @@ def _chart(real: list[tuple[str, dict[str, float]]], simulated: list[dict[str, f
         axis.axhspan(*np.percentile(everything, [5, 95]), color="0.9", zorder=0)
         columns = [np.array([v[name] for s, v in real if s == source]) for source in sources]
         columns.append(np.array([values[name] for values in simulated]))
-        for place, values in enumerate(columns):
-            colour = "tab:brown" if place == len(sources) else "tab:blue"
-            axis.plot(place + rng.uniform(-0.25, 0.25, len(values)), values, ".", color=colour, markersize=3, alpha=0.5)
-            axis.plot([place - 0.3, place + 0.3], [np.median(values)] * 2, color="black", linewidth=1.5)
+        for at, values in enumerate(columns):
+            colour = "tab:brown" if at == len(sources) else "tab:blue"
+            axis.plot(
+                at + rng.uniform(-0.25, 0.25, len(values)), values, ".", color=colour, markersize=3, alpha=0.5
+            )
+            axis.plot([at - 0.3, at + 0.3], [np.median(values)] * 2, color="black", linewidth=1.5)
         axis.set_title(label, fontsize=10)
         axis.set_xticks(range(len(columns)), [*sources, "simulated"], rotation=25, ha="right", fontsize=8)
         axis.set_ylim(min(0.0, float(everything.min())), 1.5 * float(everything.max()))

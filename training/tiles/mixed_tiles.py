@@ -152,13 +152,13 @@ class Schedule:
 
     def __call__(self, sample: int) -> tuple[int, int]:
         """Of sample ``sample``: the folder's number, and the tile's among the folder's training tiles."""
-        block, place = divmod(sample, BLOCK)
+        block, position = divmod(sample, BLOCK)
         if len(self.rows) == 1:
             part, number = 0, sample
         else:
             parts, numbers = _block(self.seed, block, self.counts)
-            part = int(parts[place])
-            number = block * self.counts[part] + int(numbers[place])
+            part = int(parts[position])
+            number = block * self.counts[part] + int(numbers[position])
         epoch, turn = divmod(number, len(self.rows[part]))
         return part, int(_order(self.seed, epoch, part, len(self.rows[part]))[turn])
 

@@ -1,6 +1,6 @@
 """The name of a stain that people read, from the name that machines use.
 
-This is the one place where labels are decided before a checkpoint exists; from then on the checkpoint carries them.
+Labels are decided here until a checkpoint exists; from then on the checkpoint carries them.
 """
 
 import re

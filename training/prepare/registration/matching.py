@@ -138,7 +138,7 @@ def _sum(table: npt.NDArray[np.int32], x0: int, y0: int, x1: int, y1: int) -> in
 
 
 def _between(three: FloatArray) -> float:
-    """Position of the peak of a parabola through three values, relative to the middle one, −0.5 to 0.5 pixels."""
-    left, middle, right = (float(value) for value in three)
-    curvature = left - 2 * middle + right
+    """Position of the peak of a parabola through three values, relative to the second, −0.5 to 0.5 pixels."""
+    left, centre, right = (float(value) for value in three)
+    curvature = left - 2 * centre + right
     return max(-0.5, min(0.5, 0.5 * (left - right) / curvature)) if curvature < 0 else 0.0

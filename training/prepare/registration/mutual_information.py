@@ -45,5 +45,5 @@ def maximise(
     except RuntimeError:  # no sample lies in both masks
         return None
     linear = np.asarray(step.GetMatrix(), np.float64).reshape(2, 2)
-    middle = np.asarray(step.GetCenter(), np.float64)
-    return np.column_stack([linear, np.asarray(step.GetTranslation()) + middle - linear @ middle])
+    centre = np.asarray(step.GetCenter(), np.float64)
+    return np.column_stack([linear, np.asarray(step.GetTranslation()) + centre - linear @ centre])

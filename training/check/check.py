@@ -40,16 +40,16 @@ class StainSummary:
 
     masks: MaskCode | None
     """What the values of its masks mean; None without masks, or where that cannot be told."""
-    with_image: int
-    """Tiles that have an image of it."""
     with_mask: int
     """Tiles that have a mask."""
+    with_image: int
+    """Tiles that have an image."""
     positive: Mapping[str, float]
     """Per split with tiles, the share of positive pixels."""
     tiles_with_positive: Mapping[str, int]
     """Per split, the number of tiles in which at least 1 % is positive."""
     correlation: float
-    """Median over the tiles with tissue, of hematoxylin in H&E and IHC."""
+    """Median over the tiles with tissue and an image, of hematoxylin in H&E and IHC."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class SlideSummary:
     rgb: tuple[float, float, float]
     """Mean colour of the H&E, grey levels."""
     positive: Mapping[str, float]
-    """Per stain, the share of positive pixels."""
+    """Per stain of which something is known, the share of positive pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,14 +192,14 @@ def _stain_summary(
 ) -> StainSummary:
     shares: dict[str, list[float]] = {split: [] for split in SPLITS}
     for tile, measured in zip(tiles, measures, strict=True):
-        if stain in measured.stains:
-            shares[tile.split].append(measured.stains[stain].positive)
-    with_image = [part for part in measures if stain in part.stains]
-    fits = [part.stains[stain].correlation for part in with_image if part.tissue >= LEAST_TISSUE]
+        if (share := measured.stains[stain].positive) is not None:
+            shares[tile.split].append(share)
+    images = [(part.tissue, image) for part in measures if (image := part.stains[stain].image) is not None]
+    fits = [image.correlation for tissue, image in images if tissue >= LEAST_TISSUE]
     return StainSummary(
         masks=code,
-        with_image=len(with_image),
         with_mask=sum(tile.masks[stain] is not None for tile in tiles),
+        with_image=len(images),
         positive={split: round(float(np.mean(values)), 5) for split, values in shares.items() if values},
         tiles_with_positive={
             split: sum(value >= 0.01 for value in values) for split, values in shares.items() if values
@@ -225,9 +225,9 @@ def _slide_summaries(tiles: Sequence[PairedTile], measures: Sequence[TileMeasure
                 blank=sum(part.tissue < LEAST_TISSUE for part in own),
                 rgb=(red, green, blue),
                 positive={
-                    stain: round(float(np.mean(values)), 5)
+                    stain: round(float(np.mean(known)), 5)
                     for stain in first.stains
-                    if (values := [part.stains[stain].positive for part in own if stain in part.stains])
+                    if (known := [share for part in own if (share := part.stains[stain].positive) is not None])
                 },
             )
         )

@@ -23,7 +23,7 @@ from staindiffuser.training.tiles.copies import pixel_hash
 from staindiffuser.training.tiles.mask_codes import is_positive
 from staindiffuser.training.tiles.tile import PairedTile
 
-__all__ = ["StainMeasures", "TileMeasures", "measure"]
+__all__ = ["ImageMeasures", "StainMeasures", "TileMeasures", "measure"]
 
 _TISSUE_DENSITY = 0.06
 """Mean optical density of the channels, smoothed, from which a pixel of the H&E is tissue."""
@@ -33,17 +33,13 @@ _HE_HEMATOXYLIN = np.linalg.inv(HE_MATRIX)[:, 0].astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StainMeasures:
-    """One stain of a tile."""
+class ImageMeasures:
+    """A tile's image of a stain."""
 
-    positive: float
-    """Share of the tile that is positive: by its mask, or where it has none by DAB."""
     dab: float
     """Share of the tile with a DAB density of at least 0.15."""
     negative_dab: float
     """Mean DAB density where the tile is not positive."""
-    mask_dice: float | None
-    """Dice of the mask and the DAB-positive area; None without a mask, or where both are empty."""
     sharpness: float
     correlation: float
     """Of hematoxylin in H&E and IHC as they lie; 0 where the tile is too small to tell."""
@@ -51,6 +47,18 @@ class StainMeasures:
     """The same with the best shift of up to 12 pixels."""
     shift: float
     """That shift, pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StainMeasures:
+    """One stain of a tile."""
+
+    positive: float | None
+    """Share of the tile that is positive: by its mask, or where it has none by DAB; None without either."""
+    image: ImageMeasures | None
+    """None where the tile has no image of the stain."""
+    mask_dice: float | None
+    """Dice of the mask and the DAB-positive area; None where either is missing, or both are empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +75,6 @@ class TileMeasures:
     """Mean of the H&E, grey levels."""
     sharpness: float
     stains: Mapping[str, StainMeasures]
-    """Of the stains that the tile has an image of."""
 
 
 def measure(tile: PairedTile) -> TileMeasures:
@@ -86,26 +93,31 @@ def measure(tile: PairedTile) -> TileMeasures:
         colour=_triple(density[where].mean(axis=0)),
         rgb=_triple(he.mean(axis=(0, 1))),
         sharpness=sharpness(he),
-        stains={stain: _stain(tile, stain, density @ _HE_HEMATOXYLIN) for stain, file in tile.stains.items() if file},
+        stains={stain: _stain(tile, stain, density @ _HE_HEMATOXYLIN) for stain in tile.stains},
     )
 
 
 def _stain(tile: PairedTile, stain: str, he_hematoxylin: FloatArray) -> StainMeasures:
-    image = read_image(tile.image(stain))
-    dab = dab_mask(image)
     path, code = tile.masks[stain], tile.mask_codes.get(stain)
     mask = is_positive(read_image(path, mode="L"), code) if path is not None and code is not None else None
+    image_path = tile.stains[stain]
+    if image_path is None:
+        return StainMeasures(positive=None if mask is None else float(mask.mean()), image=None, mask_dice=None)
+    image = read_image(image_path)
+    dab = dab_mask(image)
     positive = dab if mask is None else mask
     here, best, shift = fit_of(*(band_passed(part, *_NUCLEI_BAND) for part in (he_hematoxylin, _hematoxylin(image))))
     return StainMeasures(
         positive=float(positive.mean()),
-        dab=float(dab.mean()),
-        negative_dab=float(dab_density(image)[~positive].mean()) if not positive.all() else 0.0,
+        image=ImageMeasures(
+            dab=float(dab.mean()),
+            negative_dab=0.0 if positive.all() else float(dab_density(image)[~positive].mean()),
+            sharpness=sharpness(image),
+            correlation=here,
+            best_correlation=best,
+            shift=shift,
+        ),
         mask_dice=None if mask is None else _dice(mask, dab),
-        sharpness=sharpness(image),
-        correlation=here,
-        best_correlation=best,
-        shift=shift,
     )
 
 

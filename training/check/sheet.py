@@ -60,8 +60,7 @@ def write_sheet(path: Path, tiles: Sequence[tuple[PairedTile, Sequence[str]]], *
 
 def _with_outline(tile: PairedTile, stain: str) -> UInt8Array:
     """A stain's image, or the H&E where there is none, with the outline of its mask in green."""
-    image = read_image(tile.stains[stain] or tile.he)
-    path = tile.masks[stain]
+    image, path = read_image(tile.stains[stain] or tile.he), tile.masks[stain]
     if path is None:
         return image
     mask = is_positive(read_image(path, mode="L"), tile.mask_codes.get(stain, "grey"))

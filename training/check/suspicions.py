@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from staindiffuser.imaging.optical_density import DAB_THRESHOLD
-from staindiffuser.training.check.measure import TileMeasures
+from staindiffuser.training.check.measure import StainMeasures, TileMeasures
 from staindiffuser.training.prepare.quality import LARGEST_SHIFT, LEAST_FIT, LEAST_SHARPNESS
 from staindiffuser.training.tiles.tile import PairedTile
 
@@ -62,25 +62,31 @@ def _of_tile(tile: PairedTile, measured: TileMeasures) -> Iterator[Suspicion]:
     if not blank:
         yield from _blur(tile, None, measured.sharpness)
     for stain, part in measured.stains.items():
-        if blank:
-            if part.positive > LEAST_TISSUE:
-                words = f"{part.positive:.0%} {stain}-positive on glass"
-                yield _suspicion(tile, "blank", stain, words, 1 + 10 * part.positive)
-            continue
-        yield from _blur(tile, stain, part.sharpness)
-        if part.shift > LARGEST_SHIFT and part.best_correlation > part.correlation + _BETTER:
-            words = f"{stain} fits better when shifted by {part.shift:.0f} px"
-            yield _suspicion(tile, "misaligned", stain, words, part.shift / LARGEST_SHIFT)
-        elif part.correlation < LEAST_FIT:
-            words = f"{stain} does not fit the H&E (correlation {part.correlation:.2f})"
-            yield _suspicion(tile, "misaligned", stain, words, 1 + 5 * (LEAST_FIT - part.correlation))
-        if part.negative_dab > _BACKGROUND:
-            words = f"{stain} is brown where it is negative (mean DAB density {part.negative_dab:.2f})"
-            yield _suspicion(tile, "background", stain, words, part.negative_dab / _BACKGROUND)
-        disputed = max(part.positive, part.dab) > _DISPUTED
-        if part.mask_dice is not None and disputed and part.mask_dice < _LEAST_DICE:
-            words = f"mask of {stain} covers {part.positive:.1%}, DAB {part.dab:.1%}"
-            yield _suspicion(tile, "mask", stain, words, 2 - part.mask_dice / _LEAST_DICE)
+        if not blank:
+            yield from _of_stain(tile, stain, part)
+        elif part.positive is not None and part.positive > LEAST_TISSUE:
+            words = f"{part.positive:.0%} {stain}-positive on glass"
+            yield _suspicion(tile, "blank", stain, words, 1 + 10 * part.positive)
+
+
+def _of_stain(tile: PairedTile, stain: str, part: StainMeasures) -> Iterator[Suspicion]:
+    image = part.image
+    if image is None or part.positive is None:
+        return
+    yield from _blur(tile, stain, image.sharpness)
+    if image.shift > LARGEST_SHIFT and image.best_correlation > image.correlation + _BETTER:
+        words = f"{stain} fits better when shifted by {image.shift:.0f} px"
+        yield _suspicion(tile, "misaligned", stain, words, image.shift / LARGEST_SHIFT)
+    elif image.correlation < LEAST_FIT:
+        words = f"{stain} does not fit the H&E (correlation {image.correlation:.2f})"
+        yield _suspicion(tile, "misaligned", stain, words, 1 + 5 * (LEAST_FIT - image.correlation))
+    if image.negative_dab > _BACKGROUND:
+        words = f"{stain} is brown where it is negative (mean DAB density {image.negative_dab:.2f})"
+        yield _suspicion(tile, "background", stain, words, image.negative_dab / _BACKGROUND)
+    disputed = max(part.positive, image.dab) > _DISPUTED
+    if part.mask_dice is not None and disputed and part.mask_dice < _LEAST_DICE:
+        words = f"mask of {stain} covers {part.positive:.1%}, DAB {image.dab:.1%}"
+        yield _suspicion(tile, "mask", stain, words, 2 - part.mask_dice / _LEAST_DICE)
 
 
 def _blur(tile: PairedTile, stain: str | None, sharpness: float) -> Iterator[Suspicion]:

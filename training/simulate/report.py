@@ -100,9 +100,7 @@ def _chart(real: list[tuple[str, dict[str, float]]], simulated: list[dict[str, f
         columns.append(np.array([values[name] for values in simulated]))
         for at, values in enumerate(columns):
             colour = "tab:brown" if at == len(sources) else "tab:blue"
-            axis.plot(
-                at + rng.uniform(-0.25, 0.25, len(values)), values, ".", color=colour, markersize=3, alpha=0.5
-            )
+            axis.plot(at + rng.uniform(-0.25, 0.25, len(values)), values, ".", color=colour, markersize=3, alpha=0.5)
             axis.plot([at - 0.3, at + 0.3], [np.median(values)] * 2, color="black", linewidth=1.5)
         axis.set_title(label, fontsize=10)
         axis.set_xticks(range(len(columns)), [*sources, "simulated"], rotation=25, ha="right", fontsize=8)

@@ -16,6 +16,7 @@ __all__ = [
     "BACKBONE_CHANNELS",
     "LEVELS",
     "PRESETS",
+    "Augmentation",
     "Backbone",
     "ModelConfig",
     "Preset",
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 
+Augmentation = Literal["light", "wide"]
+"""How far the training crops differ from their tiles."""
 Backbone = Literal["none", "efficientnet-lite0"]
 """Convolutions with published weights that stand beside the encoder's own; see ``model.pretrained``."""
 Task = Literal["images", "cells"]
@@ -142,6 +145,10 @@ class TrainConfig:
     """Parts that a step's crops are split into, one after the other, where memory does not hold them all at once."""
     crop: int = 128
     """Height and width of a training crop, pixels; a multiple of 16."""
+    augmentation: Augmentation = "light"
+    """What is done to a crop besides flips and rotations by 90 degrees: ``light`` jitters the H&E's colour channels by
+    about a tenth; ``wide`` rotates, scales by 0.8 to 1.25, stains otherwise and scans otherwise (real tissue needs it).
+    """
     learning_rate: float = 1e-2
     """Peak learning rate of Adam (magnitude-preserving layers want a large one: EDM2, Table 6)."""
     backbone_rate: float = 0.05

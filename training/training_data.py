@@ -67,7 +67,7 @@ class TrainingData:
         elif stains and isinstance(tiles, MixedTiles):
             parts = tuple(dataclasses.replace(part, stains=stains) for part in tiles.parts)
             tiles = dataclasses.replace(tiles, parts=parts)
-        dataset = CropDataset(tiles, crop=config.crop, seed=config.seed)
+        dataset = CropDataset(tiles, crop=config.crop, seed=config.seed, augmentation=config.augmentation)
         validation = spread(tiles.scored("val"), config.validation_tiles)
         if not validation:
             path = tiles.folder / "tiles.csv"

@@ -21,7 +21,8 @@ from torch import Tensor
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.image_files import read_image
 from staindiffuser.imaging.optical_density import coarse_mask, dab_mask
-from staindiffuser.training.config import StainConfig
+from staindiffuser.training.config import Augmentation, StainConfig
+from staindiffuser.training.data.augmentation import another_scanner, another_stain, similar_crop
 from staindiffuser.training.data.cache import TileCache
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.tiles.mixed_tiles import MixedTiles, Schedule
@@ -176,7 +177,8 @@ class CropDataset:
 
     Args:
         crop: height and width, pixels.
-        jitter: strength of the stain jitter, which only the H&E gets; see :func:`jitter_stain`.
+        augmentation: how far crops differ from their tiles; see :class:`TrainConfig`.
+        jitter: strength of the light stain jitter, which only the H&E gets; see :func:`jitter_stain`.
         cache_bytes: decoded tiles are kept up to this many bytes, once for all the loader's processes.
 
     Raises:
@@ -189,6 +191,7 @@ class CropDataset:
         *,
         crop: int,
         seed: int,
+        augmentation: Augmentation = "light",
         jitter: float = 0.1,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
@@ -196,7 +199,7 @@ class CropDataset:
         self.rows = tuple(row for rows in self.schedule.rows for row in rows)
         self._first = np.cumsum([0, *(len(rows) for rows in self.schedule.rows)])
         self.stains = tiles.stains
-        self.crop, self.seed, self.jitter = crop, seed, jitter
+        self.crop, self.seed, self.augmentation, self.jitter = crop, seed, augmentation, jitter
         for row in self.rows:
             if min(row.size) < crop:
                 raise DataError(
@@ -236,12 +239,18 @@ class CropDataset:
         rng = np.random.default_rng((self.seed, 2, sample))
         index = self.index(sample)
         arrays = self.decoded(index)
-        height, width = arrays["he"].shape[:2]
-        top, left = rng.integers(0, height - self.crop + 1), rng.integers(0, width - self.crop + 1)
+        if self.augmentation == "wide":
+            cut = similar_crop(arrays, rng, self.crop)
+        else:
+            height, width = arrays["he"].shape[:2]
+            top, left = rng.integers(0, height - self.crop + 1), rng.integers(0, width - self.crop + 1)
+            cut = {name: array[top : top + self.crop, left : left + self.crop] for name, array in arrays.items()}
         orientation = int(rng.integers(8))
-        window = np.s_[top : top + self.crop, left : left + self.crop]
-        parts = {name: oriented(array[window], orientation) for name, array in arrays.items()}
-        he = torch.from_numpy(jitter_stain(parts["he"].numpy(), rng, self.jitter))
+        parts = {name: oriented(array, orientation) for name, array in cut.items()}
+        stained = parts["he"].numpy()
+        if self.augmentation == "wide":
+            stained = another_scanner(another_stain(stained, rng), rng)
+        he = torch.from_numpy(jitter_stain(stained, rng, self.jitter))
         noise = normal_noise(rng, (len(self.stains), 4, self.crop, self.crop))
         draws = np.stack([rng.random((len(self.stains), 2)), rng.standard_normal((len(self.stains), 2))], axis=-1)
         return CropBatch(

@@ -1,0 +1,67 @@
+"""Wide augmentation changes the H&E as another laboratory would, and nothing that it shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.optical_density import he_densities
+from staindiffuser.training.data.augmentation import another_scanner, another_stain, similar_crop
+from staindiffuser.training.data.dataset import CropDataset
+from staindiffuser.training.simulate.tiles import simulate_tile
+from staindiffuser.training.tiles.paired_tiles import PairedTiles
+
+
+@pytest.fixture(scope="module")
+def he() -> UInt8Array:
+    return simulate_tile(3, 1, size=256).he
+
+
+def test_every_array_is_moved_alike() -> None:
+    y, x = np.mgrid[:96, :96]
+    blob = np.where(np.hypot(y - 40, x - 52) < 20, 200, 20).astype(np.uint8)
+    arrays = {"he": np.repeat(blob[..., None], 3, axis=2), "mask": blob}
+    rotated = 0
+    for seed in range(20):
+        cut = similar_crop(arrays, np.random.default_rng(seed), 64)
+        assert cut["he"].shape == (64, 64, 3)
+        assert cut["mask"].shape == (64, 64)
+        apart = np.abs(cut["he"][..., 0].astype(int) - cut["mask"])  # cubic and linear differ at the edge alone
+        assert (apart > 60).mean() < 0.01
+        rotated += apart.any()
+    assert 8 <= rotated <= 18
+
+
+def test_another_stain_keeps_the_nuclei_where_they_are(he: UInt8Array) -> None:
+    before = ndimage.gaussian_filter(he_densities(he)[..., 0], 1.5)
+    means = []
+    for seed in range(12):
+        stained = another_stain(he, np.random.default_rng(seed))
+        after = ndimage.gaussian_filter(he_densities(stained)[..., 0], 1.5)
+        assert np.corrcoef(before.ravel(), after.ravel())[0, 1] > 0.7
+        means.append(float(after.mean()))
+    assert max(means) > 1.5 * min(means)
+
+
+def test_another_scanner_changes_little_and_often_nothing(he: UInt8Array) -> None:
+    changes = []
+    for seed in range(40):
+        scanned = another_scanner(he, np.random.default_rng(seed))
+        changes.append(float(np.abs(scanned.astype(int) - he).mean()))
+    assert max(changes) < 20
+    assert sum(change == 0 for change in changes) >= 5
+    assert sum(change > 0 for change in changes) >= 10
+
+
+def test_a_wide_sample_is_the_same_whenever_it_is_asked_for(tiles_folder: Path) -> None:
+    tiles = PairedTiles.load(tiles_folder)
+    first, again = (CropDataset(tiles, crop=32, seed=5, augmentation="wide") for _ in range(2))
+    first[3]
+    assert all(torch.equal(value, vars(again[17])[name]) for name, value in vars(first[17]).items())
+    light = CropDataset(tiles, crop=32, seed=5)
+    assert not torch.equal(light[17].he, first[17].he)

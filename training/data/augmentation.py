@@ -1,0 +1,93 @@
+"""Wide augmentation: what another laboratory's stain, section and scanner do to an H&E.
+
+Real pairs come from few laboratories, and a network that has seen one scanner reads another's pink as something else.
+All draws come from the sample's generator, so a sample is the same wherever it is made.
+
+Shapes: H and W a tile's height and width in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import cv2
+import numpy as np
+
+from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.optical_density import HE_MATRIX, optical_density
+
+__all__ = ["another_scanner", "another_stain", "similar_crop"]
+
+STRAIGHT = 0.35
+"""Share of the crops that are cut along the pixels: resampling blurs, and the others alone would teach blur."""
+SCALES = (0.8, 1.25)
+STAIN_RANGE = 0.45
+"""The density of hematoxylin, of eosin and of the rest is each multiplied by exp(±this)."""
+VECTOR_SPREAD = 0.03
+"""Standard deviation of what is added to the stains' colour vectors."""
+TINT_SHARE, LARGEST_TINT = 0.3, 0.12
+"""How often glass has a colour, and its optical density at most."""
+
+
+def similar_crop(arrays: Mapping[str, UInt8Array], rng: np.random.Generator, crop: int) -> dict[str, UInt8Array]:
+    """Cut the same crop from every array, at a random place, mostly rotated and scaled about it.
+
+    Args:
+        arrays: uint8 [H, W] or [H, W, 3], of one size.
+        crop: height and width of the crop, pixels; what lies off the tile is its mirror image.
+    """
+    height, width = next(iter(arrays.values())).shape[:2]
+    left, top = rng.uniform(0, width - crop), rng.uniform(0, height - crop)
+    angle, scale = rng.uniform(0, 360), np.exp(rng.uniform(*np.log(SCALES)))
+    if rng.random() < STRAIGHT:
+        window = np.s_[round(top) : round(top) + crop, round(left) : round(left) + crop]
+        return {name: array[window] for name, array in arrays.items()}
+    centre = (float(left + (crop - 1) / 2), float(top + (crop - 1) / 2))
+    matrix = np.array(cv2.getRotationMatrix2D(centre, float(angle), float(scale)), np.float64)
+    matrix[:, 2] += (crop - 1) / 2 - np.array(centre)
+    return {
+        name: np.asarray(
+            cv2.warpAffine(
+                array,
+                matrix,
+                (crop, crop),
+                flags=cv2.INTER_CUBIC if array.ndim == 3 else cv2.INTER_LINEAR,
+                borderMode=cv2.BORDER_REFLECT_101,
+            ),
+            np.uint8,
+        )
+        for name, array in arrays.items()
+    }
+
+
+def another_stain(he: UInt8Array, rng: np.random.Generator) -> UInt8Array:
+    """Stain an H&E, uint8 [H, W, 3], more or less strongly, in slightly other colours, on glass of another tint.
+
+    After Tellez et al. 2018, in the densities of the stains instead of a colour space.
+    """
+    vectors = HE_MATRIX + rng.normal(0, VECTOR_SPREAD, (3, 3))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    strength = np.exp(rng.uniform(-STAIN_RANGE, STAIN_RANGE, 3))
+    tint = rng.dirichlet(np.ones(3)) * rng.uniform(0, LARGEST_TINT) * (rng.random() < TINT_SHARE)
+    change = np.linalg.inv(HE_MATRIX) @ (strength[:, None] * vectors)
+    density = optical_density(he) @ change.astype(np.float32) + tint.astype(np.float32)
+    stained: UInt8Array = np.clip(np.rint(256 * 10.0**-density - 1), 0, 255).astype(np.uint8)
+    return stained
+
+
+def another_scanner(he: UInt8Array, rng: np.random.Generator) -> UInt8Array:
+    """An H&E, uint8 [H, W, 3], out of focus or sharpened, with grain, or compressed; often nothing of it."""
+    focus, grain, quality = rng.random(3)
+    blur, spread, percent = rng.uniform(0.4, 1.3), rng.uniform(1, 6), int(rng.integers(45, 95))
+    image = he.astype(np.float32)
+    if focus < 0.25:
+        image = np.asarray(cv2.GaussianBlur(image, (0, 0), blur), np.float32)
+    elif focus < 0.35:
+        image = 1.8 * image - 0.8 * np.asarray(cv2.GaussianBlur(image, (0, 0), 1.2), np.float32)
+    if grain < 0.2:
+        image = image + rng.normal(0, spread, image.shape).astype(np.float32)
+    scanned: UInt8Array = np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    if quality < 0.4:
+        _, encoded = cv2.imencode(".jpg", scanned, [cv2.IMWRITE_JPEG_QUALITY, percent])
+        scanned = np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR), np.uint8)
+    return scanned

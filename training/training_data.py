@@ -99,10 +99,13 @@ class TrainingData:
             changes: where the run went on with other data.
         """
         tiles = self.tiles
+        codes = {stain: code for part in tiles.parts for stain, code in part.tiles[0].mask_codes.items()}
+        unusual = {stain: code for stain, code in codes.items() if code != "grey"}
         return {
             "folder": ", ".join(part.folder.name for part in tiles.parts),
             **({"shares": list(tiles.shares)} if len(tiles.parts) > 1 else {}),
             **({"fold": str(self.fold)} if self.fold else {}),
+            **({"masks read as": unusual} if unusual else {}),
             "training tiles": len(tiles.split("train")),
             "validation tiles": len(tiles.split("val")),
             "SHA-256": self.digest["all"],

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["stain"]
+__all__ = ["check", "info", "stain"]
 
 
 def stain(
@@ -15,7 +15,8 @@ def stain(
         list[Path],
         typer.Argument(
             metavar="INPUT...",
-            help="H&E slides (any format that OpenSlide reads, OME-TIFF) or tiles (PNG, JPEG, TIFF).",
+            help="H&E slides (any format that OpenSlide reads, OME-TIFF), tiles (PNG, JPEG, TIFF), folders of them, or "
+            "lists (.csv with the columns slide, mpp, output).",
         ),
     ],
     output: Annotated[
@@ -68,7 +69,12 @@ def stain(
     token_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="File that holds the token for the server.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print each run.json on stdout, one line per slide.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything up to the first request, and estimate disk and memory.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one line per slide on stdout: its run.json, or its error.")
+    ] = False,
 ) -> None:
     """Stain H&E slides or tiles virtually. The images are synthetic, for research use only.
 
@@ -110,6 +116,57 @@ def stain(
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    code = run_command(inputs, output, target, options, as_json=as_json)
+    code = run_command(inputs, output, target, options, as_json=as_json, dry_run=dry_run)
     if code:
         raise typer.Exit(code)
+
+
+def info(
+    slide: Annotated[Path, typer.Argument(help="A slide or tile.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Show a slide's format, size, levels, pixel size and files, and what is odd about it.
+
+    Example: staindiffuser info slide.svs
+    """
+    from staindiffuser.client.inspection import slide_info
+
+    found = slide_info(slide)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(found, ensure_ascii=False))
+        return
+    for name, value in found.items():
+        text = "\n          ".join(map(str, value)) if isinstance(value, list) else value
+        typer.echo(f"{name:9} {'unknown' if text is None else text or '–'}")
+
+
+def check(
+    slides: Annotated[list[Path], typer.Argument(metavar="SLIDE...", help="Slides, tiles, folders or lists.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per slide instead of text.")] = False,
+) -> None:
+    """Read every tile of every level, and say whether the slide can be stained.
+
+    Exit code: 0 if all can, 1 if some cannot, 4 if none can. Example: staindiffuser check scans/
+    """
+    import json
+
+    from staindiffuser.client.inputs import find_inputs
+    from staindiffuser.client.inspection import check_slide
+    from staindiffuser.errors import EXIT_SOME_FAILED, InputError
+
+    errors: list[InputError] = []
+    found = find_inputs(slides, None)
+    for slide in found:
+        line: dict[str, object] = {"slide": str(slide.path), "ok": True}
+        try:
+            text = check_slide(slide.path, slide.mpp)
+        except InputError as error:
+            errors.append(error)
+            text, line = f"error: {error}", {**line, "ok": False, "error": str(error), "exit_code": error.exit_code}
+            if len(errors) == len(found) and not as_json:
+                raise
+        typer.echo(json.dumps(line, ensure_ascii=False) if as_json else text)
+    if errors:
+        raise typer.Exit(errors[-1].exit_code if len(errors) == len(found) else EXIT_SOME_FAILED)

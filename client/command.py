@@ -1,88 +1,179 @@
-"""``staindiffuser stain``: stains each input into its own folder and decides the exit code."""
+"""``staindiffuser stain``: stains each slide into its own folder, says what became of it, and decides the exit code."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
 from staindiffuser.client.connection import StainClient
 from staindiffuser.client.errors import FileNameError, OutputError
+from staindiffuser.client.inputs import SlideInput, find_inputs
 from staindiffuser.client.options import StainingOptions
-from staindiffuser.client.progress import TerminalReporter
-from staindiffuser.client.run_record import RunRecord
+from staindiffuser.client.progress import Reporter, TerminalReporter
 from staindiffuser.client.staining import SlideJob
+from staindiffuser.client.summary import Outcome, write_summary
 from staindiffuser.client.target import Target
-from staindiffuser.errors import EXIT_SOME_FAILED, InputError, StainDiffuserError, UsageError
+from staindiffuser.errors import EXIT_SOME_FAILED, InputError, StainDiffuserError
 
-__all__ = ["default_output", "outputs_for", "run_command"]
+__all__ = ["run_command"]
+
+_OF_ONE_SLIDE = (InputError, OutputError, FileNameError)
+"""Errors that do not stop the other slides."""
 
 
 def run_command(
-    inputs: Sequence[Path], output: Path | None, target: Target, options: StainingOptions, *, as_json: bool = False
+    inputs: Sequence[Path],
+    output: Path | None,
+    target: Target,
+    options: StainingOptions,
+    *,
+    as_json: bool = False,
+    dry_run: bool = False,
 ) -> int:
-    """Stain every input and report on stderr; the server is started or contacted for the first usable one.
+    """Stain every slide and report on stderr; the server is started or contacted for the first usable one.
+
+    With several slides, a complete result of the same options is kept, and ``summary.csv`` is written.
 
     Args:
-        inputs: slides and tiles.
-        output: the result folder, or the parent of the result folders of several inputs.
+        inputs: slides, folders, patterns and lists; see :func:`staindiffuser.client.inputs.find_inputs`.
+        output: the result folder, or the parent of the result folders of several slides.
         target: the server.
-        options: for all inputs.
-        as_json: print each ``run.json`` as one line on stdout.
+        options: for all slides.
+        as_json: print one line per slide on stdout: its ``run.json``, or its error.
+        dry_run: do everything up to the first request, and estimate the rest.
 
     Returns:
-        The exit code: 0, or 1 if some inputs failed and others did not.
+        The exit code: 0, or 1 if some slides failed and others did not.
 
     Raises:
-        StainDiffuserError: all inputs failed (the last one's error), or the server did.
+        StainDiffuserError: all slides failed (the last one's error), or the server did.
     """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC and tifffile repeat on stderr what our errors say
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
-    reporter = TerminalReporter()
-    failures: list[StainDiffuserError] = []
-    with ExitStack() as open_target:
-        client: StainClient | None = None
-        for path, folder in outputs_for(inputs, output).items():
-            try:
-                with SlideJob(path, folder, options) as job:
-                    if client is None:
-                        client = open_target.enter_context(target.connect(options.in_flight, reporter.say))
-                    run = _stain(job, client, reporter)
-            except (
-                InputError,
-                OutputError,
-                FileNameError,
-            ) as error:  # anything else would fail for the other inputs too
-                failures.append(error)
-                continue
-            if as_json:
-                line = {**run.to_dict(), "output": str(folder)}
-                sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
-                sys.stdout.flush()
-            reporter.say(f"{folder}: {', '.join(run.outputs)} · {run.seconds.total:.1f} s · {run.notice}")
-    all_failed = len(failures) == len(inputs)
-    for failure in failures[:-1] if all_failed else failures:
-        reporter.say(f"error: {failure}")
-    if all_failed:
-        raise failures[-1]
-    return EXIT_SOME_FAILED if failures else 0
-
-
-def _stain(job: SlideJob, client: StainClient, reporter: TerminalReporter) -> RunRecord:
-    """Stain a slide; if that is interrupted and rows are saved, say how to continue."""
+    slides = find_inputs(inputs, output)
+    batch = _Batch(slides, target, options, TerminalReporter(), as_json=as_json, dry_run=dry_run)
+    several = len(slides) > 1
     try:
-        return job.stain(client, reporter)
+        with _sigterm_like_ctrl_c():
+            batch.run()
+    finally:
+        if several and not dry_run:
+            path = write_summary(output or Path(), batch.outcomes_of_all())
+            batch.reporter.say(f"{batch.count_text()}; {path}")
+    return batch.exit_code()
+
+
+class _Batch:
+    """The slides of one command."""
+
+    def __init__(
+        self,
+        slides: Sequence[SlideInput],
+        target: Target,
+        options: StainingOptions,
+        reporter: TerminalReporter,
+        *,
+        as_json: bool,
+        dry_run: bool,
+    ) -> None:
+        self.reporter = reporter
+        self._slides, self._target, self._as_json, self._dry_run = slides, target, as_json, dry_run
+        keep = len(slides) > 1 and not options.overwrite
+        self._options = dataclasses.replace(options, resume=True) if keep else options
+        self._outcomes: list[Outcome] = []
+
+    def run(self) -> None:
+        """Stain every slide, or stop at an error that would fail for the others too."""
+        started = time.monotonic()
+        with ExitStack() as open_target:
+            client: StainClient | None = None
+            for number, slide in enumerate(self._slides, 1):
+                options = dataclasses.replace(self._options, mpp=slide.mpp) if slide.mpp is not None else self._options
+                self.reporter.prefix = f"slide {number} of {len(self._slides)} · " if len(self._slides) > 1 else ""
+                try:
+                    with SlideJob(slide.path, slide.output, options) as job:
+                        if client is None:
+                            connection = self._target.connect(options.in_flight, self.reporter.say)
+                            client = open_target.enter_context(connection)
+                        outcome = self._plan(slide, job, client) if self._dry_run else self._stain(slide, job, client)
+                except _OF_ONE_SLIDE as error:
+                    outcome = Outcome(slide=slide, status="failed", error=error)
+                except BaseException as error:  # it would end the other slides too
+                    expected = error if isinstance(error, StainDiffuserError) else None
+                    self._add(Outcome(slide=slide, status="interrupted", error=expected))
+                    raise
+                self._add(outcome)
+                self._say(outcome)
+                left = len(self._slides) - number
+                if left and not self._dry_run:
+                    remaining = (time.monotonic() - started) / number * left
+                    self.reporter.say(f"{number} of {len(self._slides)} slides · about {_time(remaining)} left")
+
+    def outcomes_of_all(self) -> list[Outcome]:
+        """One outcome per slide, including those that were not reached."""
+        missing = self._slides[len(self._outcomes) :]
+        return [*self._outcomes, *(Outcome(slide=slide, status="not started") for slide in missing)]
+
+    def count_text(self) -> str:
+        """How many slides were stained, kept, failed."""
+        states = [outcome.status for outcome in self.outcomes_of_all()]
+        return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+    def exit_code(self) -> int:
+        """0, or 1 if some slides failed; raises the last error if all of them did."""
+        errors = [outcome.error for outcome in self._outcomes if outcome.error is not None]
+        if errors and len(errors) == len(self._slides):
+            raise errors[-1]
+        return EXIT_SOME_FAILED if errors else 0
+
+    def _stain(self, slide: SlideInput, job: SlideJob, client: StainClient) -> Outcome:
+        with _saying_how_to_continue(job, self.reporter):
+            run = job.stain(client, self.reporter)
+        return Outcome(slide=slide, status="kept" if job.kept else "stained", run=run)
+
+    def _plan(self, slide: SlideInput, job: SlideJob, client: StainClient) -> Outcome:
+        plan = job.plan(client.contract)
+        stains = client.contract.select(self._options.stains)
+        estimate = plan.estimate(len(stains), cells=self._options.cells)
+        for line in [plan.announcement(), *plan.warnings]:
+            self.reporter.say(line)
+        self.reporter.say(
+            f"{slide.output}: about {estimate.disk_bytes >> 20} MiB of disk while staining, "
+            f"{estimate.memory_bytes >> 20} MiB of memory"
+        )
+        return Outcome(slide=slide, status="planned", plan={"tiles": len(plan.tiles), **dataclasses.asdict(estimate)})
+
+    def _add(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
+        if self._as_json:
+            sys.stdout.write(json.dumps(outcome.to_dict(), ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+
+    def _say(self, outcome: Outcome) -> None:
+        run, last = outcome.run, len(self._outcomes) == len(self._slides)
+        if run is not None:
+            outputs = ", ".join(run.outputs)
+            self.reporter.say(f"{outcome.slide.output}: {outputs} · {run.seconds.total:.1f} s · {run.notice}")
+        elif outcome.error is not None and not (last and all(other.error for other in self._outcomes)):
+            self.reporter.say(f"error: {outcome.error}")  # if all slides fail, the last error ends the command
+
+
+@contextmanager
+def _saying_how_to_continue(job: SlideJob, reporter: Reporter) -> Iterator[None]:
+    """If staining is interrupted and rows are saved, say how to continue."""
+    try:
+        yield
     except InputError:
         raise
     except BaseException:
@@ -93,28 +184,23 @@ def _stain(job: SlideJob, client: StainClient, reporter: TerminalReporter) -> Ru
         raise
 
 
-def outputs_for(inputs: Sequence[Path], output: Path | None) -> dict[Path, Path]:
-    """The result folder of each input.
-
-    Raises:
-        UsageError: an input is named twice, or two inputs would share a folder.
-    """
-    if len(set(inputs)) < len(inputs):
-        raise UsageError("an input is named twice")
-    if len(inputs) == 1:
-        return {inputs[0]: output if output is not None else default_output(inputs[0])}
-    outputs = {path: (output or Path()) / default_output(path).name for path in inputs}
-    if len(set(outputs.values())) < len(outputs):
-        raise UsageError("two inputs have the same name and would share a folder: stain them separately with --output")
-    return outputs
+def _time(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "a minute"
 
 
-def default_output(path: Path) -> Path:
-    """``./<slide>-stained``, where ``<slide>`` is the file name without ``.svs``, ``.ome.tif`` and the like."""
-    stem = re.sub(r"(\.ome)?\.[A-Za-z0-9]{1,5}$", "", path.name) or path.name
-    return Path(f"{stem}-stained")
+@contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does: finished rows stay saved, and a server of our own is stopped."""
 
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """Handle SIGTERM like Ctrl-C: finished rows stay saved, and a server of our own is stopped."""
-    raise KeyboardInterrupt
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

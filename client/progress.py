@@ -16,6 +16,10 @@ from staindiffuser.client.run_record import printable
 __all__ = ["QuietReporter", "Reporter", "Stopwatch", "TerminalReporter"]
 
 
+LINE_SECONDS = 60.0
+"""Between two lines of progress where there is no terminal."""
+
+
 class Reporter(Protocol):
     """Receives messages and the progress of a slide; called from one thread."""
 
@@ -53,14 +57,16 @@ class QuietReporter:
 
 
 class TerminalReporter:
-    """A progress bar with rate and time left; if stderr is not a terminal, messages only."""
+    """A progress bar with rate and time left; if stderr is not a terminal, messages and a line every minute."""
 
     def __init__(self) -> None:
+        self.prefix = ""
+        """Precedes a slide's name, such as ``slide 3 of 200 · ``."""
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._done = 0
-        self._since = 0.0
+        self._name, self._tiles, self._done = "", 0, 0
+        self._since = self._said = 0.0
 
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -68,7 +74,9 @@ class TerminalReporter:
 
     def start(self, name: str, tiles: int) -> None:
         """Show the progress bar."""
+        self._name, self._tiles = self.prefix + name, tiles
         self._done, self._since = 0, time.perf_counter()
+        self._said = self._since
         if not self._console.is_terminal:
             return
         self._progress = Progress(
@@ -79,15 +87,19 @@ class TerminalReporter:
             TimeRemainingColumn(elapsed_when_finished=True),
             console=self._console,
         )
-        self._task = self._progress.add_task(printable(name), total=tiles, rate="…")
+        self._task = self._progress.add_task(printable(self._name), total=tiles, rate="…")
         self._progress.start()
 
     def advance(self, tiles: int) -> None:
         """Advance the progress bar."""
         self._done += tiles
+        now = time.perf_counter()
+        rate = self._done / max(1e-6, now - self._since)
         if self._progress is not None and self._task is not None:
-            rate = self._done / max(1e-6, time.perf_counter() - self._since)
             self._progress.update(self._task, advance=tiles, rate=f"{rate:.1f} tiles/s")
+        elif now - self._said >= LINE_SECONDS:
+            self._said = now
+            self.say(f"{self._name}: {self._done} of {self._tiles} tiles · {rate:.1f} tiles/s")
 
     def stop(self) -> None:
         """Remove the progress bar."""

@@ -16,10 +16,25 @@ from staindiffuser.imaging.pixel_size import SAME_PIXEL_SIZE, PixelSize
 from staindiffuser.imaging.slides import Slide
 from staindiffuser.imaging.tissue import TissueMask, find_tissue, read_overview
 
-__all__ = ["SlidePlan", "plan_slide"]
+__all__ = ["Estimate", "SlidePlan", "plan_slide"]
 
 COARSE, UPSAMPLING = 1.5, 2.0
 """Input pixels larger than the model's by the first factor cause a warning, by the second a refusal."""
+
+
+DISK_BYTES_PER_PIXEL = (0.8, 0.3)
+"""Of an image and of a cell map with tissue all over, generously: 0.3 and 0.2 were measured (ours)."""
+MEMORY_BYTES = 300 * 2**20
+"""Of the client without any tiles."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What staining a slide will need, roughly."""
+
+    disk_bytes: int
+    """While staining; the result takes half of it."""
+    memory_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +55,15 @@ class SlidePlan:
     def rows(self) -> int:
         """Rows of the result."""
         return -(-self.view.size[1] // SIDE)
+
+    def estimate(self, stains: int, *, cells: bool) -> Estimate:
+        """Disk and memory for so many stains."""
+        pixels = len(self.tiles) * self.grid.stride**2
+        image, cell_map = DISK_BYTES_PER_PIXEL
+        disk = 2 * stains * pixels * (image + cell_map * cells)
+        # Rows of tiles that wait for the writer and those being stained, and the rows of the slide that they show.
+        waiting = self.view.size[0] * (4 * SIDE + self.grid.tile) * (3 + stains * (3 + cells))
+        return Estimate(disk_bytes=round(disk), memory_bytes=MEMORY_BYTES + waiting)
 
     def announcement(self) -> str:
         """One line for the user."""

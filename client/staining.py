@@ -9,13 +9,13 @@ from types import TracebackType
 from typing import Self
 
 from staindiffuser.client import run_record
-from staindiffuser.client.contract import ServedStain, Stainer
+from staindiffuser.client.contract import ModelContract, ServedStain, Stainer
 from staindiffuser.client.errors import FileNameError, OutputError
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.progress import QuietReporter, Reporter, Stopwatch
 from staindiffuser.client.result_folder import ResultFolder
 from staindiffuser.client.run_record import Request, RunRecord, slide_sha256
-from staindiffuser.client.slide_plan import plan_slide
+from staindiffuser.client.slide_plan import SlidePlan, plan_slide
 from staindiffuser.client.slide_run import SlideRun
 from staindiffuser.errors import InputError
 from staindiffuser.imaging.errors import SlideReadError
@@ -70,6 +70,8 @@ class SlideJob:
         self._open = ExitStack()
         self.run: SlideRun | None = None
         """Known once staining has begun."""
+        self.kept = False
+        """An existing result was kept."""
 
     def __enter__(self) -> Self:
         try:
@@ -103,6 +105,7 @@ class SlideJob:
         )
         if self._old is not None:
             self._require_same(self._old, request)
+            self.kept = True
             reporter.say(f"{self._output} is already complete: kept")
             return self._old
         try:
@@ -115,6 +118,11 @@ class SlideJob:
             raise
         except OSError as error:  # readers and the client raise their own: this is a full or vanished disk
             raise OutputError(f"the output {self._output} cannot be written: {error.strerror or error}") from error
+
+    def plan(self, contract: ModelContract) -> SlidePlan:
+        """What :meth:`stain` would do first; raises the same errors."""
+        contract.select(self._options.stains)
+        return plan_slide(self._slide, self._mpp, contract, Stopwatch())
 
     def _stain(
         self, stains: tuple[ServedStain, ...], request: Request, stainer: Stainer, reporter: Reporter

@@ -14,7 +14,7 @@ import typer
 
 from staindiffuser import __version__
 from staindiffuser.benchmarks.cli import app as bench_app
-from staindiffuser.client.cli import stain
+from staindiffuser.client.cli import check, info, stain
 from staindiffuser.errors import EXIT_INTERRUPTED, DependencyError, StainDiffuserError
 from staindiffuser.export.cli import app as export_app
 from staindiffuser.serving.cli import doctor, proxy, serve
@@ -46,7 +46,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "STAINDIFFUSER"},
 )
 
 
@@ -62,6 +62,8 @@ def _root(version: bool = typer.Option(False, "--version", callback=_version, is
 
 
 app.command(rich_help_panel="Use")(stain)
+app.command(rich_help_panel="Use")(info)
+app.command(rich_help_panel="Use")(check)
 app.command(rich_help_panel="Use")(serve)
 app.command(rich_help_panel="Use")(proxy)
 app.command(rich_help_panel="Use")(doctor)

@@ -78,8 +78,10 @@ def test_several_inputs_get_a_folder_each_and_one_may_fail(tile: Path, tmp_path:
     result = stain(tmp_path, tile, bad, other, "--server", server, "--output", "all", "--stains", "CD3", "--no-cells")
     assert result.returncode == 1, result.stderr
     assert "error: " in result.stderr
-    assert "bad.tif" in result.stderr.splitlines()[-1]
-    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["other-stained", "tile-stained"]
+    assert any(line.startswith("error: ") and "bad.tif" in line for line in result.stderr.splitlines())
+    assert "2 stained, 1 failed" in result.stderr
+    outputs = sorted(path.name for path in (tmp_path / "all").iterdir())
+    assert outputs == ["other-stained", "summary.csv", "tile-stained"]
     assert sorted(path.name for path in (tmp_path / "all/tile-stained").iterdir()) == ["cd3.ome.tiff", "run.json"]
 
 
@@ -252,6 +254,32 @@ def test_help_names_the_options(tmp_path: Path) -> None:
     assert result.returncode == 0
     for word in ("--server", "--repository", "--mpp", "--stains", "--seed", "--resume"):
         assert word in result.stdout
+
+
+def test_options_may_come_from_the_environment(
+    tile: Path, tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAINDIFFUSER_STAIN_SERVER", server)
+    monkeypatch.setenv("STAINDIFFUSER_STAIN_SEED", "5")
+    result = stain(tmp_path, tile, "--no-cells", "--json", "--seed", 6)
+    assert result.returncode == 0, result.stderr
+    run = json.loads(result.stdout)
+    assert (run["server"]["url"], run["seed"]) == (server, 6), "flags come first"
+
+
+def test_info_and_check(tile: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.tif"
+    bad.write_bytes(b"II*\0nonsense")
+
+    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        whole = [*COMMAND[:-1], *map(str, arguments)]
+        return subprocess.run(whole, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+
+    assert "0.5 × 0.5" in command("info", tile).stdout
+    assert json.loads(command("info", tile, "--json").stdout)["levels"] == ["300 × 300"]
+    mixed = command("check", tile, bad)
+    assert (mixed.returncode, mixed.stdout.count("ok, tiff"), mixed.stdout.count("error: ")) == (1, 1, 1), mixed
+    refused(command("check", bad), 4, "bad.tif")
 
 
 def test_the_command_line_loads_nothing_heavy() -> None:

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from staindiffuser.client.command import default_output, outputs_for
 from staindiffuser.client.errors import OutputError
 from staindiffuser.client.journal import JOURNAL
 from staindiffuser.client.result_folder import ResultFolder
 from staindiffuser.client.run_record import read_run, write_run
-from staindiffuser.errors import UsageError
 from tests.run_records import run_record
 
 
@@ -100,17 +98,3 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, output: str
         pass
     with pytest.raises(OutputError, match="cannot be written"), ResultFolder(tmp_path / "file"):
         pass
-
-
-def test_default_folders() -> None:
-    assert default_output(Path("/data/CMU-1.svs")) == Path("CMU-1-stained")
-    assert default_output(Path("a.b.ome.tif")) == Path("a.b-stained")
-    assert default_output(Path("noext")) == Path("noext-stained")
-    one, two = Path("x/a.svs"), Path("y/b.png")
-    assert outputs_for([one], Path("o")) == {one: Path("o")}
-    assert outputs_for([one, two], Path("o")) == {one: Path("o/a-stained"), two: Path("o/b-stained")}
-    assert outputs_for([one, two], None)[two] == Path("b-stained")
-    with pytest.raises(UsageError, match="same name"):
-        outputs_for([one, Path("y/a.tif")], None)
-    with pytest.raises(UsageError, match="twice"):
-        outputs_for([one, one], None)

@@ -153,10 +153,11 @@ class Journal:
             with contextlib.suppress(OSError):  # it comes again with the next number
                 self._board.add_image(name, np.concatenate(list(images)), step, dataformats="HWC")
 
-    def step(self, step: int, loss: torch.Tensor) -> None:
-        """``step`` steps are done."""
+    def step(self, step: int) -> None:
+        """``step`` steps are done. Shows the loss that was logged last: reading each one would wait for the GPU."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, shown=f"loss {float(loss):.3f}")
+            shown = f"loss {self._latest['loss']:.3f}" if "loss" in self._latest else ""
+            self._bar.update(self._task, completed=step, shown=shown)
         elif time.monotonic() - self._told > SECONDS:
             self._line(step)
 

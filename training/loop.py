@@ -150,6 +150,7 @@ class _Sitting:
         self.journal = stack.enter_context(Journal.open(options, self.begin, recipe, write=processes.first))
         if first:
             self.journal.tell(f"going on from {first.path}")
+        self.finite = _FiniteLosses(dataset, recipe, options, processes, self.snapshots)
         self.speed = _Speed(self.loader, recipe)
         self.started = self.saved = time.monotonic()
 
@@ -167,7 +168,7 @@ class _Sitting:
                 with gradients_kept(self.model) if part < parts - 1 else contextlib.nullcontext():
                     with self.autocast:
                         loss: Loss = self.model(batch, step)
-                    self._stop_if_not_finite(loss, batch, step)
+                    self.finite.note(loss.value, step, part)
                     torch.autograd.backward(loss.value / parts)
                 if logged:
                     curves = {name: value + curves.get(name, 0) for name, value in self.learner.curves(loss).items()}
@@ -176,7 +177,9 @@ class _Sitting:
         if logged:
             sums = self.processes.sum(torch.stack(list(curves.values()))).tolist()
             self.journal.log({name: total / n for name, (total, n) in zip(curves, sums, strict=True) if n}, step + 1)
-        self.journal.step(step + 1, loss.value)
+        if self.finite.due(step + 1):
+            self.finite.check()
+        self.journal.step(step + 1)
         if (step + 1) % recipe.validate_every == 0:
             self.journal.log({f"speed/{name}": value for name, value in self.speed.summary().items()}, step + 1)
 
@@ -195,29 +198,13 @@ class _Sitting:
         assert batch is not None
         return batch.to(self.processes.device)
 
-    def _stop_if_not_finite(self, loss: Loss, batch: CropBatch, step: int) -> None:
-        """Stop every process if any one's loss is not finite; that one saves its batch beside the run.
-
-        Raises:
-            DivergedError: naming the file, and how to go on.
-        """
-        finite = bool(torch.isfinite(loss.value))
-        if not self.processes.any(not finite):
-            return
-        what = f"training diverged: the loss is not finite at step {step}"
-        if finite:
-            raise DivergedError(f"{what} on another process, which names the batch")
-        suffix = f"-{self.processes.rank}" if self.processes.rank else ""
-        path = self.options.output / f"diverged-batch{suffix}.pt"
-        torch.save({"batch": vars(batch), "step": step}, path)
-        raise DivergedError(f"{what}: the batch is in {path}; {self.snapshots.advice()} and a lower learning rate")
-
     def validation_is_due(self, step: int) -> bool:
         """Every so many steps, and at the end of a run that was long enough for any."""
         return step % self.recipe.validate_every == 0 or step == self.recipe.steps > self.recipe.validate_every
 
     def validate(self, step: int, validation: Validation) -> None:
         """Score the averaged network, and keep it if it is the best so far."""
+        self.finite.check()
         network = self.learner.averaged()  # by every process: its weights may have to be gathered
         if self.processes.first:
             self.snapshots.save_best(step, validation(network, step, self.journal), network.state_dict())
@@ -241,6 +228,7 @@ class _Sitting:
     def save(self, step: int) -> None:
         """Save a snapshot, unless there is one of this step."""
         if step > self.begin and step != self.snapshots.step:
+            self.finite.check()
             self.snapshots.save(step, self.learner, self.optimizer, write=self.processes.first)
 
     def _stopped(self, step: int) -> KeyboardInterrupt:
@@ -265,6 +253,64 @@ class _Sitting:
             speed=speed,
             data_changes=self.snapshots.data_changes,
         )
+
+
+class _FiniteLosses:
+    """Stops every process as soon as the loss of any is not finite; that process saves the batch beside the run.
+
+    Reading a loss waits for the GPU, which then idles until the next step has been launched. So the first bad loss is
+    recorded on the GPU, and read every ``log_every`` steps and before anything is saved or validated. The batch is made
+    again from its sample numbers.
+    """
+
+    NONE = 2**62
+
+    def __init__(
+        self, data: Batches, recipe: TrainConfig, options: RunOptions, processes: Processes, snapshots: Snapshots
+    ) -> None:
+        self._data, self._recipe, self._options = data, recipe, options
+        self._processes, self._snapshots = processes, snapshots
+        self._every = options.log_every if processes.device.type == "cuda" else 1
+        self._bad = torch.full((), self.NONE, device=processes.device)
+        """The first part of a step with a bad loss, counted over all steps."""
+
+    def note(self, loss: torch.Tensor, step: int, part: int) -> None:
+        """Record the part if its loss is the first that is not finite; does not wait."""
+        number = step * self._recipe.gradient_accumulation + part
+        first = (self._bad == self.NONE) & ~torch.isfinite(loss.detach())
+        self._bad = torch.where(first, number, self._bad)
+
+    def due(self, done: int) -> bool:
+        """Whether it is time to check."""
+        return done % self._every == 0
+
+    def check(self) -> None:
+        """Read the record; all processes must do so at the same point.
+
+        Raises:
+            DivergedError: names the file, and how to continue.
+        """
+        mine = int(self._bad)
+        # After its step a bad gradient is everybody's: only the first bad part is a cause.
+        first = self._processes.smallest(mine)
+        if first == self.NONE:
+            return
+        step, part = divmod(first, self._recipe.gradient_accumulation)
+        what = f"training diverged: the loss is not finite at step {step}"
+        if mine != first:
+            raise DivergedError(f"{what} on another process, which names the batch")
+        numbers = sample_numbers(
+            range(step, step + 1),
+            batch=self._recipe.batch,
+            parts=self._recipe.gradient_accumulation,
+            rank=self._processes.rank,
+            world=self._processes.world,
+        )
+        batch = self._data.batch(list(numbers)[part])
+        suffix = f"-{self._processes.rank}" if self._processes.rank else ""
+        path = self._options.output / f"diverged-batch{suffix}.pt"
+        torch.save({"batch": vars(batch), "step": step}, path)
+        raise DivergedError(f"{what}: the batch is in {path}; {self._snapshots.advice()} and a lower learning rate")
 
 
 class _StopSignals:

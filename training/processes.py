@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -45,8 +46,10 @@ class Processes:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
+            # Validation is in float32, as evaluation and the engines' golden samples are; training is in bfloat16.
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         if world_size() > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             atexit.register(dist.destroy_process_group)
         return cls(rank=rank(), world=world_size(), device=device)
 
@@ -65,16 +68,25 @@ class Processes:
         if self.world == 1:
             return module
         devices = [self.device] if self.device.type == "cuda" else None
-        # The buffers are constants.
-        return DistributedDataParallel(module, device_ids=devices, forward_sync_buffers=False)
+        # The buffers are constants. Torch 2.12 renamed the argument.
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        unsent: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        return DistributedDataParallel(module, device_ids=devices, **unsent)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process; all must ask at the same point."""
         if self.world == 1:
             return flag
-        flags = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return bool(flags)
+        return self.smallest(0 if flag else 1) == 0
+
+    def smallest(self, value: int) -> int:
+        """The smallest value of all processes; all must ask at the same point."""
+        if self.world == 1:
+            return value
+        # A CPU tensor travels by gloo: reading it does not wait for the GPU.
+        values = torch.tensor(value)
+        dist.all_reduce(values, op=dist.ReduceOp.MIN)
+        return int(values)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all processes."""

@@ -128,9 +128,7 @@ class Teacher(Learner):
         return shown
 
     def after_step(self, step: int) -> None:
-        normalize_weight_(self.uncertainty)
-        for name in self.trained:
-            normalize_weight_(getattr(self.net, name))
+        normalize_weight_(self.uncertainty, *(getattr(self.net, name) for name in self.trained))
         self._move_average([(getattr(self.ema, name), getattr(self.net, name)) for name in self.trained], step)
 
     def shard(self, mesh: DeviceMesh) -> None:

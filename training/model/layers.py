@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 __all__ = ["SILU_GAIN", "BlockList", "MPConv", "NoiseEmbedding", "ResidualBlock", "mp_sum", "normalize_weight_"]
@@ -97,12 +98,23 @@ class MPConv(nn.Module):
 
 
 @torch.no_grad()
-def normalize_weight_(module: nn.Module) -> None:
+def normalize_weight_(*modules: nn.Module) -> None:
     """Forced weight normalisation after an optimiser step, so that the learning rate means the same throughout a run
-    (EDM2, Equation 66). In place, on every :class:`MPConv` within ``module``."""
-    for layer in module.modules():
+    (EDM2, Equation 66). In place, on every :class:`MPConv` within ``modules``.
+
+    Weights of one shape are normalised together: a large GPU waits for launches, and there are hundreds of layers in a
+    dozen shapes. Weights that are split over processes (FSDP2) are normalised one by one.
+    """
+    groups: dict[tuple[int, ...], list[Tensor]] = {}
+    for layer in (layer for module in modules for layer in module.modules()):
         if isinstance(layer, MPConv):
-            layer.weight.copy_(_unit(layer.weight))
+            if isinstance(layer.weight, DTensor):
+                layer.weight.copy_(_unit(layer.weight))
+            else:
+                groups.setdefault(tuple(layer.weight.shape), []).append(layer.weight)
+    for weights in groups.values():
+        together = _unit(torch.cat(weights))
+        torch._foreach_copy_(weights, list(together.chunk(len(weights))))
 
 
 class NoiseEmbedding(nn.Module):

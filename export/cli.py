@@ -94,7 +94,10 @@ def build(
         str, typer.Option(help="What runs the engines: onnxruntime (any CPU), tensorrt, tensorrt-rtx or torch.")
     ] = "onnxruntime",
     flavour: Annotated[
-        str, typer.Option(help="python: Triton's Python backend; native: its TensorRT backend, in the container.")
+        str,
+        typer.Option(
+            help="python: a process per engine; single: one for all; native: TensorRT backend, in the container."
+        ),
     ] = "python",
     max_batch: Annotated[int, typer.Option(help="Largest batch of tiles that a client may send.")] = 8,
     batch: BatchOption = "",

@@ -23,7 +23,7 @@ from staindiffuser.export.manifest import MANIFEST_JSON, SAMPLER, EngineRecord, 
 from staindiffuser.export.parity import EngineParity, Golden, check_parity
 from staindiffuser.export.publishing import locked, staging_folder
 from staindiffuser.files import file_sha256
-from staindiffuser.triton_models import engine_files, noise_files
+from staindiffuser.triton_models import engine_files, noise_files, pipeline_files
 
 __all__ = ["BuildReport", "RepositoryBuild", "build", "build_repository", "prepare_build"]
 
@@ -49,6 +49,11 @@ class RepositoryBuild:
     """Files copied into each model's version folder."""
     fingerprint: str
     """Hash of all of the above."""
+
+    def engine_path(self, name: str) -> str:
+        """Path of an engine's file relative to the repository."""
+        model = triton_config.ENSEMBLE if self.flavour == "single" else name
+        return f"{model}/{triton_config.version_folder(model, self.graphs)}/{self.engine_files[name]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +144,7 @@ def prepare_build(
     configs = triton_config.model_configs(
         graphs, builder, {name: {capability: file} for name, file in files.items()}, options, flavour
     )
-    engine_sources = engine_files(builder.runner) if flavour == "python" else ()
-    noise_sources = noise_files()
-    sources: dict[str, tuple[Path, ...]] = {
-        triton_config.NOISE_MODEL: noise_sources,
-        **dict.fromkeys(graphs.engines, engine_sources),
-    }
+    sources = _sources(graphs, builder, flavour)
     parts = {
         "staindiffuser": staindiffuser.__version__,
         "graphs": dataclasses.asdict(graphs),
@@ -154,8 +154,7 @@ def prepare_build(
         "keys": keys,
         "ensemble": triton_config.version_folder(triton_config.ENSEMBLE, graphs),
         "configs": configs,
-        "sources": {path.name: file_sha256(path) for path in (*engine_sources, *noise_sources[1:])},
-        "noise": file_sha256(noise_sources[0]),
+        "sources": {model: {path.name: file_sha256(path) for path in paths} for model, paths in sources.items()},
     }
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return RepositoryBuild(
@@ -170,6 +169,16 @@ def prepare_build(
         sources=sources,
         fingerprint=fingerprint,
     )
+
+
+def _sources(graphs: GraphSet, builder: Builder, flavour: str) -> dict[str, tuple[Path, ...]]:
+    """Files copied into each model's version folder."""
+    if flavour == "single":
+        return {triton_config.ENSEMBLE: pipeline_files(builder.runner)}
+    sources = {triton_config.NOISE_MODEL: noise_files()}
+    if flavour == "python":
+        sources |= dict.fromkeys(graphs.engines, engine_files(builder.runner))
+    return sources
 
 
 def _refuse_foreign_folder(output: Path) -> None:
@@ -234,18 +243,16 @@ def _write_models(
         (folder / model / "config.pbtxt").write_text(text, encoding="utf-8")
         for source in wanted.sources.get(model, ()):
             shutil.copyfile(source, version / source.name)
-        if model not in wanted.graphs.engines:
-            if model == triton_config.ENSEMBLE:
-                (version / ".keep").touch()  # Triton needs the folder, and archives drop empty ones
-            continue
-        target = version / wanted.engine_files[model]
-        if not _reuse(wanted, model, output, target):
-            progress(f"building {model} ({wanted.builder.target})")
-            graph = wanted.graphs.engines[model]
+        if model == triton_config.ENSEMBLE and not wanted.sources.get(model):
+            (version / ".keep").touch()  # Triton needs the folder, and archives drop empty ones
+    for name, graph in wanted.graphs.engines.items():
+        target = folder / wanted.engine_path(name)
+        if not _reuse(wanted, name, output, target):
+            progress(f"building {name} ({wanted.builder.target})")
             wanted.builder.build(wanted.graphs_dir / graph.file, graph, target, wanted.options)
-            built.append(model)
+            built.append(name)
         if wanted.options.weight_stripped:
-            shutil.copyfile(wanted.graphs_dir / wanted.graphs.engines[model].file, version / "weights.onnx")
+            shutil.copyfile(wanted.graphs_dir / graph.file, target.with_name("weights.onnx"))
     return tuple(built)
 
 
@@ -271,8 +278,8 @@ def _run_parity(wanted: RepositoryBuild, folder: Path, progress: Progress) -> di
     batches = wanted.options.corners(wanted.builder.profiles(wanted.options))
     progress(f"checking {golden.samples} golden samples at batch {', '.join(map(str, batches))}")
     engines = {
-        name: wanted.builder.load(folder / name / "1" / file, threads=wanted.options.threads)
-        for name, file in wanted.engine_files.items()
+        name: wanted.builder.load(folder / wanted.engine_path(name), threads=wanted.options.threads)
+        for name in wanted.graphs.engines
     }
     try:
         return check_parity(engines, wanted.graphs, golden, batches)
@@ -291,7 +298,7 @@ def _manifest(
     files = hash_files(folder)
     engines = {}
     for name, graph in graphs.engines.items():
-        file = f"{name}/1/{wanted.engine_files[name]}"
+        file = wanted.engine_path(name)
         sampled = name != triton_config.ENCODER
         # A cell map takes one step, from the highest noise level.
         steps = 0 if not sampled else 1 if name.startswith("cells_") else graphs.steps

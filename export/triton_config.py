@@ -44,6 +44,7 @@ __all__ = [
     "parse",
     "to_text",
     "version_folder",
+    "wire_inputs",
     "wire_outputs",
 ]
 
@@ -53,9 +54,10 @@ ENCODER = "he_encoder"
 AFTER = "AFTER"
 """Input of the noise model whose only purpose is to order it after the encoder."""
 _TYPES = {"uint8": pb.TYPE_UINT8, "float16": pb.TYPE_FP16, "float32": pb.TYPE_FP32, "int64": pb.TYPE_INT64}
-FLAVOURS = ("python", "native")
-"""``python``: Triton's Python backend runs the engines, anywhere. ``native``: its TensorRT backend does, in the
-vendor's container."""
+FLAVOURS = ("python", "single", "native")
+"""``python``: Triton's Python backend runs an ensemble, each engine in a process of its own. ``single``: it runs one
+model that holds all engines in one process. ``native``: an ensemble for Triton's TensorRT backend, in the vendor's
+container. Clients see no difference."""
 EngineFiles = Mapping[str, str]
 """Compute capability ("8.9"; "" on a CPU) to file name."""
 ONE_GPU = (0,)
@@ -200,9 +202,14 @@ def model_configs(
             f"flavour native is for Triton's TensorRT backend, which runs target tensorrt only, not {builder.target}: "
             "take flavour python"
         )
-    if flavour == "native" and options.weight_stripped:
-        raise ExportUsageError("flavour native cannot put weights back into stripped plans: leave out one of the two")
+    if flavour != "python" and options.weight_stripped:
+        raise ExportUsageError(
+            f"flavour {flavour} cannot put weights back into stripped plans: leave out one of the two"
+        )
     gpu = builder.device().kind == "cuda"
+    if flavour == "single":
+        message = _pipeline(graphs, builder, engine_files, options, gpu)
+        return {message.name: to_text(message)}
     origin, seed = wire_inputs(graphs.tile)[1:]
     after = dataclasses.replace(graphs.engines[ENCODER].outputs[-1], name=AFTER)
     noise = noise_outputs(graphs.tile, graphs.steps)
@@ -263,6 +270,27 @@ def _python_model(
     # grey level. Clients choose their batch size.
     _finish(message, inputs, options)
     return message
+
+
+def _pipeline(
+    graphs: GraphSet, builder: Builder, engine_files: Mapping[str, EngineFiles], options: BuildOptions, gpu: bool
+) -> ModelConfig:
+    """The model that takes the ensemble's place and holds all engines in one process."""
+    engines = {
+        name: {
+            "file": next(iter(engine_files[name].values())),
+            "inputs": [tensor.name for tensor in engine.inputs],
+            "outputs": [tensor.name for tensor in engine.outputs],
+        }
+        for name, engine in graphs.engines.items()
+    }
+    parameters = {
+        "runner": builder.runner,
+        "engines": json.dumps(engines),
+        "threads": str(options.threads),
+        **contract_parameters(graphs, graphs.name),
+    }
+    return _python_model(ENSEMBLE, wire_inputs(graphs.tile), wire_outputs(graphs), options, gpu, parameters)
 
 
 def _native_model(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
 import numpy as np
 
 from staindiffuser.export.manifest import Manifest
+from staindiffuser.export.triton_config import wire_inputs, wire_outputs
 from staindiffuser.serving.errors import ServerMissingError
 
 __all__ = ["SHARED_MEMORY", "require_shared_memory"]
@@ -15,13 +17,13 @@ __all__ = ["SHARED_MEMORY", "require_shared_memory"]
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def _tensor_bytes(manifest: Manifest) -> list[int]:
-    """Bytes of the inputs and outputs of each engine at the largest batch."""
-    return [
-        manifest.max_batch
-        * sum(int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for t in (*engine.inputs, *engine.outputs))
-        for engine in manifest.engines.values()
-    ]
+def _tensor_bytes(manifest: Manifest) -> int:
+    """Bytes of all tensors that enter or leave a process, at the largest batch."""
+    if manifest.flavour == "single":
+        tensors = [*wire_inputs(manifest.tile), *wire_outputs(manifest)]
+    else:
+        tensors = [t for engine in manifest.engines.values() for t in (*engine.inputs, *engine.outputs)]
+    return manifest.max_batch * sum(math.prod(t.shape) * np.dtype(t.dtype).itemsize for t in tensors)
 
 
 def require_shared_memory(manifest: Manifest) -> None:
@@ -32,7 +34,7 @@ def require_shared_memory(manifest: Manifest) -> None:
     """
     if not SHARED_MEMORY.is_dir():
         raise ServerMissingError(f"{SHARED_MEMORY} is missing: Triton's Python backend needs it")
-    needed = int(1.25 * sum(_tensor_bytes(manifest))) + (1 << 20) * (len(manifest.engines) + 1)
+    needed = int(1.25 * _tensor_bytes(manifest)) + (1 << 20) * (len(manifest.engines) + 1)
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < needed:
         raise ServerMissingError(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__all__ = ["engine_files", "noise_files"]
+__all__ = ["engine_files", "noise_files", "pipeline_files"]
 
 _FOLDER = Path(__file__).resolve().parent
 _SHARED = (_FOLDER / "shared" / "gate.py",)
@@ -17,3 +17,9 @@ def noise_files() -> tuple[Path, ...]:
     """The files in the version folder of the noise model."""
     names = ("model.py", "philox.py", "philox_gpu.py", "philox.cu", "normal_quantiles.npy")
     return (*(_FOLDER / "noise" / name for name in names), *_SHARED)
+
+
+def pipeline_files(runner: str) -> tuple[Path, ...]:
+    """The files in the version folder of the model that holds all engines in one process, besides the engines."""
+    noise = [path for path in noise_files() if path.parent.name == "noise" and path.name != "model.py"]
+    return (_FOLDER / "pipeline" / "model.py", _FOLDER / "engine" / f"{runner}.py", *noise, *_SHARED)

@@ -151,7 +151,7 @@ def test_the_embedded_server_refuses_what_it_cannot_run(graphs: Path, tmp_path: 
     ("target", "flavour", "options", "words"),
     [
         ("onnxruntime", "native", BuildOptions(), "runs target tensorrt only, not onnxruntime"),
-        ("onnxruntime", "vendor", BuildOptions(), "flavour 'vendor': choose python, native"),
+        ("onnxruntime", "vendor", BuildOptions(), "flavour 'vendor': choose python, single, native"),
         ("tensorrt", "native", BuildOptions(weight_stripped=True), "cannot put weights back"),
         ("tensorrt", "python", BuildOptions(compute_capabilities=("8.9",)), "builds for the GPU of this machine"),
         ("tensorrt", "python", BuildOptions(threads=3), "does not use --threads"),

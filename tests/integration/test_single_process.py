@@ -1,0 +1,173 @@
+"""The flavour ``single``: all engines in one process, and clients see no difference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import tritonclient.grpc as triton
+
+from staindiffuser.client import StainClient
+from staindiffuser.client.errors import RefusedRequestError
+from staindiffuser.export.builders import BuildOptions
+from staindiffuser.export.description import GraphSet
+from staindiffuser.export.errors import ExportUsageError
+from staindiffuser.export.manifest import verify
+from staindiffuser.export.repository import build
+from staindiffuser.serving.preflight import require_shared_memory
+from staindiffuser.serving.server import TritonServer
+from tests.synthetic_graphs import write_graphs
+
+OPTIONS = BuildOptions(max_batch=4, threads=1)
+RNG = np.random.default_rng(0)
+TILES = RNG.integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
+ORIGINS = RNG.integers(-64, 64, (3, 2)) * 16
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("single")
+    write_graphs(folder / "graphs", tile=64)
+    return folder / "graphs"
+
+
+@pytest.fixture(scope="module")
+def repository(graphs: Path) -> Path:
+    return build(graphs, graphs.parent / "single", flavour="single", options=OPTIONS).repository
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[TritonServer]:
+    with TritonServer(repository) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def ensemble(graphs: Path) -> Iterator[TritonServer]:
+    repository = build(graphs, graphs.parent / "ensemble", options=OPTIONS).repository
+    with TritonServer(repository) as server:
+        yield server
+
+
+def test_one_model_in_one_process(repository: Path, server: TritonServer) -> None:
+    manifest = verify(repository)
+    assert manifest.flavour == "single"
+    assert {path.parent.name for path in repository.glob("*/config.pbtxt")} == {"staindiffuser"}
+    assert all(engine.file.startswith("staindiffuser/") for engine in manifest.engines.values())
+    children = psutil.Process(server.pid).children(recursive=True)
+    assert len(children) == 1
+
+
+def test_the_contract_and_the_bytes_are_those_of_the_ensemble(server: TritonServer, ensemble: TritonServer) -> None:
+    with StainClient(server.url) as one, StainClient(ensemble.url) as many:
+        assert one.contract == many.contract
+        for batch in (1, 3):
+            expected = many.stain_tiles(TILES[:batch], ORIGINS[:batch], 7)
+            got = one.stain_tiles(TILES[:batch], ORIGINS[:batch], 7)
+            assert list(got) == ["STAIN_CD3", "STAIN_CK818", "CELLS_CD3", "CELLS_CK818"]
+            for name, tensor in got.items():
+                np.testing.assert_array_equal(tensor, expected[name])
+        whole = one.stain_tiles(TILES, ORIGINS, 7)
+        some = {
+            **one.stain_tiles(TILES, ORIGINS, 7, stains=["cd3"], cells=False),
+            **one.stain_tiles(TILES, ORIGINS, 7, stains=["ck818"], images=False),
+        }
+        assert list(some) == ["STAIN_CD3", "CELLS_CK818"]
+        for name, tensor in some.items():
+            np.testing.assert_array_equal(tensor, whole[name])
+
+
+def test_a_faulty_request_is_named_and_the_next_is_answered(server: TritonServer) -> None:
+    with StainClient(server.url) as client:
+        with pytest.raises(RefusedRequestError, match=r"ORIGIN \(8, 0\) is not a multiple of 16"):
+            client.stain_tiles(TILES[:1], np.array([[8, 0]]), 0)
+        with triton.InferenceServerClient(server.url) as raw:
+            he = triton.InferInput("HE", [1, 32, 32, 3], "UINT8").set_data_from_numpy(TILES[:1, :32, :32])
+            with pytest.raises(triton.InferenceServerException, match="missing required input"):
+                raw.infer("staindiffuser", [he])
+        assert client.stain_tiles(TILES[:1], ORIGINS[:1], 0)["STAIN_CD3"].shape == (1, 64, 64, 3)
+
+
+def test_requests_that_are_not_asked_for_run_nothing(
+    graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model itself, with Triton's utilities and its engines replaced by recorders."""
+    import importlib.util
+    import json
+    import sys
+    import types
+
+    ran: list[str] = []
+
+    class Recorder:
+        def __init__(self, path: Path) -> None:
+            self.name = path.name
+
+        def receive(self, tensor: np.ndarray) -> np.ndarray:
+            return tensor
+
+        def run(self, inputs: dict[str, np.ndarray], outputs: list[str]) -> dict[str, np.ndarray]:
+            ran.append(f"{self.name}({', '.join(n for n in inputs if n.startswith('NOISE'))})")
+            return dict.fromkeys(outputs, np.zeros((1, 64, 64, 3), np.uint8))
+
+    description = GraphSet.load(graphs)
+    engines = {
+        name: {"file": name, "inputs": [t.name for t in e.inputs], "outputs": [t.name for t in e.outputs]}
+        for name, e in description.engines.items()
+    }
+    arrays = {"HE": TILES[:1], "ORIGIN": ORIGINS[:1], "SEED": np.zeros((1, 1), np.int64)}
+    utilities = types.ModuleType("triton_python_backend_utils")
+    utilities.__dict__.update(
+        get_input_tensor_by_name=lambda request, name: types.SimpleNamespace(as_numpy=lambda: arrays[name]),
+        Tensor=lambda name, array: name,
+        InferenceResponse=lambda tensors=None, error=None: (tensors, error),
+        TritonError=types.SimpleNamespace,
+    )
+    runner = types.ModuleType("recorder")
+    runner.__dict__["load"] = lambda path, threads, device: Recorder(path)
+    from staindiffuser.triton_models.noise import philox
+    from staindiffuser.triton_models.shared import gate
+
+    modules = {"triton_python_backend_utils": utilities, "recorder": runner, "philox": philox, "gate": gate}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    path = Path(gate.__file__).parents[1] / "pipeline" / "model.py"
+    spec = importlib.util.spec_from_file_location("pipeline_model", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "_DLPACK", False)
+    parameters = {"runner": "recorder", "engines": json.dumps(engines), "steps": "2", "tile": "64", "threads": "1"}
+    model = module.TritonPythonModel()
+    config = {"parameters": {name: {"string_value": value} for name, value in parameters.items()}}
+    model.initialize(
+        {"model_config": json.dumps(config), "model_instance_kind": "CPU", "model_instance_device_id": "0"}
+    )
+    for output, expected in (
+        ("STAIN_CD3", ["he_encoder()", "stain_cd3(NOISE)"]),
+        ("CELLS_CK818", ["he_encoder()", "cells_ck818(NOISE_CELLS)"]),
+    ):
+        ran.clear()
+        (response,) = model.execute([types.SimpleNamespace(requested_output_names=lambda output=output: [output])])
+        assert response == ([output], None)
+        assert ran == expected
+
+
+def test_less_shared_memory_is_needed(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features stay in the process: only tiles and results pass through /dev/shm."""
+    import shutil
+    import types
+
+    wire = 4 * 64 * 64 * (3 + 2 * 3 + 2 * 1)
+    enough = types.SimpleNamespace(free=int(1.25 * wire) + (6 << 20) + 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: enough)
+    require_shared_memory(verify(repository))
+
+
+def test_what_does_not_fit_is_refused(graphs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportUsageError, match="choose python, single, native"):
+        build(graphs, tmp_path / "x", flavour="double")

@@ -1,0 +1,114 @@
+"""Triton's Python model of the flavour ``single``: noise, encoder and branches of a repository in one process.
+
+It has the name, inputs, outputs and parameters of the ensemble, and computes the same bytes. The features stay in this
+process, or on its GPU, instead of passing through shared memory between processes. Only what the requested outputs need
+is computed: the encoder once, each requested branch, and the noise that these branches read.
+
+``config.pbtxt`` configures it by ``parameters``:
+
+- ``runner``: the file beside this one that loads engines (``engine_onnxruntime``, ``engine_tensorrt``, …);
+- ``engines``: JSON, per engine its file in this folder, its inputs and its outputs, the encoder first;
+- ``steps``: sampler steps of the image branches;
+- ``threads``: threads of a CPU engine, 0 for all available; ``STAINDIFFUSER_THREADS`` overrides it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from gate import Gate
+from philox import check_origins, tile_noise
+
+_DLPACK = np.lib.NumpyVersion(np.__version__) >= "2.0.0"
+"""As in ``engine/model.py``: host tensors cross by DLPack with numpy 2, whose arrays the wheel's backend gets wrong."""
+IMAGE_NOISE, CELL_NOISE = "NOISE", "NOISE_CELLS"
+
+
+class TritonPythonModel:
+    """The interface that Triton's Python backend calls."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load all engines; an error here keeps the server from becoming ready."""
+        config = json.loads(args["model_config"])
+        parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
+        self.gpu = args["model_instance_kind"] == "GPU"
+        self.gate = Gate()
+        self.steps, self.tile = int(parameters["steps"]), int(parameters["tile"])
+        runner = importlib.import_module(parameters["runner"])
+        threads = int(os.environ.get("STAINDIFFUSER_THREADS") or parameters["threads"])
+        device = int(args["model_instance_device_id"])
+        self.signatures: dict[str, dict[str, Any]] = json.loads(parameters["engines"])
+        self.encoder = next(iter(self.signatures))
+        self.engines = {
+            name: runner.load(Path(__file__).with_name(signature["file"]), threads=threads, device=device)
+            for name, signature in self.signatures.items()
+        }
+        self.branches = {signature["outputs"][0]: name for name, signature in self.signatures.items()}
+        self.make_noise: Any = tile_noise
+        if self.gpu:
+            from philox_gpu import GpuNoise
+
+            self.make_noise = GpuNoise(device).tile_noise
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One response per request; a faulty request does not affect the others. A closed gate refuses all."""
+        if self.gate.closed:
+            return [_error("the server is stopping: send the request again", "UNAVAILABLE") for _ in requests]
+        with self.gate.busy():
+            return [self._respond(request) for request in requests]
+
+    def finalize(self) -> None:
+        """Release the engines."""
+        for engine in self.engines.values():
+            engine.close()
+
+    def _respond(self, request: Any) -> Any:
+        try:
+            he, origins, seeds = (_array(request, name) for name in ("HE", "ORIGIN", "SEED"))
+            check_origins(origins)
+        except ValueError as error:
+            return _error(str(error), "INVALID_ARG")
+        try:
+            outputs = self._run(he, origins, seeds, list(request.requested_output_names()))
+            return pb_utils.InferenceResponse([self._tensor(name, array) for name, array in outputs.items()])
+        except Exception as error:  # reported to the client that sent the request
+            return _error(f"{type(error).__name__}: {error}", "INTERNAL")
+
+    def _run(self, he: Any, origins: Any, seeds: Any, names: list[str]) -> dict[str, Any]:
+        encoder = self.engines[self.encoder]
+        tensors = encoder.run({"HE": encoder.receive(he)}, self.signatures[self.encoder]["outputs"])
+        read = {name for output in names for name in self.signatures[self.branches[output]]["inputs"]}
+        if read & {IMAGE_NOISE, CELL_NOISE}:
+            tensors[IMAGE_NOISE], tensors[CELL_NOISE] = self.make_noise(
+                seeds,
+                origins,
+                steps=self.steps if IMAGE_NOISE in read else 1,  # cell maps need one step
+                height=self.tile,
+                width=self.tile,
+                cells=CELL_NOISE in read,
+            )
+        results = {}
+        for output in names:
+            branch = self.branches[output]
+            engine = self.engines[branch]
+            inputs = {name: engine.receive(tensors[name]) for name in self.signatures[branch]["inputs"]}
+            results[output] = engine.run(inputs, [output])[output]
+        return results
+
+    def _tensor(self, name: str, array: Any) -> Any:
+        return pb_utils.Tensor.from_dlpack(name, array) if self.gpu or _DLPACK else pb_utils.Tensor(name, array)
+
+
+def _array(request: Any, name: str) -> Any:
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return np.from_dlpack(tensor) if _DLPACK else tensor.as_numpy()
+
+
+def _error(message: str, code: str) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))

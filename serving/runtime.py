@@ -1,6 +1,6 @@
 """The Triton server inside the ``nvidia-pytriton`` wheel: its location and the environment it needs.
 
-The wheel holds tritonserver, the Python backend and one stub per Python version, in places where tritonserver does not
+The wheel holds tritonserver, the Python backend and one stub per Python version, at paths where tritonserver does not
 look. A backend directory of links brings them together; nothing is copied and the wheel is left unchanged.
 """
 

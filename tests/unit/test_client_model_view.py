@@ -67,8 +67,8 @@ def test_a_ramp_stays_a_ramp_across_blocks() -> None:
     ramp = np.broadcast_to((np.arange(width) // 20)[None, :, None], (600, width, 3)).astype(np.uint8)
     view = ModelView(ArraySlide(ramp), (0.23, 0.23), 0.5)
     row = view.read(0, 100, view.size[0], 1)[0, :, 0].astype(float)
-    middle = (np.arange(view.size[0]) + 0.5) * view.scale[0]
-    assert np.abs(row - (middle / 20 - 0.5)).max() <= 0.75
+    centre = (np.arange(view.size[0]) + 0.5) * view.scale[0]
+    assert np.abs(row - (centre / 20 - 0.5)).max() <= 0.75
     assert (np.diff(row) >= 0).all(), "no seam"
 
 

@@ -99,7 +99,7 @@ def test_workers_fill_one_cache_together(tiles: PairedTiles, monkeypatch: pytest
 
 def test_cache_stays_in_its_budget() -> None:
     cache = TileCache([10, 20, 30, 5], 45)
-    assert cache.nbytes == 30, "the third does not fit, and places are in order"
+    assert cache.nbytes == 30, "the third does not fit, and offsets are in order"
     for index, size in enumerate([10, 20, 30, 5]):
         assert cache.get(index) is None
         cache.put(index, [np.full(size - 5, index + 1, np.uint8), np.full((1, 5), index + 1, np.uint8)])

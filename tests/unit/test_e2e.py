@@ -36,7 +36,7 @@ def test_local_spectra_find_a_wave_wherever_it_lies() -> None:
         spectra = local_spectra(wave, 16)
         assert spectra.shape == (1, 1, 3, 3, 16, 9)
         # the amplitude of a wave of 1 under a window of mean 1/4 in each of 16² pixels, halved, times its frequency;
-        # halved again, since in each direction its power is 1 at the middle and 1/4 at the neighbours of three
+        # halved again, since in each direction its power is 1 at the centre and 1/4 at the neighbours of three
         torch.testing.assert_close(spectra[..., 0, 4], torch.full((1, 1, 3, 3), 16 * 0.25 / 4 * 4), rtol=1e-3, atol=0)
     assert local_spectra(torch.ones(1, 1, 32, 32), 16)[..., 0, 0].abs().max() == 0
 

@@ -32,11 +32,11 @@ def score(virtual: np.ndarray, real: np.ndarray, cells: np.ndarray, mask: np.nda
     return total.metrics()
 
 
-def discs(*middles: tuple[float, float], radius: float = 6.0, size: int = 128) -> NDArray[np.uint8]:
+def discs(*centroids: tuple[float, float], radius: float = 6.0, size: int = 128) -> NDArray[np.uint8]:
     """A map with a disc at each row and column."""
     yy, xx = np.mgrid[:size, :size]
     found = np.zeros((size, size), np.uint8)
-    for y, x in middles:
+    for y, x in centroids:
         found[np.hypot(yy - y, xx - x) <= radius] = 255
     return found
 

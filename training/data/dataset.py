@@ -50,7 +50,7 @@ __all__ = [
 NEGATIVE, POSITIVE = 25, 230
 """A coarse mask is negative up to the first value and positive from the second on; between them is the ignore band."""
 UNKNOWN = 128
-"""In the middle of the ignore band."""
+"""The centre of the ignore band."""
 CACHE_BYTES = 2 << 30
 """Decoded tiles kept by default: 2 GiB are about 2,900 tiles of 256² with two stains."""
 

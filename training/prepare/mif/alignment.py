@@ -1,4 +1,4 @@
-"""Whether H&E and fluorescence show the same nuclei in the same places, and the small shift that is left between them.
+"""Whether H&E and fluorescence show the same nuclei at the same coordinates, and the small shift that is left.
 
 Shapes: H and W an image's height and width in pixels.
 """

@@ -104,10 +104,10 @@ def prepare_mif(request: MifRequest, progress: Progress = lambda what, done, tot
     check_described(request.output, MIF_JSON, _description(request), what="other tiles")
     source = _open(request)
     try:
-        places = _channel_places(request, source)
+        indices = _channel_indices(request, source)
         with ThreadPoolExecutor(request.jobs) as pool:
-            regions = _rules(request, source, places, splits, pool, progress)
-            made, written = _cut(request, source, places, regions, pool, progress)
+            regions = _rules(request, source, indices, splits, pool, progress)
+            made, written = _cut(request, source, indices, regions, pool, progress)
     finally:
         source.close()
     result = _result(request, regions, made, written, time.perf_counter() - begun)
@@ -149,20 +149,20 @@ def _slide_name(request: MifRequest) -> str:
     return request.slide or re.sub(r"[^A-Za-z0-9+-]+", "_", request.he.name.split(".")[0]).strip("_-") or "slide"
 
 
-def _channel_places(request: MifRequest, source: Fields) -> dict[str, int]:
+def _channel_indices(request: MifRequest, source: Fields) -> dict[str, int]:
     """Index of the nuclei's channel (``""``) and of each stain's."""
-    places = {}
+    indices = {}
     for stain, channel in {"": request.nuclei, **request.markers}.items():
         if channel not in source.channels:
             raise DataError(f"{request.mif} has no channel {channel!r}; it has {', '.join(source.channels)}")
-        places[stain] = source.channels.index(channel)
-    return places
+        indices[stain] = source.channels.index(channel)
+    return indices
 
 
 def _rules(
     request: MifRequest,
     source: Fields,
-    places: Mapping[str, int],
+    indices: Mapping[str, int],
     splits: Mapping[str, Split],
     pool: ThreadPoolExecutor,
     progress: Progress,
@@ -180,9 +180,9 @@ def _rules(
         nuclei = MarkerHistogram()
         for pixels in in_order(pool, source.read, fields[::step], ahead=request.jobs + 1):
             inner = pixels.channels[pixels.inner]
-            nuclei.add(inner[..., places[""]])
+            nuclei.add(inner[..., indices[""]])
             for stain, histogram in histograms.items():
-                histogram.add(inner[..., places[stain]])
+                histogram.add(inner[..., indices[stain]])
         rules[region] = RegionRules(
             split=splits.get(region) or split_of(region, val_share=request.val_share, test_share=request.test_share),
             bright_nuclei=nuclei.percentile(BRIGHT_NUCLEI),
@@ -195,7 +195,7 @@ def _rules(
 def _cut(
     request: MifRequest,
     source: Fields,
-    places: Mapping[str, int],
+    indices: Mapping[str, int],
     regions: Mapping[str, RegionRules],
     pool: ThreadPoolExecutor,
     progress: Progress,
@@ -207,7 +207,7 @@ def _cut(
         write_json(request.output / MIF_JSON, _description(request))
 
         def make(field: Field) -> _Made:
-            return _make(request, source, places, regions[field.region], writer, field)
+            return _make(request, source, indices, regions[field.region], writer, field)
 
         for done, one in enumerate(in_order(pool, make, source.fields, ahead=request.jobs + 1), start=1):
             made.append(one)
@@ -228,7 +228,7 @@ def _cut(
 def _make(
     request: MifRequest,
     source: Fields,
-    places: Mapping[str, int],
+    indices: Mapping[str, int],
     rules: RegionRules,
     writer: PairedTilesWriter,
     field: Field,
@@ -236,29 +236,29 @@ def _make(
     """Judge a field and write its images; the row is the caller's."""
     pixels = source.read(field)
     hematoxylin = he_densities(pixels.he)[..., 0]
-    dapi = pixels.channels[..., places[""]]
+    dapi = pixels.channels[..., indices[""]]
     if rules.bright_nuclei < NO_NUCLEI:
         return _Made(field=field, kept=False, correlation=0.0, shift=(0, 0))
     found = align(hematoxylin, dapi, request.mpp)
     kept = found.correlation >= request.least_correlation
     if kept and not writer.has(field.name):
         pixels = Pixels(he=pixels.he, channels=shifted(pixels.channels, found.shift), inner=pixels.inner)
-        _write(request, places, rules, writer, field, pixels)
+        _write(request, indices, rules, writer, field, pixels)
     return _Made(field=field, kept=kept, correlation=found.correlation, shift=found.shift)
 
 
 def _write(
     request: MifRequest,
-    places: Mapping[str, int],
+    indices: Mapping[str, int],
     rules: RegionRules,
     writer: PairedTilesWriter,
     field: Field,
     pixels: Pixels,
 ) -> None:
-    cells = grown(find_nuclei(pixels.channels[..., places[""]], request.mpp, bright=rules.bright_nuclei), request.mpp)
+    cells = grown(find_nuclei(pixels.channels[..., indices[""]], request.mpp, bright=rules.bright_nuclei), request.mpp)
     stains, masks = {}, {}
     for stain, rule in rules.markers.items():
-        marker: FloatArray = pixels.channels[..., places[stain]]
+        marker: FloatArray = pixels.channels[..., indices[stain]]
         stains[stain] = brightfield(pixels.he, rule.dab(marker))[pixels.inner]
         masks[stain] = cell_mask(cells, rule.positive(marker), request.mpp)[pixels.inner]
     writer.write_images(field.name, np.ascontiguousarray(pixels.he[pixels.inner]), stains, masks)

@@ -68,9 +68,36 @@ def model_card(
             values = (stain.get(name) for stain in scores.values())
             lines.append(f"| {name} | " + " | ".join(shown(v) for v in values) + " |")
         lines.append("")
+    if "cells" in metrics:
+        lines += _cell_lines(metrics["cells"])
     if "gate" in metrics:
         lines += gate_lines(metrics["gate"])
     return "\n".join(lines)
+
+
+def _cell_lines(cells: Mapping[str, Any]) -> list[str]:
+    """The scores per cell that ``evaluate --record`` wrote, and which stains tell no more than the H&E does."""
+    stains: Mapping[str, Any] = cells["stains"]
+    lines = [
+        f"## Per cell, measured on {cells['data']}",
+        "",
+        f"{cells['tiles']} tiles of the split `{cells['split']}`, sampler steps: {cells['steps']}. Nuclei are found in "
+        "the H&E; intervals are from a bootstrap over slides.",
+        "",
+        "| | " + " | ".join(stains) + " |",
+        "|---" * (len(stains) + 1) + "|",
+    ]
+    for name in next(iter(stains.values()))["metrics"]:
+        row = []
+        for stain in stains.values():
+            low, high = stain["intervals_95"].get(name, (None, None))
+            interval = f" ({shown(low)} to {shown(high)})" if low is not None else ""
+            row.append(shown(stain["metrics"][name]) + interval)
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    weak = [name for name, stain in stains.items() if not stain["better_than_hematoxylin"]]
+    if weak:
+        lines += ["", f"**Not shown to tell more than the H&E's hematoxylin does: {', '.join(weak)}.**"]
+    return [*lines, ""]
 
 
 def _provenance(provenance: Mapping[str, Any], depth: int = 0) -> list[str]:

@@ -26,6 +26,7 @@ from staindiffuser.training.evaluation.evaluate import (
     summarize,
 )
 from staindiffuser.training.evaluation.feature_distances import FeatureNetwork, Networks
+from staindiffuser.training.evaluation.record import record_cells, with_weak_stains
 from staindiffuser.training.evaluation.report import figure, write_report
 from staindiffuser.training.evaluation.scoring import ScoredTile, score_tiles
 from staindiffuser.training.evaluation.tile_metrics import Reference, measure_cells, measure_image
@@ -241,3 +242,23 @@ def test_report_that_cannot_be_written(evaluations: Sequence[Evaluation], tmp_pa
 def test_figures() -> None:
     assert figure(0.5, (0.25, float("inf"))) == "0.500 (0.250 to ∞)"
     assert figure(float("nan")) == "–"
+
+
+def test_recorded_scores_stand_in_the_card_and_weak_stains_in_the_notice(
+    evaluations: Sequence[Evaluation], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    checkpoint.save(tmp_path / "c")
+    before = (tmp_path / "c" / "model.safetensors").read_bytes()
+    labels = {stain.name: stain.label for stain in checkpoint.config.model.stains}
+    weak = [labels[stain] for stain, score in evaluations[0].cells.items() if not score.passes()]
+    assert weak, "an untrained network tells nothing"
+    for _ in range(2):  # a second time says it once
+        record_cells(evaluations[0], tmp_path / "c", data="blobs")
+    recorded = Checkpoint.load(tmp_path / "c")
+    sentence = f" Not shown to tell more than hematoxylin: {', '.join(weak)} (measured on blobs)."
+    assert recorded.config.notice == checkpoint.config.notice + sentence
+    assert (tmp_path / "c" / "model.safetensors").read_bytes() == before
+    card = (tmp_path / "c" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "## Per cell, measured on blobs" in card
+    assert "**Not shown to tell more than the H&E's hematoxylin does" in card
+    assert with_weak_stains(recorded.config.notice, [], data="blobs") == checkpoint.config.notice

@@ -58,6 +58,14 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", callback=check_file, help="Write the result here as JSON.")
     ] = None,
+    record: Annotated[
+        str | None,
+        typer.Option(
+            help="Write the scores per cell into the checkpoint (metrics, card, notice), as measured on this data.",
+            metavar="DATA",
+            show_default=False,
+        ),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(callback=check_folder, help="Write report.md here, with the best, median and worst tiles."),
@@ -85,10 +93,13 @@ def evaluate(
     from staindiffuser.training.checkpoint import Checkpoint
     from staindiffuser.training.evaluation.evaluate import evaluate_steps, summarize
     from staindiffuser.training.evaluation.feature_distances import Networks, our_encoder, published_networks
+    from staindiffuser.training.evaluation.record import record_cells
     from staindiffuser.training.evaluation.report import figure, write_report
     from staindiffuser.training.evaluation.slides import spread_of
     from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
+    if record is not None and (quick or limit is not None):
+        raise UsageError("--record writes the scores per cell of the whole split: leave out --quick and --limit")
     if quick and encoder is not None:
         raise UsageError("--quick leaves out KID, and --kid-encoder asks for it: give one of the two")
     numbers = _numbers(steps) if steps is not None else ()
@@ -137,6 +148,10 @@ def evaluate(
     if head["trained_on"] and any(head["trained_on"].values()):
         counts = ", ".join(f"{count} {what}" for what, count in head["trained_on"].items() if count)
         typer.echo(f"warning: of {head['tiles']} tiles the model was trained on {counts}: no unseen tissue", err=True)
+    if record is not None:
+        served = next((e for e in evaluations if e.steps == model.config.steps), evaluations[0])
+        recorded = record_cells(served, checkpoint, data=record)
+        typer.echo(f"recorded in {checkpoint}; its notice: {recorded.config.notice}")
     if json_file is not None:  # after the table, which is not lost if the disk is full
         write_json(json_file, summarize(evaluations))
     if report is not None:

@@ -1,0 +1,60 @@
+"""Write the scores per cell into the checkpoint itself: its metrics, its card, and the notice on every output.
+
+A stain whose cell map tells no more than the H&E's hematoxylin must say so wherever it is used. The notice is what
+reaches graphs, server and every ``run.json``, so a weak stain is named there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from staindiffuser.training.checkpoint import Checkpoint
+from staindiffuser.training.evaluation.cell_scores import GATE_MARGIN
+from staindiffuser.training.evaluation.evaluate import Evaluation
+
+__all__ = ["record_cells", "with_weak_stains"]
+
+_WEAK = " Not shown to tell more than hematoxylin: "
+
+
+def record_cells(evaluation: Evaluation, folder: Path, *, data: str) -> Checkpoint:
+    """Record an evaluation in the checkpoint folder that was evaluated.
+
+    Args:
+        evaluation: with its scores per cell.
+        folder: the checkpoint's.
+        data: what it was measured on, in a few words.
+
+    Returns:
+        the checkpoint as it now stands.
+
+    Raises:
+        CheckpointError, UsageError: the folder cannot be read or written.
+    """
+    cells: dict[str, Any] = {
+        "data": data,
+        "split": evaluation.split,
+        "steps": evaluation.steps,
+        "tiles": len(evaluation.rows),
+        "rule": {"auroc_above_hematoxylin": GATE_MARGIN},
+        "stains": evaluation.figures()["cells"],
+    }
+    weak = [stain for stain, score in evaluation.cells.items() if not score.passes()]
+    found = Checkpoint.load(folder)
+    labels = {stain.name: stain.label for stain in found.config.model.stains}
+    notice = with_weak_stains(found.config.notice, [labels[stain] for stain in weak], data=data)
+    recorded = dataclasses.replace(
+        found,
+        config=dataclasses.replace(found.config, notice=notice),
+        metrics={**found.metrics, "cells": cells},
+    )
+    recorded.save(folder)
+    return recorded
+
+
+def with_weak_stains(notice: str, labels: list[str], *, data: str) -> str:
+    """The notice with the weak stains named, in place of those that it named before."""
+    notice = notice.partition(_WEAK)[0]
+    return f"{notice}{_WEAK}{', '.join(labels)} (measured on {data})." if labels else notice

@@ -12,7 +12,7 @@ from staindiffuser.training.check.measure import StainMeasures, TileMeasures
 from staindiffuser.training.prepare.quality import LARGEST_SHIFT, LEAST_FIT, LEAST_SHARPNESS
 from staindiffuser.training.tiles.tile import PairedTile
 
-__all__ = ["FEWEST", "Suspicion", "find_suspicions"]
+__all__ = ["FEWEST", "LEAST_TISSUE", "Suspicion", "find_suspicions"]
 
 LEAST_TISSUE = 0.05
 """Share of a tile below which it is blank."""
@@ -29,6 +29,7 @@ their stains 2.6 (ours)."""
 _HUE_NOISE = 0.01
 """Standard deviation of a channel's share of the optical density that any set has (ours)."""
 _LEAST_DICE = 0.3
+"""Dice of a mask and the brown area below which they hardly overlap (ours)."""
 _DISPUTED = 0.02
 """Share of a tile, positive by its mask or by DAB, from which the two are compared."""
 

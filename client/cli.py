@@ -27,7 +27,10 @@ def stain(
             help="Result folder; with several inputs, the parent of one folder each. (default: ./<slide>-stained)",
         ),
     ] = None,
-    server: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="gRPC address of a running server.")] = None,
+    server: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="gRPC address of a running server; repeat it to use several."),
+    ] = None,
     repository: Annotated[
         Path | None,
         typer.Option(metavar="REPO", help="Model repository to serve meanwhile. (default: the demonstration model)"),
@@ -41,7 +44,7 @@ def stain(
         bool, typer.Option("--force-mpp", help="Use --mpp even if the input states another pixel size.")
     ] = False,
     batch: Annotated[int, typer.Option(help="Tiles per request.")] = 4,
-    in_flight: Annotated[int, typer.Option(help="Concurrent requests.")] = 3,
+    in_flight: Annotated[int, typer.Option(help="Concurrent requests per server.")] = 3,
     timeout: Annotated[
         float, typer.Option(help="Seconds to wait for an answer before the server counts as lost.")
     ] = 300.0,
@@ -107,7 +110,7 @@ def stain(
         )
         credentials = Credentials(authority=tls_ca, certificate=tls_cert, key=tls_key, token_file=token_file)
         target = Target(
-            address=server,
+            addresses=tuple(server or ()),
             repository=repository,
             timeout=timeout,
             patience=patience,

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
-from staindiffuser.client.connection import StainClient
+from staindiffuser.client.contract import Stainer
 from staindiffuser.client.errors import FileNameError, OutputError
 from staindiffuser.client.inputs import SlideInput, find_inputs
 from staindiffuser.client.options import StainingOptions
@@ -90,21 +90,23 @@ class _Batch:
         self.reporter = reporter
         self._slides, self._target, self._as_json, self._dry_run = slides, target, as_json, dry_run
         keep = len(slides) > 1 and not options.overwrite
-        self._options = dataclasses.replace(options, resume=True) if keep else options
+        self._in_flight = options.in_flight
+        threads = options.in_flight * max(1, len(target.addresses))
+        self._options = dataclasses.replace(options, resume=options.resume or keep, in_flight=threads)
         self._outcomes: list[Outcome] = []
 
     def run(self) -> None:
         """Stain every slide, or stop at an error that would fail for the others too."""
         started = time.monotonic()
         with ExitStack() as open_target:
-            client: StainClient | None = None
+            client: Stainer | None = None
             for number, slide in enumerate(self._slides, 1):
                 options = dataclasses.replace(self._options, mpp=slide.mpp) if slide.mpp is not None else self._options
                 self.reporter.prefix = f"slide {number} of {len(self._slides)} · " if len(self._slides) > 1 else ""
                 try:
                     with SlideJob(slide.path, slide.output, options) as job:
                         if client is None:
-                            connection = self._target.connect(options.in_flight, self.reporter.say)
+                            connection = self._target.connect(self._in_flight, self.reporter.say)
                             client = open_target.enter_context(connection)
                         outcome = self._plan(slide, job, client) if self._dry_run else self._stain(slide, job, client)
                 except _OF_ONE_SLIDE as error:
@@ -137,12 +139,12 @@ class _Batch:
             raise errors[-1]
         return EXIT_SOME_FAILED if errors else 0
 
-    def _stain(self, slide: SlideInput, job: SlideJob, client: StainClient) -> Outcome:
+    def _stain(self, slide: SlideInput, job: SlideJob, client: Stainer) -> Outcome:
         with _saying_how_to_continue(job, self.reporter):
             run = job.stain(client, self.reporter)
         return Outcome(slide=slide, status="kept" if job.kept else "stained", run=run)
 
-    def _plan(self, slide: SlideInput, job: SlideJob, client: StainClient) -> Outcome:
+    def _plan(self, slide: SlideInput, job: SlideJob, client: Stainer) -> Outcome:
         plan = job.plan(client.contract)
         stains = client.contract.select(self._options.stains)
         estimate = plan.estimate(len(stains), cells=self._options.cells)

@@ -22,7 +22,7 @@ class StainingOptions:
     batch: int = 4
     """Tiles per request, up to the model's limit."""
     in_flight: int = 3
-    """Concurrent requests."""
+    """Concurrent requests, to all servers together."""
     cells: bool = True
     """Write cell maps and cells."""
     allow_damaged: bool = False

@@ -1,4 +1,4 @@
-"""Where tiles are stained: a server that is already running, or one started for the duration of the work."""
+"""Where tiles are stained: servers that are already running, or one started for the duration of the work."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from staindiffuser.client.connection import PATIENCE, StainClient
+from staindiffuser.client.contract import Stainer
 from staindiffuser.client.credentials import Credentials
+from staindiffuser.client.server_pool import ServerPool
 
 __all__ = ["Target"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The server to use. Raises ValueError for a value that is out of range or contradicts another."""
+    """The servers to use. Raises ValueError for a value that is out of range or contradicts another."""
 
-    address: str | None = None
-    """``HOST:PORT`` of a running server's gRPC endpoint."""
+    addresses: tuple[str, ...] = ()
+    """``HOST:PORT`` of the gRPC endpoint of each running server; all must serve the same model."""
     repository: Path | None = None
-    """A model repository to serve during the work; if there is no address either, the demonstration model is served."""
+    """A model repository to serve during the work; without addresses either, the demonstration model is served."""
     timeout: float = 300.0
     """Seconds to wait for the answer to a request."""
     patience: float = PATIENCE
@@ -32,11 +34,14 @@ class Target:
     """For a server that is offered on a network."""
 
     def __post_init__(self) -> None:
-        if self.address is not None and self.repository is not None:
+        if self.addresses and self.repository is not None:
             raise ValueError("--server and --repository are mutually exclusive: --server names a running server")
-        if self.address is not None and not re.fullmatch(r"[^\s/]+:\d{1,5}", self.address):
-            raise ValueError(f"--server must be HOST:PORT of the server's gRPC endpoint, not {self.address!r}")
-        if self.address is None and self.credentials != Credentials():
+        for address in self.addresses:
+            if not re.fullmatch(r"[^\s/]+:\d{1,5}", address):
+                raise ValueError(f"--server must be HOST:PORT of the server's gRPC endpoint, not {address!r}")
+        if len(set(self.addresses)) < len(self.addresses):
+            raise ValueError("--server names a server twice")
+        if not self.addresses and self.credentials != Credentials():
             raise ValueError("--tls-ca, --tls-cert, --tls-key and --token-file are for --server")
         if self.timeout <= 0:
             raise ValueError(f"--timeout must be positive, not {self.timeout:g}")
@@ -44,20 +49,29 @@ class Target:
             raise ValueError(f"--patience must not be negative, not {self.patience:g}")
 
     @contextmanager
-    def connect(self, in_flight: int = 4, say: Callable[[str], None] = lambda message: None) -> Iterator[StainClient]:
+    def connect(self, in_flight: int = 4, say: Callable[[str], None] = lambda message: None) -> Iterator[Stainer]:
         """Connect; a server of our own runs as long as the context.
 
         Args:
-            in_flight: concurrent requests.
+            in_flight: concurrent requests per server.
             say: receives messages for the user.
 
         Raises:
             ServerError: the server cannot be reached or started.
             VerificationError: the model repository differs from its manifest.
         """
-        if self.address is not None:
-            with self._client(self.address, in_flight, patience=self.patience, credentials=self.credentials) as client:
+        if len(self.addresses) == 1:
+            (address,) = self.addresses
+            with self._client(address, in_flight, patience=self.patience, credentials=self.credentials) as client:
                 yield client
+            return
+        if self.addresses:
+
+            def connect(address: str) -> StainClient:
+                return self._client(address, in_flight, patience=0, credentials=self.credentials)
+
+            with ServerPool(self.addresses, connect, in_flight=in_flight, patience=self.patience, say=say) as pool:
+                yield pool
             return
         # Imported here, because a client of a remote server does not need the packages of the server.
         from staindiffuser.serving.demo import demo_repository

@@ -54,7 +54,7 @@ def summary(folder: Path) -> dict[str, dict[str, str]]:
 def test_a_folder_of_slides(
     scans: Path, tmp_path: Path, server: FakeTriton, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target, out = Target(address=server.url), tmp_path / "out"
+    target, out = Target(addresses=(server.url,)), tmp_path / "out"
     assert run_command([scans / "b.tif"], out / "b-stained", target, OPTIONS) == 0
     (out / "d-stained").mkdir()
     (out / "d-stained/run.json").write_text("{}", encoding="utf-8")
@@ -84,7 +84,7 @@ def test_a_lost_server_ends_the_batch_but_not_its_record(scans: Path, tmp_path: 
         return identity(tensor, tiles, origins)
 
     with FakeTriton(die) as dying, pytest.raises(ServerLostError):
-        run_command([scans], tmp_path / "out", Target(address=dying.url, patience=0), OPTIONS)
+        run_command([scans], tmp_path / "out", Target(addresses=(dying.url,), patience=0), OPTIONS)
     states = {name: row["status"] for name, row in summary(tmp_path / "out").items()}
     assert states == {"a.tif": "stained", "b.tif": "interrupted", "c.tif": "not started", "d.tif": "not started"}
 
@@ -93,7 +93,7 @@ def test_a_list_gives_each_slide_its_pixel_size(scans: Path, tmp_path: Path, ser
     for name in ("a", "b"):
         tifffile.imwrite(scans / f"{name}.tif", tifffile.imread(scans / f"{name}.tif"), photometric="rgb")
     (scans / "night.csv").write_text("slide,mpp,output\na.tif,0.25,fine\nb.tif,0.5,\n", encoding="utf-8")
-    assert run_command([scans / "night.csv"], tmp_path / "out", Target(address=server.url), OPTIONS) == 0
+    assert run_command([scans / "night.csv"], tmp_path / "out", Target(addresses=(server.url,)), OPTIONS) == 0
     sizes = {
         folder: json.loads((tmp_path / "out" / folder / "run.json").read_text(encoding="utf-8"))["result"]["size"]
         for folder in ("fine", "b-stained")
@@ -105,7 +105,7 @@ def test_a_dry_run_sends_nothing_and_leaves_nothing(
     scans: Path, tmp_path: Path, server: FakeTriton, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slides = [scans / "a.tif", scans / "b.tif"]
-    options = (Target(address=server.url), OPTIONS)
+    options = (Target(addresses=(server.url,)), OPTIONS)
     assert run_command(slides, tmp_path / "out", *options, as_json=True, dry_run=True) == 0
     printed = capsys.readouterr()
     plans = [json.loads(line) for line in printed.out.splitlines()]

@@ -12,9 +12,10 @@ from staindiffuser.client.testing import FakeTriton
 @pytest.mark.parametrize(
     ("values", "option"),
     [
-        ({"address": "host"}, "--server"),
-        ({"address": "http://host:1"}, "--server"),
-        ({"address": "h:1", "repository": Path("r")}, "--repository"),
+        ({"addresses": ("host",)}, "--server"),
+        ({"addresses": ("h:1", "http://host:1")}, "--server"),
+        ({"addresses": ("h:1",), "repository": Path("r")}, "--repository"),
+        ({"addresses": ("h:1", "h:1")}, "twice"),
         ({"timeout": 0.0}, "--timeout"),
         ({"patience": -1.0}, "--patience"),
     ],
@@ -26,6 +27,6 @@ def test_an_impossible_target_is_refused(values: dict[str, Any], option: str) ->
 
 def test_a_running_server_is_connected_to() -> None:
     said: list[str] = []
-    with FakeTriton() as fake, Target(address=fake.url).connect(2, said.append) as client:
+    with FakeTriton() as fake, Target(addresses=(fake.url,)).connect(2, said.append) as client:
         assert client.url == fake.url
     assert said == []

@@ -43,7 +43,7 @@ demo: $(DEMO_VENV)/.installed  ## stain a slide on this machine: SLIDE=path, els
 	$(DEMO_VENV)/bin/python -m staindiffuser.demo $(if $(SLIDE),--slide '$(SLIDE)') --output '$(OUTPUT)'
 
 test: install lint types  ## all tests but the slow ones, with lint and types
-	$(RUN) -m pytest -m "not slow and not gpu and not network and not timing"
+	$(RUN) -m pytest --cov -m "not slow and not gpu and not network and not timing"
 
 test-all: install lint types  ## every test that this machine can run
 	$(RUN) -m pytest -m "not gpu and not network and not timing"

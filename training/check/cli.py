@@ -34,7 +34,7 @@ def check(
     """Show what a folder of paired tiles holds, what is wrong with it, and which tiles to look at.
 
     Values of the masks, positive share per stain and split, alignment of H&E and IHC, copies and leaks between splits,
-    blank and blurred tiles, odd colours, sizes, and tiles whose positive share is not that of similar tissue.
+    blank and blurred tiles, odd colours, sizes, and stains that are brown where they are negative.
 
     Exit code 4: the folder cannot be trained on.
     """

@@ -11,9 +11,9 @@ from scipy import ndimage
 from staindiffuser.imaging.arrays import BoolArray, FloatArray, UInt8Array
 from staindiffuser.imaging.image_files import read_image
 from staindiffuser.imaging.optical_density import (
-    HE_MATRIX,
     dab_density,
     dab_mask,
+    he_densities,
     hematoxylin_density,
     optical_density,
 )
@@ -29,7 +29,6 @@ _TISSUE_DENSITY = 0.06
 """Mean optical density of the channels, smoothed, from which a pixel of the H&E is tissue."""
 _NUCLEI_BAND = (1.5, 12.0)
 """Sizes of detail in which the hematoxylin of H&E and IHC is compared, pixels."""
-_HE_HEMATOXYLIN = np.linalg.inv(HE_MATRIX)[:, 0].astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,7 @@ def measure(tile: PairedTile) -> TileMeasures:
         ImageError: one of its images cannot be read.
     """
     he = read_image(tile.he)
-    density = optical_density(he)
+    density, hematoxylin = optical_density(he), np.ascontiguousarray(he_densities(he)[..., 0])
     tissue = ndimage.gaussian_filter(density.mean(axis=-1), 2.0) > _TISSUE_DENSITY
     where = tissue if tissue.mean() > 0.02 else np.ones_like(tissue)
     return TileMeasures(
@@ -93,7 +92,7 @@ def measure(tile: PairedTile) -> TileMeasures:
         colour=_triple(density[where].mean(axis=0)),
         rgb=_triple(he.mean(axis=(0, 1))),
         sharpness=sharpness(he),
-        stains={stain: _stain(tile, stain, density @ _HE_HEMATOXYLIN) for stain in tile.stains},
+        stains={stain: _stain(tile, stain, hematoxylin) for stain in tile.stains},
     )
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from staindiffuser.imaging.arrays import UInt8Array
-from staindiffuser.imaging.glass import glass_colour
+from staindiffuser.imaging.glass import glass_percentile
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.prepare.registration.landmarks import Points, read_pair, target_error
 from staindiffuser.training.prepare.registration.overview import overviews
@@ -176,7 +176,7 @@ def rotated_and_erased(
     if side is not None:
         left = np.rot90(there, SIDES.index(side))  # a view
         left[:, : left.shape[1] // 3] = False
-    glass = np.rint(glass_colour(image))
+    glass = np.rint(glass_percentile(image))
     kept = np.where(there[..., None], image, glass.astype(np.uint8))
     cos, sin = abs(np.cos(np.radians(degrees))), abs(np.sin(np.radians(degrees)))
     # Not a pixel more for what is rounding only, at multiples of 90°.

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from staindiffuser.imaging.arrays import FloatArray, UInt8Array
+from staindiffuser.imaging.arrays import BoolArray, FloatArray, UInt8Array
 
-__all__ = ["UNSCANNED", "glass_colour", "texture"]
+__all__ = ["UNSCANNED", "glass_colour", "glass_percentile", "texture"]
 
 UNSCANNED = 254
 """Scanners fill what they did not scan with white: no channel below this. Scanned glass is darker."""
@@ -31,19 +31,50 @@ def glass_colour(rgb: UInt8Array) -> FloatArray:
     Returns:
         float32 [3].
     """
-    darkest, brightest = rgb.min(axis=-1), rgb.max(axis=-1)
-    bright = (darkest > BRIGHT) & (brightest - darkest < COLOURLESS)
-    scanned = bright & (darkest < UNSCANNED) & (texture(rgb.astype(np.float32)) < SMOOTH)
-    if scanned.mean() >= 0.01:
-        bright = scanned
-    if bright.mean() < 0.002:
+    bright = _bright(rgb, texture(rgb.astype(np.float32)) < SMOOTH)
+    if bright is None:
         return np.full(3, DEFAULT, dtype=np.float32)
+    darkest = rgb.min(axis=-1)
     commonest = int(np.bincount(darkest[bright], minlength=256).argmax())
     peak = rgb[bright & (np.abs(darkest.astype(np.int16) - commonest) <= 2)]
     colour: FloatArray = peak.mean(axis=0, dtype=np.float64).astype(np.float32)
     # Pale tissue can be commoner than glass in a crop: glass is as bright as the brightest of them.
     high = np.percentile(rgb[bright], 90, axis=0)
     return np.maximum(colour, high - 8).astype(np.float32)
+
+
+def glass_percentile(rgb: UInt8Array) -> FloatArray:
+    """Colour of the glass as the 75th percentile of what is bright and colourless; 245 where there is hardly any.
+
+    A little brighter than :func:`glass_colour`, so that faint tissue counts. Registration uses it: with the other one
+    the gap between the scores of right and wrong pairs is 0.07 instead of 0.10 (``bench registration``; ours).
+
+    Args:
+        rgb: uint8 [H, W, 3].
+
+    Returns:
+        float32 [3].
+    """
+    bright = _bright(rgb)
+    if bright is None:
+        return np.full(3, DEFAULT, dtype=np.float32)
+    colour: FloatArray = np.percentile(rgb[bright], 75, axis=0).astype(np.float32)
+    return colour
+
+
+def _bright(rgb: UInt8Array, smooth: BoolArray | None = None) -> BoolArray | None:
+    """Bright, colourless pixels, of them those that were scanned (and are ``smooth``) if there are some.
+
+    None where there is hardly any glass.
+    """
+    darkest, brightest = rgb.min(axis=-1), rgb.max(axis=-1)
+    bright: BoolArray = (darkest > BRIGHT) & (brightest - darkest < COLOURLESS)
+    scanned = bright & (darkest < UNSCANNED)
+    if smooth is not None:
+        scanned &= smooth
+    if scanned.mean() >= 0.01:
+        bright = scanned
+    return bright if bright.mean() >= 0.002 else None
 
 
 def texture(rgb: FloatArray) -> FloatArray:

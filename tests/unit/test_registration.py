@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import ndimage
 
 from staindiffuser.benchmarks.registration import SIDES, bench_registration, find_section_pairs, rotated_and_erased
-from staindiffuser.imaging.glass import glass_colour
+from staindiffuser.imaging.glass import glass_percentile
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.prepare.quality import Fit, fit_of, present, sharpness
 from staindiffuser.training.prepare.registration.candidates import DISTINCT_ANGLE, find_candidates
@@ -235,12 +235,12 @@ def test_images_must_have_one_pixel_size(pair: tuple[np.ndarray, np.ndarray]) ->
 
 
 def test_hematoxylin_and_tissue_are_seen_in_both_stains(pair: tuple[np.ndarray, np.ndarray]) -> None:
-    he, ihc = structure(pair[0], "he", glass_colour(pair[0])), structure(pair[1], "ihc", glass_colour(pair[1]))
+    he, ihc = structure(pair[0], "he", glass_percentile(pair[0])), structure(pair[1], "ihc", glass_percentile(pair[1]))
     both = he.tissue & ihc.tissue
     assert both.sum() > 0.9 * ihc.tissue.sum()
     assert both.sum() > 0.6 * he.tissue.sum()  # stroma is hardly stained in an IHC
     assert np.corrcoef(he.hematoxylin[both], ihc.hematoxylin[both])[0, 1] > 0.5
-    assert glass_colour(np.zeros((8, 8, 3), np.uint8)) == pytest.approx(245)
+    assert glass_percentile(np.zeros((8, 8, 3), np.uint8)) == pytest.approx(245)
 
 
 # --- the benchmark, and real sections ---

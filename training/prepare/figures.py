@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from staindiffuser.files import replacing
 from staindiffuser.imaging.arrays import FloatArray, UInt8Array
-from staindiffuser.imaging.glass import glass_colour
+from staindiffuser.imaging.glass import glass_percentile
 from staindiffuser.training.prepare.quality import Reason
 from staindiffuser.training.prepare.registration.features import structure
 from staindiffuser.training.prepare.registration.register import Registration
@@ -43,8 +43,8 @@ def registration_image(
     side = max(8, max(height, width) // _SQUARES)
     rows, columns = np.arange(height)[:, None] // side, np.arange(width)[None] // side
     board = np.where(((rows + columns) % 2 == 0)[..., None], he.rgb, moved)
-    first = _ink(structure(he.rgb, "he", glass_colour(he.rgb)).hematoxylin)
-    second = _ink(structure(moved, "ihc", glass_colour(ihc.rgb)).hematoxylin)
+    first = _ink(structure(he.rgb, "he", glass_percentile(he.rgb)).hematoxylin)
+    second = _ink(structure(moved, "ihc", glass_percentile(ihc.rgb)).hematoxylin)
     laid_over = np.stack([255 - second, 255 - first, 255 - second], axis=-1)
     _save(path, np.concatenate([board, np.full((height, 8, 3), 255, np.uint8), laid_over], axis=1), caption)
 

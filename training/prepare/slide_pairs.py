@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from staindiffuser.files import write_json
-from staindiffuser.imaging.glass import glass_colour
+from staindiffuser.imaging.glass import glass_percentile
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.prepare.figures import registration_image, tiles_image
 from staindiffuser.training.prepare.quality import Reason
@@ -145,7 +145,7 @@ def prepare_pair(request: PairRequest, progress: Progress = lambda what, done, t
                 he=he,
                 ihc=ihc,
                 warps={stain: registration.warp for stain, registration in found.items()},
-                glass={name: glass_colour(plane.rgb) for name, plane in {"he": he_plane, **planes}.items()},
+                glass={name: glass_percentile(plane.rgb) for name, plane in {"he": he_plane, **planes}.items()},
                 grid=grid,
                 # A registration at about the tiles' own resolution leaves nothing to find.
                 refine={stain: plane.mpp > 1.05 * FACTOR * request.mpp for stain, plane in planes.items()},

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from scipy import ndimage
 
-from staindiffuser.imaging.glass import glass_colour
+from staindiffuser.imaging.glass import glass_percentile
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.prepare.registration.features import structure
 from staindiffuser.training.prepare.registration.register import WORKING_SIDE
@@ -35,7 +35,7 @@ def tissue_box(section: Section) -> Box:
     mpp = max(max(width, height) / _SIDE, *section.mpp)
     size = (max(1, int(width / mpp)), max(1, int(height / mpp)))
     rgb = section.read((0.0, 0.0), size, mpp).rgb
-    tissue = structure(rgb, "he", glass_colour(rgb)).tissue
+    tissue = structure(rgb, "he", glass_percentile(rgb)).tissue
     labels, count = ndimage.label(tissue, np.ones((3, 3)))
     areas = np.bincount(labels.ravel(), minlength=count + 1)
     areas[0] = 0

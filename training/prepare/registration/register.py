@@ -17,7 +17,7 @@ import numpy as np
 from scipy import ndimage
 
 from staindiffuser.imaging.arrays import BoolArray, FloatArray
-from staindiffuser.imaging.glass import glass_colour
+from staindiffuser.imaging.glass import glass_percentile
 from staindiffuser.training.prepare.registration.candidates import find_candidates
 from staindiffuser.training.prepare.registration.features import Structure, band_passed, correlation, structure
 from staindiffuser.training.prepare.registration.flow import displacement
@@ -91,7 +91,9 @@ def register(he: SectionImage, ihc: SectionImage) -> Registration:
     """
     if abs(he.mpp / ihc.mpp - 1) > 1e-6:
         raise ValueError(f"the images must have one pixel size, not {he.mpp} and {ihc.mpp}")
-    pair = _Pair(structure(he.rgb, "he", glass_colour(he.rgb)), structure(ihc.rgb, "ihc", glass_colour(ihc.rgb)))
+    pair = _Pair(
+        structure(he.rgb, "he", glass_percentile(he.rgb)), structure(ihc.rgb, "ihc", glass_percentile(ihc.rgb))
+    )
     matrix, similarity = np.eye(2, 3), -1.0
     for candidate in find_candidates(pair.fixed, pair.moving):
         found = pair.by_blocks(candidate.matrix)

@@ -40,6 +40,8 @@ class ImageSlide(Slide):
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(path) as image:
+                    image.verify()  # a PNG's checksums, which decoding ignores
+                with Image.open(path) as image:
                     if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
                         raise SlideError(f"{path} holds {frames} images: save the H&E as a file of its own")
                     if image.format in ("JPEG", "MPO"):

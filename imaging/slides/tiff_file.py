@@ -78,13 +78,13 @@ class TiffLevels:
                 # These read from the file, which is closed when the tiles are decoded; so they are kept.
                 self._decoders = [(page.decode, page.jpegtables, page.jpegheader) for page in self.pages]
                 self.mpp = self._find_pixel_size(tiff, series)
+            for level, page in enumerate(self.pages):
+                self._require_all_chunks(level, page)
         except SlideError:
             raise
         # A damaged TIFF makes tifffile raise nearly anything (struct.error, TypeError, MemoryError, ...).
         except Exception as error:
             raise SlideError(f"{path} is damaged or not a TIFF: {_one_line(error)}") from error
-        for level, page in enumerate(self.pages):
-            self._require_all_chunks(level, page)
         self.is_tiled = all(page.is_tiled for page in self.pages)
         self.sizes = tuple((int(page.imagewidth), int(page.imagelength)) for page in self.pages)
         self._fd = os.open(path, os.O_RDONLY)
@@ -198,12 +198,12 @@ class TiffLevels:
         width, height = self._chunk(level)
         if width * height > MAX_CHUNK_PIXELS:
             raise SlideError(f"{self.path} claims a tile of {width} × {height} pixels: it is damaged")
-        offsets = np.asarray(page.dataoffsets, dtype=np.int64)
-        counts = np.asarray(page.databytecounts, dtype=np.int64)
+        offsets, counts = page.dataoffsets, page.databytecounts
         expected = -(-int(page.imagewidth) // width) * -(-int(page.imagelength) // height) * self._planes(page)
         if len(offsets) < expected or len(counts) < expected:
             raise SlideError(f"{self.path} is damaged: level {level} has {len(offsets)} of {expected} tiles")
-        if (offsets + counts).max(initial=0) > bytes_in_file:
+        ends = np.asarray(offsets[:expected], dtype=np.int64) + np.asarray(counts[:expected], dtype=np.int64)
+        if ends.max(initial=0) > bytes_in_file:
             raise IncompleteSlideError(
                 f"{self.path} is incomplete: its data continue after its end ({bytes_in_file} bytes)"
             )
@@ -212,7 +212,8 @@ class TiffLevels:
         """A tile or strip as RGB; raises SlideError if it is damaged, LookupError if it is not stored."""
         page = self.pages[level]
         planes = self._planes(page)
-        stride = len(page.databytecounts) // planes
+        width, height = self._chunk(level)
+        stride = -(-int(page.imagewidth) // width) * -(-int(page.imagelength) // height)
         try:
             parts = [self._decode_segment(level, index + plane * stride) for plane in range(planes)]
         except LookupError:

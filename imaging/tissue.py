@@ -7,6 +7,7 @@ nearly as bright as glass, but its membranes are not smooth). Constants are ours
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ from staindiffuser.imaging.slides import Slide
 
 __all__ = ["Overview", "TissueMask", "find_tissue", "read_overview"]
 
+OVERVIEW_PIXELS = 4e6
+"""Of the overview at most: finding tissue takes about 70 bytes of memory per pixel."""
 OVERVIEW_MPP = 8.0
 """Pixel size of the overview, µm, about: a lymphocyte is one pixel."""
 ABSORBANCE = 0.06
@@ -93,18 +96,24 @@ class TissueMask:
 
 
 def read_overview(slide: Slide, mpp: PixelSize, side: int = 256) -> Overview:
-    """The whole slide at about 8 µm a pixel, averaged over areas, or finer where that gives fewer than ``side`` pixels.
+    """The whole slide at about 8 µm per pixel, averaged over areas.
+
+    Finer where that gives fewer than ``side`` pixels, coarser where it gives more than 4 million (256 mm²).
 
     Raises:
         SlideError: the slide is damaged.
     """
     target = min(OVERVIEW_MPP, max(min(mpp), min(mpp) * max(slide.size) / side))
+    area_um2 = slide.size[0] * mpp[0] * slide.size[1] * mpp[1]
+    target = max(target, (area_um2 / OVERVIEW_PIXELS) ** 0.5)
     level = 0
     for candidate, (width, _) in enumerate(slide.level_sizes):
         if mpp[0] * slide.size[0] / width <= target:
             level = candidate
     width, height = slide.level_sizes[level]
     factor = max(1, int(target / (mpp[0] * slide.size[0] / width)))
+    if width * height > OVERVIEW_PIXELS * factor**2:
+        factor = math.ceil((width * height / OVERVIEW_PIXELS) ** 0.5)
     out = np.empty((-(-height // factor), -(-width // factor), 3), dtype=np.uint8)
     step = max(1, 2048 // factor) * factor
     for y in range(0, height, step):

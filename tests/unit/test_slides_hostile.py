@@ -30,7 +30,7 @@ def ome_tiff(path: Path) -> None:
         writer.write(image()[::2, ::2], photometric="rgb", subfiletype=1, tile=(128, 128))
 
 
-KINDS: dict[str, Callable[[Path], None]] = {
+KINDS: dict[str, Callable[[Path], object]] = {
     "jpeg.tif": lambda path: tiff(path, compression="jpeg"),
     "deflate.tif": lambda path: tiff(path, compression="zlib"),
     "strips.tif": lambda path: tifffile.imwrite(path, image(), photometric="rgb", rowsperstrip=16, **RESOLUTION),

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from staindiffuser.imaging.slides import open_slide
+from staindiffuser.imaging.slides import Slide, open_slide
 from staindiffuser.imaging.tissue import Overview, TissueMask, find_tissue, read_overview
 
 GLASS = 242
@@ -24,6 +24,29 @@ def mask_of(image: np.ndarray, mpp: float = 8.0) -> TissueMask:
 @pytest.mark.parametrize("level", [205, 230, 242, 250, 255])
 def test_bare_glass_of_any_brightness_has_no_tissue(level: int) -> None:
     assert mask_of(glass() - GLASS + level).fraction == 0
+
+
+class HugeSlide(Slide):
+    """100,000 × 80,000 pixels, without memory for them."""
+
+    def __init__(self, *levels: tuple[int, int]) -> None:
+        super().__init__(Path("huge"))
+        self.level_sizes = levels
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        assert level == 1
+        return np.full((height, width, 3), 240, np.uint8)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("reduced", [(6250, 5000), (12500, 10000), (3000, 2400)])
+def test_the_overview_of_a_huge_slide_is_bounded(reduced: tuple[int, int]) -> None:
+    overview = read_overview(HugeSlide((100_000, 80_000), reduced), (0.5, 0.5))
+    height, width = overview.pixels.shape[:2]
+    assert 5e5 < width * height <= 4.1e6
+    assert width * overview.mpp[0] == pytest.approx(50_000, rel=0.01)
 
 
 def test_uneven_glass_has_no_tissue() -> None:

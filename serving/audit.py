@@ -1,4 +1,4 @@
-"""The audit log: one JSON object per line for every start, load, refusal, crash, restart and stop of a server."""
+"""The audit log: one JSON object per line for every start, failure, crash, restart, drain and stop of a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``staindiffuser serve``: start the embedded server and watch it until it is stopped."""
+"""The commands ``serve`` (start the embedded server and watch it until it is stopped), ``doctor`` and ``proxy``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def serve(
         float, typer.Option(min=0, help="Seconds that SIGTERM leaves for the requests in progress.")
     ] = 30.0,
     audit: Annotated[
-        Path | None, typer.Option(help="Append starts, loads, refusals, crashes, restarts and stops to this file.")
+        Path | None, typer.Option(help="Append starts, failures, crashes, restarts and stops to this file.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ready line as one JSON object.")] = False,
 ) -> None:
@@ -87,6 +87,8 @@ def serve(
         log_book.record("failed", reason=str(error), exit_code=error.exit_code)
         raise
     except _Stop as signalled:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # what is left takes a moment
         log_book.record("stop", signal=signal.Signals(signalled.number).name)
         say("stopped")
         if signalled.number == signal.SIGINT:

@@ -205,10 +205,14 @@ def _cache() -> Iterator[Finding]:
 
 
 def _port(port: int, option: str) -> Iterator[Finding]:
+    from staindiffuser.serving.errors import PortInUseError
     from staindiffuser.serving.ports import PortClaim
 
-    with PortClaim(port, option=option):
-        yield Finding(name=f"port {port}", status="ok", detail=f"free ({option})")
+    try:
+        with PortClaim(port, option=option):
+            yield Finding(name=f"port {port}", status="ok", detail=f"free ({option})")
+    except PortInUseError as error:  # perhaps by the server that is to be there
+        yield Finding(name=f"port {port}", status="warning", detail=str(error))
 
 
 def _repository(repository: Path) -> Iterator[Finding]:

@@ -26,7 +26,7 @@ from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.serving import supervisor
 from staindiffuser.serving.arguments import LOOPBACK, triton_arguments
 from staindiffuser.serving.drain import drain, open_gate
-from staindiffuser.serving.errors import ServerMissingError
+from staindiffuser.serving.errors import PortInUseError, ServerMissingError
 from staindiffuser.serving.model_links import link_models
 from staindiffuser.serving.ports import PortClaim
 from staindiffuser.serving.preflight import require_shared_memory
@@ -131,29 +131,6 @@ class TritonServer:
             raise
         return self
 
-    def _claim_ports(self) -> None:
-        for port, option in zip(self._ports, ("--grpc-port", "--metrics-port"), strict=True):
-            self._claims.append(PortClaim(port, option=option))
-        self._grpc_port, self._metrics_port = (claim.port for claim in self._claims)
-
-    def _launch(self) -> None:
-        self._start(self._check())
-        wait_until_ready(self.url, self.manifest, identity=self._identity, require_alive=self._require_started)
-        triton = psutil.Process(self._pid)
-        self._processes = [triton, *triton.children(recursive=True)]
-
-    def _check(self) -> TritonRuntime:
-        """Verify the repository and this machine."""
-        self._manifest = verify(self.repository, checkpoint=self._checkpoint)
-        if self._manifest.flavour == "native":
-            raise ServerMissingError(
-                f"{self.repository} needs Triton's TensorRT backend, which the embedded server lacks: serve it in the "
-                "container, or build it with --flavour python or single"
-            )
-        runtime = find_runtime()
-        require_shared_memory(self._manifest)
-        return runtime
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -171,8 +148,9 @@ class TritonServer:
         Raises:
             VerificationError, ServerMissingError, ServerStartError: as when it was started first.
         """
-        if self.alive:  # it is broken, and may not react to a gentler signal
-            os.kill(self._pid, signal.SIGKILL)
+        if self.alive and self._pid:  # it is broken, and may not react to a gentler signal
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
         self._end()
         try:
             self._launch()
@@ -210,6 +188,31 @@ class TritonServer:
             if ended:
                 raise ServerLostError(f"an engine's process (id {ended[0].pid}) has ended: out of memory?")
             time.sleep(min(POLL_SECONDS, left))
+
+    def _claim_ports(self) -> None:
+        if self._ports[0] is not None and self._ports[0] == self._ports[1]:
+            raise PortInUseError(f"--grpc-port and --metrics-port are both {self._ports[0]}: choose two ports")
+        for port, option in zip(self._ports, ("--grpc-port", "--metrics-port"), strict=True):
+            self._claims.append(PortClaim(port, option=option))
+        self._grpc_port, self._metrics_port = (claim.port for claim in self._claims)
+
+    def _launch(self) -> None:
+        self._start(self._check())
+        wait_until_ready(self.url, self.manifest, identity=self._identity, require_alive=self._require_started)
+        triton = psutil.Process(self._pid)
+        self._processes = [triton, *triton.children(recursive=True)]
+
+    def _check(self) -> TritonRuntime:
+        """Verify the repository and this machine."""
+        self._manifest = verify(self.repository, checkpoint=self._checkpoint)
+        if self._manifest.flavour == "native":
+            raise ServerMissingError(
+                f"{self.repository} needs Triton's TensorRT backend, which the embedded server lacks: serve it in the "
+                "container, or build it with --flavour python or single"
+            )
+        runtime = find_runtime()
+        require_shared_memory(self._manifest)
+        return runtime
 
     def _end(self) -> None:
         """End the process and remove its files."""

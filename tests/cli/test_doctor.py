@@ -69,7 +69,7 @@ def test_missing_packages_are_absent_and_not_fatal(ports: list[object]) -> None:
     assert findings["memory"]["detail"] == "unknown: the package psutil is not installed"
 
 
-def test_a_port_in_use_and_a_changed_repository_are_problems(repository: Path, ports: list[object]) -> None:
+def test_a_port_in_use_is_a_warning_and_a_changed_repository_a_problem(repository: Path, ports: list[object]) -> None:
     changed = repository / "noise" / "1" / "philox.py"
     original = changed.read_bytes()
     changed.write_bytes(original + b"\n")
@@ -78,10 +78,8 @@ def test_a_port_in_use_and_a_changed_repository_are_problems(repository: Path, p
             held.bind(("127.0.0.1", int(str(ports[1]))))
             held.listen()
             code, findings, _ = doctor(repository, *ports)
-            assert code == 2
-            assert findings[f"port {ports[1]}"]["status"] == "problem"
+            assert findings[f"port {ports[1]}"]["status"] == "warning"
             assert "is in use by process" in findings[f"port {ports[1]}"]["detail"]
-        code, findings, _ = doctor(repository, *ports)
     finally:
         changed.write_bytes(original)
     assert code == 5

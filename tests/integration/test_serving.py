@@ -195,6 +195,12 @@ def test_port_in_use_is_named(repository: Path) -> None:
             pass
 
 
+def test_one_port_for_both_is_refused(repository: Path) -> None:
+    server = TritonServer(repository, grpc_port=8001, metrics_port=8001)
+    with pytest.raises(PortInUseError, match="--grpc-port and --metrics-port are both 8001"), server:
+        pass
+
+
 def test_ready_means_that_the_server_which_was_started_answers(running: TritonServer) -> None:
     with triton.InferenceServerClient(running.url) as client:
         config = client.get_model_config("staindiffuser").config

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import grpc  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from cryptography import x509
 from tritonclient.grpc import service_pb2
 
 from staindiffuser.client import StainClient
@@ -61,6 +65,7 @@ class Proxy:
         self.metrics = f"https://localhost:{options.metrics_listen.rpartition(':')[2]}"
         self.log = folder / "log"
         self.folder = folder
+        self.process: subprocess.Popen[bytes] | None = None
 
     def credentials(self, name: str = "clinic", **others: Any) -> Credentials:
         folder = self.folder.parent
@@ -84,9 +89,14 @@ def running(folder: Path, servers: list[TritonServer], authority: Authority, **o
         servers=tuple(
             ProxyServer.parse(f"{s.url}:{s.metrics_url.rpartition(':')[2].partition('/')[0]}") for s in servers
         ),
-        certificate=authority.folder / "server.pem",
         client_ca=authority.folder / "ca.pem",
-        **{"tokens": authority.folder / "tokens", "max_message": MAX_MESSAGE, "requests_per_10s": 10_000, **options},
+        **{
+            "certificate": authority.folder / "server.pem",
+            "tokens": authority.folder / "tokens",
+            "max_message": MAX_MESSAGE,
+            "requests_per_10s": 10_000,
+            **options,
+        },
     )
     configuration = write_proxy(chosen, folder)
     checked = subprocess.run([haproxy(), "-c", "-f", configuration], capture_output=True, text=True, check=False)
@@ -94,7 +104,7 @@ def running(folder: Path, servers: list[TritonServer], authority: Authority, **o
     assert "WARNING" not in checked.stderr
     proxy = Proxy(folder, chosen)
     with proxy.log.open("w") as log:
-        process = subprocess.Popen([haproxy(), "-W", "-f", configuration], stdout=log, stderr=log)
+        proxy.process = process = subprocess.Popen([haproxy(), "-W", "-f", configuration], stdout=log, stderr=log)
     try:
         assert eventually(lambda: is_ready(proxy)), proxy.log.read_text()
         yield proxy
@@ -350,6 +360,42 @@ def test_a_server_that_ends_is_left_out(servers: list[TritonServer], authority: 
         for _ in range(6):
             for name, tensor in client.stain_tiles(TILES, ORIGINS, 0).items():
                 np.testing.assert_array_equal(tensor, expected[name])
+
+
+def test_a_certificate_is_replaced_without_losing_a_request(
+    servers: list[TritonServer], authority: Authority, tmp_path: Path
+) -> None:
+    certificate = tmp_path / "proxy.pem"
+    shutil.copyfile(authority.folder / "server.pem", certificate)
+
+    def serial(proxy: Proxy) -> int:
+        host, port = proxy.url.split(":")
+        return x509.load_pem_x509_certificate(ssl.get_server_certificate((host, int(port))).encode()).serial_number
+
+    # Tokens too, so that the check above can look at the certificate without one of its own.
+    with running(authority.folder / "reloaded", servers, authority, certificate=certificate) as proxy:
+        before = serial(proxy)
+        stop = threading.Event()
+
+        def keep_asking() -> int:
+            count = 0
+            with StainClient(proxy.url, credentials=proxy.credentials(), patience=0) as client:
+                while not stop.is_set():
+                    client.stain_tiles(TILES, ORIGINS, 0)
+                    count += 1
+            return count
+
+        with ThreadPoolExecutor(2) as pool:
+            asking = [pool.submit(keep_asking) for _ in range(2)]
+            shutil.copyfile(authority.issue("renewed"), certificate)
+            assert proxy.process is not None
+            proxy.process.send_signal(signal.SIGUSR2)
+            try:
+                assert eventually(lambda: serial(proxy) != before)
+                time.sleep(1)
+            finally:
+                stop.set()
+            assert all(future.result(timeout=60) > 0 for future in asking)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_sections_that_cannot_be_used(tmp_path: Path) -> None:
     Image.fromarray(np.full((50, 60, 3), 240, np.uint8)).save(tmp_path / "glass.png")
     (tmp_path / "text.svs").write_text("no slide")
     for path, words in (
-        ("glass.png", "give µm per pixel as --he-mpp"),
+        ("glass.png", "give it in µm per pixel as --he-mpp"),
         ("text.svs", "no slide or image"),
         ("no", "not exist"),
     ):
@@ -66,5 +66,5 @@ def test_the_resolution_of_a_screen_is_no_pixel_size(tmp_path: Path) -> None:
     path = tmp_path / "tiled.tif"
     pixels = np.full((512, 512, 3), 200, np.uint8)
     tifffile.imwrite(path, pixels, photometric="rgb", tile=(256, 256), resolution=(72, 72), resolutionunit="inch")
-    with pytest.raises(MissingPixelSizeError, match=r"does not say how large.*--he-mpp"):
+    with pytest.raises(MissingPixelSizeError, match=r"does not state its pixel size.*--he-mpp"):
         Section(path, option="--he-mpp")

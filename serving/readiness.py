@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from staindiffuser.errors import ServerLostError
 from staindiffuser.export.manifest import Manifest
 from staindiffuser.export.triton_config import ENSEMBLE, wire_outputs
 from staindiffuser.serving.errors import ServerStartError
 from staindiffuser.serving.model_links import SERVER_ID
 
-__all__ = ["require_identity", "wait_until_ready"]
+__all__ = ["require_answer", "require_identity", "wait_until_ready"]
 
 START_TIMEOUT = 180.0
 
@@ -50,6 +51,45 @@ def wait_until_ready(url: str, manifest: Manifest, *, identity: str, require_ali
         except triton.InferenceServerException as error:
             require_alive()
             raise ServerStartError(f"the server failed on a probe tile: {' '.join(str(error).split())}") from error
+
+
+def require_answer(url: str, manifest: Manifest, timeout: float) -> None:
+    """Check with a probe tile that a running server still works.
+
+    A server that refuses the tile because it is busy or stopping works, and so does one that only takes long, as long
+    as its engines finish anything in the meantime.
+
+    Args:
+        url: ``HOST:PORT`` of gRPC.
+        manifest: what it serves.
+        timeout: seconds.
+
+    Raises:
+        ServerLostError: an engine failed on the tile, or nothing was finished before the time was up.
+    """
+    import tritonclient.grpc as triton
+
+    with triton.InferenceServerClient(url, channel_args=[("grpc.enable_http_proxy", 0)]) as client:
+        before = _executions(client)
+        try:
+            _probe(client, manifest, timeout)
+        except triton.InferenceServerException as error:
+            status = str(error.status())
+            if "INTERNAL" in status:
+                raise ServerLostError(f"the server failed on a probe tile: {' '.join(str(error).split())}") from error
+            if "DEADLINE" in status and before is not None and _executions(client) == before:
+                raise ServerLostError(f"the server has finished nothing for {timeout:g} s") from error
+
+
+def _executions(client: Any) -> int | None:
+    """How often models have run, or None if the server does not say."""
+    import tritonclient.grpc as triton
+
+    try:
+        models = client.get_inference_statistics(client_timeout=10).model_stats
+    except triton.InferenceServerException:
+        return None
+    return sum(int(model.execution_count) for model in models)
 
 
 def require_identity(config: Any, identity: str, url: str) -> None:

@@ -30,7 +30,7 @@ from staindiffuser.serving.errors import PortInUseError, ServerMissingError
 from staindiffuser.serving.model_links import link_models
 from staindiffuser.serving.ports import PortClaim
 from staindiffuser.serving.preflight import require_shared_memory
-from staindiffuser.serving.readiness import wait_until_ready
+from staindiffuser.serving.readiness import require_answer, wait_until_ready
 from staindiffuser.serving.runtime import TritonRuntime, find_runtime
 from staindiffuser.serving.triton_log import likely_reason, start_error
 from staindiffuser.triton_models.shared import gate
@@ -188,6 +188,17 @@ class TritonServer:
             if ended:
                 raise ServerLostError(f"an engine's process (id {ended[0].pid}) has ended: out of memory?")
             time.sleep(min(POLL_SECONDS, left))
+
+    def probe(self, timeout: float) -> None:
+        """Check with a tile that every engine still works.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            ServerLostError: an engine fails, or is stuck.
+        """
+        require_answer(self.url, self.manifest, timeout)
 
     def _claim_ports(self) -> None:
         if self._ports[0] is not None and self._ports[0] == self._ports[1]:

@@ -16,6 +16,10 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before the first restart and at most; the pause doubles each time."""
 STABLE_SECONDS = 60.0
 """A server that ran for this long starts over with the first pause."""
+PROBE_SECONDS = 60.0
+"""Between two probe tiles."""
+STUCK_SECONDS = 300.0
+"""A server that has finished nothing for this long while a probe tile waited is stuck; as long as clients wait."""
 
 
 def keep_running(server: TritonServer, *, restarts: int, audit: AuditLog, say: Callable[[str], None]) -> NoReturn:
@@ -40,7 +44,8 @@ def keep_running(server: TritonServer, *, restarts: int, audit: AuditLog, say: C
                 audit.record("restarted", pid=server.pid, server_id=server.identity)
                 say(f"ready again: {server.url}")
             while True:
-                server.wait(STABLE_SECONDS)
+                server.wait(PROBE_SECONDS)
+                server.probe(STUCK_SECONDS)  # an engine can fail or hang while its process lives on
         except ServerError as error:
             audit.record("crashed", reason=str(error))
             crashes = 1 if time.monotonic() - started > STABLE_SECONDS else crashes + 1

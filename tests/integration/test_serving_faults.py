@@ -23,6 +23,9 @@ import tritonclient.grpc as triton
 from staindiffuser.client import StainClient
 from staindiffuser.errors import ServerLostError
 from staindiffuser.export.repository import build_repository
+from staindiffuser.serving import watch
+from staindiffuser.serving.audit import AuditLog
+from staindiffuser.serving.server import TritonServer
 from tests.synthetic_graphs import write_graphs
 
 TILE = 64
@@ -231,3 +234,15 @@ def test_systemd_is_told(repository: Path, tmp_path: Path) -> None:
             assert systemd.recv(100) == b"READY=1"
             assert server.end()[0] == 0
             assert systemd.recv(100) == b"STOPPING=1"
+
+
+def test_an_engine_that_is_stuck_is_noticed(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "PROBE_SECONDS", 1)
+    monkeypatch.setattr(watch, "STUCK_SECONDS", 4)
+    said: list[str] = []
+    with TritonServer(repository) as server:
+        server.probe(60)  # nothing is wrong
+        psutil.Process(server.pid).children(recursive=True)[0].suspend()
+        with pytest.raises(ServerLostError, match=r"failed on a probe tile|finished nothing for 4 s|has ended"):
+            watch.keep_running(server, restarts=0, audit=AuditLog(None), say=said.append)
+    assert said == []

@@ -39,7 +39,7 @@ def test_sections_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "text.svs").write_text("no slide")
     for path, words in (
         ("glass.png", "give it in µm per pixel as --he-mpp"),
-        ("text.svs", "no slide or image"),
+        ("text.svs", "not a supported slide or image"),
         ("no", "not exist"),
     ):
         with pytest.raises(InputError, match=words) as caught:

@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from staindiffuser.errors import UsageError
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.training.curves import METRICS, read_rows
+from staindiffuser.training.processes import rank
 from staindiffuser.training.trackers import Tracker, open_tracker
 
 if TYPE_CHECKING:
@@ -41,9 +42,10 @@ SECONDS = 60.0
 
 
 def tell(line: str) -> None:
-    """Write a line to standard error, which a log or a person may read."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    """Write a line to standard error, for a person or a log; of several processes only the first does."""
+    if rank() == 0:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 class Journal:

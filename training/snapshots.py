@@ -103,7 +103,7 @@ def read_snapshot(path: Path) -> Snapshot:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a damaged file makes torch raise
-        raise UsageError(f"{path} cannot be resumed from: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{path} cannot be resumed from: {_reason(error)}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UsageError(f"{path} is not a snapshot of a run of this version: choose another --output or --resume")
     if bad := not_finite(data["learner"]):
@@ -141,6 +141,10 @@ def find_snapshot(
         return found
     if failures:
         raise failures[0]
+    if (output / FOLDER / LAST).is_file():  # a link to nothing is no file
+        raise UsageError(
+            f"{output / FOLDER} is of an earlier version, which cannot be resumed: choose another --output"
+        )
     return read_snapshot(resume) if isinstance(resume, Path) else None
 
 
@@ -267,8 +271,9 @@ class Snapshots:
             data = torch.load(path, map_location="cpu", weights_only=True)
             found, network = Best(step=data["step"], score=data["score"]), data["network"]
         except Exception as error:  # whatever a damaged file makes torch raise
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"{path} cannot be read ({reason}): --keep last ends with the last weights") from error
+            raise UsageError(
+                f"{path} cannot be read ({_reason(error)}): --keep last ends with the last weights"
+            ) from error
         if bad := not_finite(network):
             raise UsageError(f"{path}: {bad}: --keep last ends with the last weights")
         return found, network
@@ -301,9 +306,14 @@ def _write(state: dict[str, Any], path: Path) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # what torch's writer makes of an error of the file
-            raise OSError(str(error).splitlines()[0]) from error
+            raise OSError(_reason(error)) from error
         file.flush()
         os.fsync(file.fileno())
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _kept(folder: Path) -> list[Path]:

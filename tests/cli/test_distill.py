@@ -11,8 +11,6 @@ import pytest
 
 from staindiffuser.cli import main
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-
 Command = Callable[..., tuple[int, str, str]]
 SMALL = ("--steps", "2", "--batch", "2", "--crop", "32", "--workers", "0", "--gate-tiles", "1", "--no-progress")
 

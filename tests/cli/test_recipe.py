@@ -26,7 +26,6 @@ def staindiffuser(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.timeout(600)  # a shared machine can be slow; alone, on two cores, it takes well under a minute
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_debug_preset_from_tiles_to_a_verified_repository(
     staindiffuser: Callable[..., None], tiles_folder: Path, tmp_path: Path
 ) -> None:

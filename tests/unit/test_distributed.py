@@ -31,6 +31,8 @@ from staindiffuser.training.snapshots import read_snapshot
 from staindiffuser.training.teacher import Teacher
 from staindiffuser.training.train import train
 
+pytestmark = pytest.mark.timeout(1500)  # on busy cores; a minute or two on free ones
+
 STEPS = 20
 RUNS: dict[str, dict[str, Any]] = {
     "ddp": {},
@@ -64,7 +66,7 @@ def two(tiles_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*torchrun, __file__, "all", str(tiles_folder), str(folder)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1200,
         env=environment(),
         check=False,
     )
@@ -118,15 +120,15 @@ def test_killed_run_ends_with_the_weights_of_one_that_was_not(tiles_folder: Path
         process = subprocess.Popen(
             command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while lines(tmp_path / "parts") < wanted and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         os.killpg(process.pid, number)  # the loader's process too
-        error = process.communicate(timeout=60)[1]
+        error = process.communicate(timeout=300)[1]
         assert process.returncode == code, f"asked to stop at step {wanted}: {error}"
         assert not (tmp_path / "parts" / "checkpoint").exists()
         reached = lines(tmp_path / "parts")
-    subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=120)
+    subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=600)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -16,8 +16,6 @@ from staindiffuser.training.config import StainConfig
 from staindiffuser.training.distill.e2e import OneStepLoss, dab_density, detail_distance, forget_noise_, local_spectra
 from staindiffuser.training.model.layers import normalize_weight_
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-
 STAIN = StainConfig(name="cd3", label="CD3")
 
 

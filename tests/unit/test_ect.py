@@ -13,8 +13,6 @@ from torch import Tensor
 from staindiffuser.training.config import StainConfig
 from staindiffuser.training.distill.ect import ConsistencyLoss, consistency_loss, lower_level, stage_of
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-
 STAIN = StainConfig(name="cd3", label="CD3")
 
 

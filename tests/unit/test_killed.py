@@ -1,5 +1,8 @@
 """SIGKILL at twenty random moments, also while a snapshot is written: each time the same command goes on, and the run
-ends with the bytes of the one that was not interrupted."""
+ends with the bytes of the one that was not interrupted.
+
+This file is also the program that starts the runs: it forks each from one that has imported torch.
+"""
 
 from __future__ import annotations
 
@@ -16,53 +19,84 @@ import pytest
 from staindiffuser.training.checkpoint import WEIGHTS
 
 KILLS = 20
-PROGRAM = "from staindiffuser.cli import main; main()"
+SETTINGS = """
+preset = "debug"
+[train]
+steps = 300
+crop = 32
+workers = 1
+checkpoint_steps = 2
+validate_every = 50
+validation_tiles = 2
+"""
 
 
-def command(tiles: Path, output: Path, settings: Path) -> list[str]:
-    asked = ["train", "--data", tiles, "--output", output, "--config", settings, "--no-progress", "--log-every", "1"]
-    return [sys.executable, "-c", PROGRAM, *map(str, asked)]
-
-
-@pytest.mark.slow  # starts twenty processes that import torch
-@pytest.mark.timeout(5400)
+@pytest.mark.slow  # twenty-two runs
+@pytest.mark.timeout(3600)
 def test_killed_at_twenty_random_moments(tiles_folder: Path, tmp_path: Path) -> None:
-    settings = tmp_path / "settings.toml"
-    settings.write_text(
-        'preset = "debug"\n[train]\nsteps = 300\ncrop = 32\nworkers = 1\ncheckpoint_steps = 2\nvalidate_every = 50\n'
-        "validation_tiles = 2\n",
+    (tmp_path / "settings.toml").write_text(SETTINGS, encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, __file__, str(tiles_folder), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
         encoding="utf-8",
+        check=False,
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = subprocess.run(
-        command(tiles_folder, tmp_path / "whole", settings), env=environment, capture_output=True, check=False
-    )
-    assert whole.returncode == 0, whole.stderr
-    chance = random.Random()
-    killed = writing = 0
-    while killed < KILLS:
-        folder = tmp_path / "parts" / "snapshots"
-        before = {path.name for path in folder.glob("step-*.ckpt")}
-        with subprocess.Popen(
-            command(tiles_folder, tmp_path / "parts", settings), env=environment, stderr=subprocess.PIPE
-        ) as process:
-            while {path.name for path in folder.glob("step-*.ckpt")} == before and process.poll() is None:
-                time.sleep(0.002)
-            assert process.poll() is None, (killed, process.communicate()[1])
-            time.sleep(chance.uniform(0, 0.2))
-            if killed % 2:  # half of them while a snapshot is being written
-                deadline = time.monotonic() + 20
-                while not any(folder.glob("*.partial")) and time.monotonic() < deadline:
-                    pass
-            process.send_signal(signal.SIGKILL)
-        killed += 1
-        writing += any(folder.glob("*.partial"))
-        assert not (tmp_path / "parts" / "checkpoint").exists()
-    last = subprocess.run(
-        command(tiles_folder, tmp_path / "parts", settings), env=environment, capture_output=True, check=False
-    )
-    assert last.returncode == 0, last.stderr
+    assert result.returncode == 0, result.stderr
     assert not any((tmp_path / "parts").rglob("*.partial"))
     for name in (f"checkpoint/{WEIGHTS}", "snapshots/last.ckpt"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    sys.stdout.write(f"{writing} of {killed} kills left a snapshot half written\n")
+    sys.stdout.write(result.stdout)
+
+
+def start(tiles: Path, output: Path) -> int:
+    """Begin the command, or go on with it; the process."""
+    process = os.fork()
+    if process:
+        return process
+    from staindiffuser.cli import main
+
+    settings = output.parent / "settings.toml"
+    asked = ["train", "--data", tiles, "--output", output, "--config", settings, "--no-progress", "--log-every", "1"]
+    sys.argv = ["staindiffuser", *map(str, asked)]
+    code = 1
+    try:
+        main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        os._exit(code)
+
+
+def finish(process: int) -> None:
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
+def drive(tiles: Path, folder: Path) -> None:
+    import staindiffuser.training.train  # noqa: F401  # before forking
+
+    finish(start(tiles, folder / "whole"))
+    chance, snapshots = random.Random(), folder / "parts" / "snapshots"
+    writing = 0
+    for number in range(KILLS):
+        before = {path.name for path in snapshots.glob("step-*.ckpt")}
+        process = start(tiles, folder / "parts")
+        while {path.name for path in snapshots.glob("step-*.ckpt")} == before:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.2))
+        if number % 2:  # half of them while a snapshot is being written
+            deadline = time.monotonic() + 20
+            while not any(snapshots.glob("*.partial")) and time.monotonic() < deadline:
+                pass
+        os.kill(process, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL, "it had ended"
+        writing += any(snapshots.glob("*.partial"))
+        sys.stderr.write(f"killed {number + 1}: {max(snapshots.glob('step-*.ckpt')).name}\n")
+        assert not (folder / "parts" / "checkpoint").exists()
+    finish(start(tiles, folder / "parts"))
+    sys.stdout.write(f"{writing} of {KILLS} kills left a snapshot half written\n")
+
+
+if __name__ == "__main__":
+    drive(Path(sys.argv[1]), Path(sys.argv[2]))

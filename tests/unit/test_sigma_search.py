@@ -12,8 +12,6 @@ from staindiffuser.training.distill.sigma_search import FewTiles, QuickScore, co
 from staindiffuser.training.evaluation.evaluate import evaluate_tiles
 from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-
 
 def test_coordinate_search_finds_the_peak_of_a_known_function() -> None:
     peak = (80.0, 10.7, 2.1, 0.707)

@@ -115,6 +115,15 @@ def test_a_run_without_a_good_snapshot_is_refused_and_left_alone(stopped: Path, 
     assert sorted(path.name for path in stopped.rglob("*")) == before
 
 
+def test_a_run_of_an_earlier_version_is_left_alone(own_tiles: Path, tmp_path: Path) -> None:
+    last = tmp_path / "run" / "snapshots" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.write_bytes(b"a night's work")
+    with pytest.raises(UsageError, match="is of an earlier version, which cannot be resumed: choose another --output"):
+        train(preset(1), own_tiles, options(tmp_path / "run"))
+    assert last.read_bytes() == b"a night's work"
+
+
 def exchange(tiles: Path, column: str) -> None:
     """Give two training tiles each other's images."""
     one, other = (tiles / column / name for name in ("t00.png", "t01.png"))

@@ -90,6 +90,9 @@ def stain_tiles_with(
 
 def _bytes(value: Tensor) -> NDArray[np.uint8]:
     if not bool(value.isfinite().all()):  # which would become 0 without a word
-        raise DivergedError("the network's output is not finite: its weights are of a training that diverged")
+        raise DivergedError(
+            "the network's output is not finite: its training diverged; use other weights, or train again into another "
+            "--output with a lower learning rate"
+        )
     array: NDArray[np.uint8] = (value.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return array

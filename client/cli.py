@@ -87,6 +87,9 @@ def stain(
 
     staindiffuser stain *.svs --output stained --stains ck818 --server 127.0.0.1:8001
     """
+    import shlex
+    import sys
+
     from staindiffuser.client.command import run_command
     from staindiffuser.client.credentials import Credentials
     from staindiffuser.client.options import StainingOptions
@@ -119,7 +122,8 @@ def stain(
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    code = run_command(inputs, output, target, options, as_json=as_json, dry_run=dry_run)
+    command = shlex.join(["staindiffuser", *sys.argv[1:]])
+    code = run_command(inputs, output, target, options, as_json=as_json, dry_run=dry_run, command=command)
     if code:
         raise typer.Exit(code)
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -40,6 +39,7 @@ def run_command(
     *,
     as_json: bool = False,
     dry_run: bool = False,
+    command: str = "",
 ) -> int:
     """Stain every slide and report on stderr; the server is started or contacted for the first usable one.
 
@@ -52,6 +52,7 @@ def run_command(
         options: for all slides.
         as_json: print one line per slide on stdout: its ``run.json``, or its error.
         dry_run: do everything up to the first request, and estimate the rest.
+        command: the command line, shown when work is interrupted.
 
     Returns:
         The exit code: 0, or 1 if some slides failed and others did not.
@@ -62,7 +63,7 @@ def run_command(
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC and tifffile repeat on stderr what our errors say
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     slides = find_inputs(inputs, output)
-    batch = _Batch(slides, target, options, TerminalReporter(), as_json=as_json, dry_run=dry_run)
+    batch = _Batch(slides, target, options, TerminalReporter(), as_json=as_json, dry_run=dry_run, command=command)
     several = len(slides) > 1
     try:
         with _sigterm_like_ctrl_c():
@@ -86,9 +87,11 @@ class _Batch:
         *,
         as_json: bool,
         dry_run: bool,
+        command: str,
     ) -> None:
         self.reporter = reporter
         self._slides, self._target, self._as_json, self._dry_run = slides, target, as_json, dry_run
+        self._command = command
         keep = len(slides) > 1 and not options.overwrite
         self._in_flight = options.in_flight
         threads = options.in_flight * max(1, len(target.addresses))
@@ -140,7 +143,7 @@ class _Batch:
         return EXIT_SOME_FAILED if errors else 0
 
     def _stain(self, slide: SlideInput, job: SlideJob, client: Stainer) -> Outcome:
-        with _saying_how_to_continue(job, self.reporter):
+        with _saying_how_to_continue(job, self.reporter, self._command):
             run = job.stain(client, self.reporter)
         return Outcome(slide=slide, status="kept" if job.kept else "stained", run=run)
 
@@ -172,7 +175,7 @@ class _Batch:
 
 
 @contextmanager
-def _saying_how_to_continue(job: SlideJob, reporter: Reporter) -> Iterator[None]:
+def _saying_how_to_continue(job: SlideJob, reporter: Reporter, command: str) -> Iterator[None]:
     """If staining is interrupted and rows are saved, say how to continue."""
     try:
         yield
@@ -181,8 +184,8 @@ def _saying_how_to_continue(job: SlideJob, reporter: Reporter) -> Iterator[None]
     except BaseException:
         if job.run is not None and job.run.saved_rows:
             saved, rows = job.run.saved_rows, job.run.plan.rows
-            command = shlex.join(["staindiffuser", *sys.argv[1:]])
-            reporter.say(f"{saved} of {rows} rows are saved; to continue, run the same command again: {command}")
+            again = f": {command}" if command else ""
+            reporter.say(f"{saved} of {rows} rows are saved; to continue, run the same command again{again}")
         raise
 
 

@@ -129,7 +129,10 @@ class ServerPool:
                 outputs = member.client.stain_tiles(
                     tiles_BTT3, origins_B2, seed, stains=stains, images=images, cells=cells
                 )
-            except (ServerLostError, ServerUnreachableError) as lost:
+            except ContractError:
+                self._release(member)
+                raise
+            except ServerError as lost:  # gone, or broken: Triton answers even if a process of its own has died
                 error, give_up = lost, give_up or time.monotonic() + self._patience
                 self._release(member, lost=True)
             except BaseException:

@@ -58,6 +58,17 @@ def test_a_lost_server_hands_its_requests_on_and_is_used_again() -> None:
     assert any("is lost" in line for line in said)
 
 
+def test_a_server_that_answers_with_failures_is_avoided() -> None:
+    def fail(tensor: str, tiles: np.ndarray, origins: np.ndarray) -> np.ndarray:
+        raise RuntimeError("Stub process is not healthy")
+
+    with FakeTriton(fail) as broken, FakeTriton() as one:
+        with Target(addresses=(broken.url, one.url)).connect(1) as pool:
+            for _ in range(4):
+                np.testing.assert_array_equal(pool.stain_tiles(TILES, ORIGINS, 0)["STAIN_CD3"], TILES)
+        assert one.requests == 4
+
+
 def test_without_any_server_the_work_ends() -> None:
     with FakeTriton() as one, FakeTriton() as two:
         with Target(addresses=(one.url, two.url), patience=1).connect(2) as pool:

@@ -13,7 +13,7 @@ from staindiffuser.training.gate import gate_lines, shown
 if TYPE_CHECKING:
     from staindiffuser.training.checkpoint import CheckpointConfig
 
-__all__ = ["CARD", "model_card"]
+__all__ = ["CARD", "license_of", "model_card"]
 
 CARD = "MODEL_CARD.md"
 _TAGS = ("histopathology", "virtual-staining", "immunohistochemistry", "diffusion", "image-to-image")
@@ -73,6 +73,12 @@ def model_card(
     if "gate" in metrics:
         lines += gate_lines(metrics["gate"])
     return "\n".join(lines)
+
+
+def license_of(card: Path) -> str | None:
+    """The licence that a card's front matter names; None without one, or without a card."""
+    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
+    return next((line.removeprefix("license:").strip() for line in lines if line.startswith("license:")), None)
 
 
 def _cell_lines(cells: Mapping[str, Any]) -> list[str]:

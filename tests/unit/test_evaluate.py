@@ -251,6 +251,9 @@ def test_recorded_scores_stand_in_the_card_and_weak_stains_in_the_notice(
     before = (tmp_path / "c" / "model.safetensors").read_bytes()
     labels = {stain.name: stain.label for stain in checkpoint.config.model.stains}
     weak = [labels[stain] for stain, score in evaluations[0].cells.items() if not score.passes()]
+    card_file = tmp_path / "c" / "MODEL_CARD.md"
+    licensed = card_file.read_text(encoding="utf-8").replace("---\n", "---\nlicense: apache-2.0\n", 1)
+    card_file.write_text(licensed, encoding="utf-8")
     assert weak, "an untrained network tells nothing"
     for _ in range(2):  # a second time says it once
         record_cells(evaluations[0], tmp_path / "c", data="blobs")
@@ -258,7 +261,8 @@ def test_recorded_scores_stand_in_the_card_and_weak_stains_in_the_notice(
     sentence = f" Not shown to tell more than hematoxylin: {', '.join(weak)} (measured on blobs)."
     assert recorded.config.notice == checkpoint.config.notice + sentence
     assert (tmp_path / "c" / "model.safetensors").read_bytes() == before
-    card = (tmp_path / "c" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    card = card_file.read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: apache-2.0\n")
     assert "## Per cell, measured on blobs" in card
     assert "**Not shown to tell more than the H&E's hematoxylin does" in card
     assert with_weak_stains(recorded.config.notice, [], data="blobs") == checkpoint.config.notice

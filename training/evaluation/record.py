@@ -10,9 +10,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from staindiffuser.files import replacing
 from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.evaluation.cell_scores import GATE_MARGIN
 from staindiffuser.training.evaluation.evaluate import Evaluation
+from staindiffuser.training.model_card import CARD, license_of, model_card
 
 __all__ = ["record_cells", "with_weak_stains"]
 
@@ -50,7 +52,12 @@ def record_cells(evaluation: Evaluation, folder: Path, *, data: str) -> Checkpoi
         config=dataclasses.replace(found.config, notice=notice),
         metrics={**found.metrics, "cells": cells},
     )
+    license_id = license_of(folder / CARD)
     recorded.save(folder)
+    if license_id:  # chosen by whoever published the weights, and known to the card alone
+        card = model_card(recorded.config, recorded.metrics, curves=bool(found.curves), license_id=license_id)
+        with replacing(folder / CARD) as temporary:
+            temporary.write_text(card, encoding="utf-8")
     return recorded
 
 

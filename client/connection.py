@@ -224,7 +224,10 @@ class StainClient:
                 )
             except self._triton.InferenceServerException as error:
                 give_up = give_up or time.monotonic() + self._patience
-                lost = any(status in str(error.status()) for status in _LOST)
+                # Triton says "not healthy" of an engine's process that has died, or that a busy machine lets starve.
+                lost = any(status in str(error.status()) for status in _LOST) or "is not healthy" in str(
+                    error.message()
+                )
                 if not lost or self._cancelled.is_set() or time.monotonic() > give_up:
                     raise
             self._await_same_model(give_up)

@@ -111,6 +111,8 @@ class FakeTriton:
             port: on 127.0.0.1; 0 for a free one.
         """
         self.requests = 0
+        self.unhealthy = 0
+        """Requests to answer next as Triton does when the process of an engine is not healthy."""
         self.parameters = _parameters(contract)
         self.model = ENSEMBLE
         self.version = str(int(contract.model_version[:15], 16))
@@ -172,6 +174,9 @@ class FakeTriton:
             def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
                 fake.requests += 1
                 require_model(request.model_name, request.model_version, context)
+                if fake.unhealthy:
+                    fake.unhealthy -= 1
+                    context.abort(grpc.StatusCode.INTERNAL, "Stub process 'he_encoder_0_0' is not healthy.")
                 time.sleep(fake._delay)
                 tensors: dict[str, NDArray[Any]] = {
                     tensor.name: np.frombuffer(raw, dtype=np.uint8 if tensor.datatype == "UINT8" else np.int64).reshape(

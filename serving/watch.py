@@ -16,8 +16,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before the first restart and at most; the pause doubles each time."""
 STABLE_SECONDS = 60.0
 """A server that ran for this long starts over with the first pause."""
-PROBE_SECONDS = 60.0
-"""Between two probe tiles."""
+PROBE_SECONDS = 20.0
+"""Between two probe tiles: less than clients wait for a lost server, so that a restart comes in time for them."""
 STUCK_SECONDS = 300.0
 """A server that has finished nothing for this long while a probe tile waited is stuck; as long as clients wait."""
 

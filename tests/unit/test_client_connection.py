@@ -17,7 +17,7 @@ from staindiffuser.client.errors import (
     UnknownStainError,
 )
 from staindiffuser.client.testing import FAKE_CONTRACT, FakeTriton
-from staindiffuser.errors import ServerLostError
+from staindiffuser.errors import ServerError, ServerLostError
 
 TILES = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
 ORIGINS = np.array([[-32, -32], [160, 16]], dtype=np.int64)
@@ -155,6 +155,16 @@ def test_another_model_at_the_address_is_refused(changed: dict, words: str, pend
             with pytest.raises(ModelChangedError, match=words) as error:
                 answer.result(timeout=20)
         assert error.value.exit_code == 3
+
+
+def test_a_request_outlives_an_engine_that_is_not_healthy_for_a_moment() -> None:
+    with FakeTriton() as server, StainClient(server.url) as client:
+        server.unhealthy = 1
+        np.testing.assert_array_equal(client.stain_tiles(TILES, ORIGINS, 0)["STAIN_CD3"], TILES)
+    with FakeTriton() as server, StainClient(server.url, patience=0) as client:
+        server.unhealthy = 9
+        with pytest.raises(ServerError, match="is not healthy"):
+            client.stain_tiles(TILES, ORIGINS, 0)
 
 
 def test_an_answer_that_takes_too_long_is_a_lost_server() -> None:

@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from staindiffuser.training.checkpoint import WEIGHTS
+from staindiffuser.training.snapshots import read_snapshot
 
 KILLS = 20
 SETTINGS = """
@@ -45,8 +47,16 @@ def test_killed_at_twenty_random_moments(tiles_folder: Path, tmp_path: Path) -> 
     )
     assert result.returncode == 0, result.stderr
     assert not any((tmp_path / "parts").rglob("*.partial"))
-    for name in (f"checkpoint/{WEIGHTS}", "snapshots/last.ckpt"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    weights = [(tmp_path / part / "checkpoint" / WEIGHTS).read_bytes() for part in ("parts", "whole")]
+    assert weights[0] == weights[1]
+    parts, whole = (read_snapshot(tmp_path / part / "snapshots" / "last.ckpt") for part in ("parts", "whole"))
+    assert set(parts.learner) == set(whole.learner)
+    for name, tensor in whole.learner.items():
+        assert torch.equal(parts.learner[name], tensor), name
+    for name, moments in whole.optimizer["state"].items():
+        assert all(torch.equal(parts.optimizer["state"][name][moment], value) for moment, value in moments.items()), (
+            name
+        )
     sys.stdout.write(result.stdout)
 
 

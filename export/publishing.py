@@ -26,6 +26,7 @@ def locked(output: Path) -> Iterator[None]:
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     path = output.parent / f".{output.name}.lock"
+    path.touch()  # FileLock waits for ever for a file that cannot be made
     with FileLock(path):
         try:
             for leftover in output.parent.glob(f".{output.name}.building-*"):

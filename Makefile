@@ -8,6 +8,8 @@ NUMPY2_VENV := .venv-numpy2
 NUMPY2_PYTHON ?=
 PIP_INSTALL := install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN := $(VENV)/bin/python
+# Two tests at a time. One thread each for torch: threads that wait for one another on shared cores only burn them.
+TWO_AT_A_TIME := -n 2 --dist worksteal
 SLIDE ?=
 OUTPUT ?= demo-output
 
@@ -43,7 +45,7 @@ demo: $(DEMO_VENV)/.installed  ## stain a slide on this machine: SLIDE=path, els
 	$(DEMO_VENV)/bin/python -m staindiffuser.demo $(if $(SLIDE),--slide '$(SLIDE)') --output '$(OUTPUT)'
 
 test: install lint types  ## all tests but the slow ones, with lint and types
-	$(RUN) -m pytest --cov -m "not slow and not gpu and not network and not timing"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(TWO_AT_A_TIME) --cov -m "not slow and not gpu and not network and not timing"
 
 test-all: install lint types  ## every test that this machine can run
 	$(RUN) -m pytest -m "not gpu and not network and not timing"
@@ -52,7 +54,8 @@ test-timing: install  ## tests that measure wall-clock time; only on an idle mac
 	$(RUN) -m pytest -m "timing and not gpu"
 
 test-numpy2: $(NUMPY2_VENV)/.installed  ## unit and integration tests with Python 3.13, numpy 2, newest libraries
-	$(NUMPY2_VENV)/bin/python -m pytest -m "not slow and not gpu and not network and not timing" tests/unit tests/integration
+	OMP_NUM_THREADS=1 $(NUMPY2_VENV)/bin/python -m pytest $(TWO_AT_A_TIME) -m "not slow and not gpu and not network and not timing" \
+		tests/unit tests/integration
 
 lint: install  ## ruff (lint, formatting) and the contracts on who may import whom
 	$(VENV)/bin/ruff check .

@@ -30,6 +30,20 @@ class Authority:
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         builder = _builder(subject, subject, key, days=3650)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        usage = dict.fromkeys(
+            (
+                "digital_signature",
+                "content_commitment",
+                "key_encipherment",
+                "data_encipherment",
+                "key_agreement",
+                "encipher_only",
+                "decipher_only",
+            ),
+            False,
+        )
+        builder = builder.add_extension(x509.KeyUsage(key_cert_sign=True, crl_sign=True, **usage), critical=True)
+        builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         certificate = builder.sign(key, hashes.SHA256())
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "ca.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
@@ -48,6 +62,9 @@ class Authority:
         builder = _builder(subject, self.certificate.subject, key, days=days, start=start)
         names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        # Python 3.13 wants to see whose signature it is (RFC 5280, 4.2.1.1).
+        signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
+        builder = builder.add_extension(signer, critical=False)
         certificate = builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
         encoded = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()

@@ -78,9 +78,16 @@ def serving(
         typer.echo(f"{name:>16} {milliseconds:8.2f} {report.triton_ms_per_tile.get(name, 0.0):8.2f}")
 
 
-@app.command(epilog="Example: staindiffuser bench plausibility slide-stained other-stained --json plausibility.json")
+@app.command(epilog="Example: staindiffuser bench plausibility slide-stained --slide slide.svs")
 def plausibility(
-    results: Annotated[list[Path], typer.Argument(help="Folders that `stain` wrote; their H&E must still be there.")],
+    results: Annotated[list[Path], typer.Argument(help="Folders that `stain` wrote.")],
+    slides: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--slide",
+            help="H&E slide of a result, or a folder of them; repeat it. Not needed after `--keep-names`.",
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", callback=check_file, help="Write the numbers here as JSON.")
     ] = None,
@@ -91,7 +98,7 @@ def plausibility(
     from staindiffuser.benchmarks.plausibility import judge
     from staindiffuser.files import write_json
 
-    rows = {str(result): judge(result) for result in results}
+    rows = {str(result): judge(result, slides or ()) for result in results}
     for result, judged in rows.items():
         for row in judged:
             typer.echo(

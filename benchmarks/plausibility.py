@@ -6,6 +6,7 @@ where those of the H&E do. Both are necessary, neither is sufficient: a patholog
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 
 from staindiffuser.client.model_view import ModelView
+from staindiffuser.client.names import find_slide
 from staindiffuser.client.run_record import read_run
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.optical_density import HE_MATRIX, dab_density, hematoxylin_density, optical_density
@@ -38,16 +40,18 @@ class Plausibility:
     """Dice of the nuclei in the H&E and in the virtual stain (hematoxylin, or the DAB that hides it)."""
 
 
-def judge(result: Path) -> list[Plausibility]:
-    """Judge a result folder that ``stain`` wrote; its H&E must still be where ``run.json`` says.
+def judge(result: Path, slides: Sequence[Path] = ()) -> list[Plausibility]:
+    """Judge a result folder that ``stain`` wrote. Images are read whole: meant for small slides.
 
-    Images are read whole: meant for small slides.
+    Args:
+        result: the folder.
+        slides: H&E slides, or folders of them, among which its own is; not needed where ``run.json`` tells its path.
 
     Raises:
         InputError: the folder holds no complete result of ``stain``, or the H&E cannot be read.
     """
     run = read_run(result)
-    with open_slide(Path(run.input.path)) as slide:
+    with open_slide(find_slide(run, slides)) as slide:
         view = ModelView(slide, run.input.mpp, run.model.mpp)
         he = view.read(0, 0, *view.size)
     glass = _glass(he)

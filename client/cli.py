@@ -57,6 +57,13 @@ def stain(
         typer.Option("--allow-damaged", help="Leave out damaged tiles instead of refusing the slide."),
     ] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Also write preview.png.")] = False,
+    keep_names: Annotated[
+        bool,
+        typer.Option(
+            "--keep-names",
+            help="Write slides' names and paths into results and logs; by default only a hash of their content.",
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep complete results of the same slide, model and options.")
@@ -108,6 +115,7 @@ def stain(
             cells=cells,
             allow_damaged=allow_damaged,
             preview=preview,
+            keep_names=keep_names,
             overwrite=overwrite,
             resume=resume,
         )
@@ -132,7 +140,7 @@ def info(
     slide: Annotated[Path, typer.Argument(help="A slide or tile.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Show a slide's format, size, levels, pixel size and files, and what is odd about it.
+    """Show a slide's id (in results and logs), format, size, levels, pixel size and files, and what is odd about it.
 
     Example: staindiffuser info slide.svs
     """

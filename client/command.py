@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,6 +19,7 @@ from types import FrameType
 from staindiffuser.client.contract import Stainer
 from staindiffuser.client.errors import FileNameError, OutputError
 from staindiffuser.client.inputs import SlideInput, find_inputs
+from staindiffuser.client.names import SlideNames, hide_arguments
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.progress import Reporter, TerminalReporter
 from staindiffuser.client.staining import SlideJob
@@ -62,17 +64,24 @@ def run_command(
     """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC and tifffile repeat on stderr what our errors say
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    slides = find_inputs(inputs, output)
-    batch = _Batch(slides, target, options, TerminalReporter(), as_json=as_json, dry_run=dry_run, command=command)
-    several = len(slides) > 1
+    reporter = TerminalReporter()
+    hide: Callable[[str], str] = str if options.keep_names else functools.partial(hide_arguments, inputs=inputs)
     try:
-        with _sigterm_like_ctrl_c():
-            batch.run()
-    finally:
-        if several and not dry_run:
-            path = write_summary(output or Path(), batch.outcomes_of_all())
-            batch.reporter.say(f"{batch.count_text()}; {path}")
-    return batch.exit_code()
+        slides = find_inputs(inputs, output)
+        batch = _Batch(slides, target, options, reporter, as_json=as_json, dry_run=dry_run, command=command)
+        hide = batch.hide
+        try:
+            with _sigterm_like_ctrl_c():
+                batch.run()
+        finally:
+            if len(slides) > 1 and not dry_run:
+                path = write_summary(output or Path(), batch.outcomes_of_all())
+                reporter.say(f"{batch.count_text()}; {path}")
+        return batch.exit_code()
+    except StainDiffuserError as error:
+        if not reporter.is_terminal:
+            error.args = (hide(str(error)),)
+        raise
 
 
 class _Batch:
@@ -90,6 +99,8 @@ class _Batch:
         command: str,
     ) -> None:
         self.reporter = reporter
+        self._names = [SlideNames(slide.path, keep=options.keep_names, number=n) for n, slide in enumerate(slides, 1)]
+        reporter.hide = self.hide
         self._slides, self._target, self._as_json, self._dry_run = slides, target, as_json, dry_run
         self._command = command
         keep = len(slides) > 1 and not options.overwrite
@@ -103,20 +114,21 @@ class _Batch:
         started = time.monotonic()
         with ExitStack() as open_target:
             client: Stainer | None = None
-            for number, slide in enumerate(self._slides, 1):
+            for number, (slide, names) in enumerate(zip(self._slides, self._names, strict=True), 1):
                 options = dataclasses.replace(self._options, mpp=slide.mpp) if slide.mpp is not None else self._options
                 self.reporter.prefix = f"slide {number} of {len(self._slides)} · " if len(self._slides) > 1 else ""
                 try:
-                    with SlideJob(slide.path, slide.output, options) as job:
+                    with SlideJob(slide.path, slide.output, options, names) as job:
                         if client is None:
                             connection = self._target.connect(self._in_flight, self.reporter.say)
                             client = open_target.enter_context(connection)
-                        outcome = self._plan(slide, job, client) if self._dry_run else self._stain(slide, job, client)
+                        work = self._plan if self._dry_run else self._stain
+                        outcome = work(names, slide, job, client)
                 except _OF_ONE_SLIDE as error:
-                    outcome = Outcome(slide=slide, status="failed", error=error)
+                    outcome = Outcome(slide=slide, names=names, status="failed", error=error)
                 except BaseException as error:  # it would end the other slides too
                     expected = error if isinstance(error, StainDiffuserError) else None
-                    self._add(Outcome(slide=slide, status="interrupted", error=expected))
+                    self._add(Outcome(slide=slide, names=names, status="interrupted", error=expected))
                     raise
                 self._add(outcome)
                 self._say(outcome)
@@ -127,8 +139,15 @@ class _Batch:
 
     def outcomes_of_all(self) -> list[Outcome]:
         """One outcome per slide, including those that were not reached."""
-        missing = self._slides[len(self._outcomes) :]
-        return [*self._outcomes, *(Outcome(slide=slide, status="not started") for slide in missing)]
+        pairs = list(zip(self._slides, self._names, strict=True))[len(self._outcomes) :]
+        left = [Outcome(slide=slide, names=names, status="not started") for slide, names in pairs]
+        return [*self._outcomes, *left]
+
+    def hide(self, text: str) -> str:
+        """The text without the names of the slides, unless they are kept."""
+        for names in self._names:
+            text = names.hidden(text)
+        return text
 
     def count_text(self) -> str:
         """How many slides were stained, kept, failed."""
@@ -142,12 +161,13 @@ class _Batch:
             raise errors[-1]
         return EXIT_SOME_FAILED if errors else 0
 
-    def _stain(self, slide: SlideInput, job: SlideJob, client: Stainer) -> Outcome:
-        with _saying_how_to_continue(job, self.reporter, self._command):
+    def _stain(self, names: SlideNames, slide: SlideInput, job: SlideJob, client: Stainer) -> Outcome:
+        command = self._command if names.keep or self.reporter.is_terminal else ""
+        with _saying_how_to_continue(job, self.reporter, command):
             run = job.stain(client, self.reporter)
-        return Outcome(slide=slide, status="kept" if job.kept else "stained", run=run)
+        return Outcome(slide=slide, names=names, status="kept" if job.kept else "stained", run=run)
 
-    def _plan(self, slide: SlideInput, job: SlideJob, client: Stainer) -> Outcome:
+    def _plan(self, names: SlideNames, slide: SlideInput, job: SlideJob, client: Stainer) -> Outcome:
         plan = job.plan(client.contract)
         stains = client.contract.select(self._options.stains)
         estimate = plan.estimate(len(stains), cells=self._options.cells)
@@ -157,7 +177,8 @@ class _Batch:
             f"{slide.output}: about {estimate.disk_bytes >> 20} MiB of disk while staining, "
             f"{estimate.memory_bytes >> 20} MiB of memory"
         )
-        return Outcome(slide=slide, status="planned", plan={"tiles": len(plan.tiles), **dataclasses.asdict(estimate)})
+        numbers = {"tiles": len(plan.tiles), **dataclasses.asdict(estimate)}
+        return Outcome(slide=slide, names=names, status="planned", plan=numbers)
 
     def _add(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)

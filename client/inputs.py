@@ -27,6 +27,8 @@ class SlideInput:
     path: Path
     output: Path
     """The result folder."""
+    named: bool = False
+    """Whether the user named the folder; else it is named after the slide."""
     mpp: float | None = None
     """Pixel size from a list, µm per pixel."""
 
@@ -49,9 +51,10 @@ def find_inputs(inputs: Sequence[Path], output: Path | None) -> list[SlideInput]
             found.setdefault(path, (mpp, folder))
     if len(found) == 1 and list(found) == list(inputs):
         (path,) = found
-        return [SlideInput(path=path, output=output if output is not None else default_output(path))]
+        named = output is not None
+        return [SlideInput(path=path, output=output if output is not None else default_output(path), named=named)]
     slides = [
-        SlideInput(path=path, output=(output or Path()) / (folder or default_output(path)), mpp=mpp)
+        SlideInput(path=path, output=(output or Path()) / (folder or default_output(path)), named=bool(folder), mpp=mpp)
         for path, (mpp, folder) in found.items()
     ]
     by_output: dict[Path, Path] = {}

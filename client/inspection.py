@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from staindiffuser.client.names import slide_identity
+from staindiffuser.client.run_record import slide_sha256
 from staindiffuser.imaging.slides import open_slide
 
 __all__ = ["check_slide", "slide_info"]
@@ -24,6 +26,7 @@ def slide_info(path: Path) -> dict[str, Any]:
     with open_slide(path) as slide:
         return {
             "slide": str(path),
+            "id": slide_identity(slide_sha256(slide.files)),
             "format": slide.format,
             "size": f"{slide.size[0]} × {slide.size[1]}",
             "mpp": None if slide.mpp is None else " × ".join(f"{mpp:.4g}" for mpp in slide.mpp),

@@ -29,6 +29,8 @@ class StainingOptions:
     """Stain a slide some tiles of which cannot be decoded; they are left out and listed in ``run.json``."""
     preview: bool = False
     """Write ``preview.png``."""
+    keep_names: bool = False
+    """Write the slide's name and path into the result; by default only a hash, since they may name the patient."""
     overwrite: bool = False
     """Replace an existing result."""
     resume: bool = False

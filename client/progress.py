@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -62,15 +62,22 @@ class TerminalReporter:
     def __init__(self) -> None:
         self.prefix = ""
         """Precedes a slide's name, such as ``slide 3 of 200 · ``."""
+        self.hide: Callable[[str], str] = str
+        """Takes slides' names out of a line that may be kept: one that is not written on a terminal."""
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._name, self._tiles, self._done = "", 0, 0
         self._since = self._said = 0.0
 
+    @property
+    def is_terminal(self) -> bool:
+        """Whether lines are read as they come; else they are a log."""
+        return self._console.is_terminal
+
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
-        self._console.print(printable(line), markup=False)
+        self._console.print(printable(line if self.is_terminal else self.hide(line)), markup=False)
 
     def start(self, name: str, tiles: int) -> None:
         """Show the progress bar."""

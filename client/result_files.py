@@ -64,7 +64,7 @@ class ResultFiles:
     def __init__(
         self,
         folder: Path,
-        source: Path,
+        source: str,
         view: ModelView,
         contract: ModelContract,
         stains: tuple[ServedStain, ...],
@@ -78,7 +78,7 @@ class ResultFiles:
 
         Args:
             folder: where to write.
-            source: the input slide, named in the files.
+            source: the input slide's name, as the files give it.
             view: the slide at the model's pixel size.
             contract: of the model that stains.
             stains: the stains to write.
@@ -105,7 +105,7 @@ class ResultFiles:
                 "model": f"{contract.model_name} {contract.model_version}",
                 "steps": contract.steps,
                 "seed": seed,
-                "source": source.name,
+                "source": printable(source),
                 "coordinates": "level-0 pixels of the source",
             }
             state = done[-1].cells if done else None
@@ -118,7 +118,7 @@ class ResultFiles:
         image: OutputImage,
         number: int,
         stains: tuple[ServedStain, ...],
-        source: Path,
+        source: str,
         view: ModelView,
         about: str,
     ) -> _ImageFile:
@@ -134,7 +134,7 @@ class ResultFiles:
             image=image,
             writer=writer,
             info=ImageInfo(
-                name=f"{stain.label} {'cell map' if is_map else 'virtual stain'} of {printable(source.name)}",
+                name=f"{stain.label} {'cell map' if is_map else 'virtual stain'} of {printable(source)}",
                 description=f"{about} stain: {stain.label}; content: {content}",
                 mpp=view.mpp,
                 channel=stain.label,

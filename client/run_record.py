@@ -18,6 +18,7 @@ import staindiffuser
 from staindiffuser.client.contract import ModelContract, ServedStain
 from staindiffuser.client.errors import RunRecordError
 from staindiffuser.files import file_sha256
+from staindiffuser.imaging.errors import SlideReadError
 from staindiffuser.imaging.slides import DamagedRegion
 from staindiffuser.records import STRICT, RecordError, decode, read_json
 
@@ -65,7 +66,8 @@ _LIBRARIES = (
 class InputRecord:
     """The input slide or tile."""
 
-    path: str
+    path: str | None
+    """None unless names are kept: it may say who the patient is."""
     sha256: str
     """Of the file; of a slide of several files, see :func:`slide_sha256`."""
     bytes: int
@@ -106,6 +108,7 @@ class Request:
     cells: bool
     allow_damaged: bool
     preview: bool
+    keep_names: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -226,10 +229,17 @@ def write_run(folder: Path, record: RunRecord) -> None:
 
 
 def slide_sha256(files: Sequence[Path]) -> str:
-    """SHA-256 of a slide: of its file, or of the lines ``<hash>  <name>`` of all its files."""
-    if len(files) == 1:
-        return file_sha256(files[0])
-    lines = [f"{file_sha256(path)}  {path.name}\n" for path in files]
+    """SHA-256 of a slide: of its file, or of the lines ``<hash>  <name>`` of all its files.
+
+    Raises:
+        SlideReadError: a file cannot be read.
+    """
+    try:
+        if len(files) == 1:
+            return file_sha256(files[0])
+        lines = [f"{file_sha256(path)}  {path.name}\n" for path in files]
+    except OSError as error:
+        raise SlideReadError(f"{files[0]} cannot be read: {error.strerror or error}") from error
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -284,13 +294,13 @@ def model_record(contract: ModelContract) -> ModelRecord:
     )
 
 
-def description(contract: ModelContract, seed: int, source: Path) -> str:
+def description(contract: ModelContract, seed: int, source: str) -> str:
     """The statement embedded in each image file."""
     parts = {
         "model": f"{contract.model_name} {contract.model_version}",
         "steps": contract.steps,
         "seed": seed,
-        "source": printable(source.name),
+        "source": printable(source),
         "software": f"StainDiffuser {staindiffuser.__version__}",
     }
     return " ".join([SYNTHETIC, contract.notice, *(f"{key}: {value};" for key, value in parts.items())])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import staindiffuser
@@ -12,6 +11,7 @@ from staindiffuser.client.blending import Mosaic
 from staindiffuser.client.contract import ServedStain, Stainer
 from staindiffuser.client.errors import OutputError
 from staindiffuser.client.journal import Journal, Work, WorkRow, read_journal
+from staindiffuser.client.names import SlideNames
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.pipeline import stained_rows
 from staindiffuser.client.preview import PANEL, write_preview
@@ -38,8 +38,8 @@ class SlideRun:
     stains: tuple[ServedStain, ...]
     stainer: Stainer
     plan: SlidePlan
-    input_sha256: Future[str]
-    """Of the slide; computed meanwhile."""
+    names: SlideNames
+    """Of the slide."""
     reporter: Reporter
     watch: Stopwatch
     started: str = field(default_factory=run_record.utc_now)
@@ -71,7 +71,7 @@ class SlideRun:
 
     def _work(self) -> Work:
         return Work(
-            input_sha256=self.input_sha256.result(),
+            input_sha256=self.names.sha256,
             request=self.request,
             batch=min(self.options.batch, self.stainer.contract.max_batch),
             software=staindiffuser.__version__,
@@ -121,7 +121,7 @@ class SlideRun:
 
         def files(saved: list[WorkRow]) -> ResultFiles:
             return ResultFiles(
-                self.folder.work, self.plan.slide.path, self.plan.view, self.stainer.contract, self.stains,
+                self.folder.work, self.names.shown, self.plan.view, self.stainer.contract, self.stains,
                 seed=self.options.seed, cells=self.options.cells, watch=self.watch, done=saved,
             )  # fmt: skip
 
@@ -153,8 +153,8 @@ class SlideRun:
             format=run_record.FORMAT,
             notice=f"{run_record.SYNTHETIC} {contract.notice}",
             input=run_record.InputRecord(
-                path=str(slide.path.absolute()),
-                sha256=self.input_sha256.result(),
+                path=str(slide.path.absolute()) if self.names.keep else None,
+                sha256=self.names.sha256,
                 bytes=sum(path.stat().st_size for path in slide.files),
                 format=slide.format,
                 size=slide.size,
@@ -181,7 +181,7 @@ class SlideRun:
             damaged=slide.damaged,
             tissue_fraction=round(plan.mask.fraction, 4),
             cells=cells,
-            warnings=plan.warnings,
+            warnings=tuple(self.names.hidden(line) for line in plan.warnings),
             server=run_record.ServerRecord(
                 url=self.stainer.url, version=self.stainer.server_version, id=self.stainer.server_id
             ),

@@ -11,10 +11,11 @@ from typing import Self
 from staindiffuser.client import run_record
 from staindiffuser.client.contract import ModelContract, ServedStain, Stainer
 from staindiffuser.client.errors import FileNameError, OutputError
+from staindiffuser.client.names import SlideNames
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.progress import QuietReporter, Reporter, Stopwatch
 from staindiffuser.client.result_folder import ResultFolder
-from staindiffuser.client.run_record import Request, RunRecord, slide_sha256
+from staindiffuser.client.run_record import Request, RunRecord
 from staindiffuser.client.slide_plan import SlidePlan, plan_slide
 from staindiffuser.client.slide_run import SlideRun
 from staindiffuser.errors import InputError
@@ -64,8 +65,9 @@ class SlideJob:
     Entering it finds out whether the input and the output are usable, before a server is needed.
     """
 
-    def __init__(self, path: Path, output: Path, options: StainingOptions) -> None:
+    def __init__(self, path: Path, output: Path, options: StainingOptions, names: SlideNames | None = None) -> None:
         """Describe the job; arguments and errors are those of :func:`stain_slide`."""
+        self._names = names or SlideNames(path, keep=options.keep_names)
         self._path, self._output, self._options = path, output, options
         self._open = ExitStack()
         self.run: SlideRun | None = None
@@ -77,6 +79,7 @@ class SlideJob:
         try:
             _require_utf8(self._path, self._output)
             self._slide = self._open.enter_context(open_slide(self._path, allow_damaged=self._options.allow_damaged))
+            self._names.files = self._slide.files
             force = None if self._options.force_mpp else "--force-mpp"
             self._mpp = self._slide.pixel_size(self._options.mpp, force=force)
             self._old = run_record.find_run(self._output) if self._options.resume else None
@@ -102,6 +105,7 @@ class SlideJob:
             cells=options.cells,
             allow_damaged=options.allow_damaged,
             preview=options.preview,
+            keep_names=options.keep_names,
         )
         if self._old is not None:
             self._require_same(self._old, request)
@@ -128,11 +132,11 @@ class SlideJob:
         self, stains: tuple[ServedStain, ...], request: Request, stainer: Stainer, reporter: Reporter
     ) -> RunRecord:
         watch = Stopwatch()
-        plan = plan_slide(self._slide, self._mpp, stainer.contract, watch)
-        for line in [plan.announcement(), *plan.warnings]:
-            reporter.say(line)
         with ThreadPoolExecutor(1, thread_name_prefix="hash") as hasher:
-            sha256 = hasher.submit(slide_sha256, self._slide.files)
+            hasher.submit(lambda: self._names.sha256)  # while the tissue is found
+            plan = plan_slide(self._slide, self._mpp, stainer.contract, watch)
+            for line in [plan.announcement(), *plan.warnings]:
+                reporter.say(line)
             run = SlideRun(
                 folder=self._folder,
                 options=self._options,
@@ -140,7 +144,7 @@ class SlideJob:
                 stains=stains,
                 stainer=stainer,
                 plan=plan,
-                input_sha256=sha256,
+                names=self._names,
                 reporter=reporter,
                 watch=watch,
             )
@@ -153,7 +157,7 @@ class SlideJob:
         missing = [name for name in run.outputs if not (self._output / name).is_file()]
         if missing:
             changed.append(f"missing {', '.join(missing)}")
-        if not changed and run.input.sha256 != slide_sha256(self._slide.files):
+        if not changed and run.input.sha256 != self._names.sha256:
             changed.append("another slide")
         if changed:
             raise OutputError(

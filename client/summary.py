@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from staindiffuser.client.inputs import SlideInput
+from staindiffuser.client.names import SlideNames
 from staindiffuser.client.run_record import RunRecord
 from staindiffuser.errors import StainDiffuserError
 from staindiffuser.files import replacing
@@ -25,6 +26,7 @@ class Outcome:
     """One slide of a batch."""
 
     slide: SlideInput
+    names: SlideNames
     status: Status
     run: RunRecord | None = None
     """Of a slide that is stained or kept."""
@@ -36,21 +38,38 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """A line of ``--json``: the run record, or the error with its exit code."""
-        place = {"status": self.status, "output": str(self.slide.output)}
+        place = {"slide": self._called, "status": self.status, "output": self._output}
         if self.run is not None:
             return {**self.run.to_dict(), **place}
-        failure = {} if self.error is None else {"error": str(self.error), "exit_code": self.error.exit_code}
-        return {"input": {"path": str(self.slide.path.absolute())}, **place, **(self.plan or {}), **failure}
+        failure = {} if self.error is None else {"error": self._error_text, "exit_code": self.error.exit_code}
+        path = str(self.slide.path.absolute()) if self.names.keep else None
+        return {"input": {"path": path}, **place, **(self.plan or {}), **failure}
+
+    @property
+    def _called(self) -> str:
+        """The slide's path, or what it is called instead. One that was not begun is not read for that."""
+        if self.names.keep:
+            return str(self.slide.path)
+        return self.names.number_text if self.status == "not started" else self.names.shown
+
+    @property
+    def _output(self) -> str | None:
+        """The result folder; None where its name is made of the slide's."""
+        return str(self.slide.output) if self.names.keep or self.slide.named else None
+
+    @property
+    def _error_text(self) -> str:
+        return "" if self.error is None else " ".join(self.names.hidden(str(self.error)).split())
 
     def row(self) -> dict[str, object]:
         """A row of ``summary.csv``."""
         run, error = self.run, self.error
         return {
-            "slide": str(self.slide.path),
-            "output": str(self.slide.output),
+            "slide": self._called,
+            "output": self._output or "",
             "status": self.status,
             "exit_code": error.exit_code if error else 0 if run else "",
-            "error": " ".join(str(error).split()) if error else "",
+            "error": self._error_text,
             "tiles": run.tiles.stained if run else "",
             "tissue_fraction": run.tissue_fraction if run else "",
             "seconds": run.seconds.total if run else "",

@@ -75,7 +75,8 @@ def test_several_inputs_get_a_folder_each_and_one_may_fail(tile: Path, tmp_path:
     other.write_bytes(tile.read_bytes())
     bad = tmp_path / "bad.tif"
     bad.write_bytes(b"II*\0nonsense")
-    result = stain(tmp_path, tile, bad, other, "--server", server, "--output", "all", "--stains", "CD3", "--no-cells")
+    options = ("--output", "all", "--stains", "CD3", "--no-cells", "--keep-names")
+    result = stain(tmp_path, tile, bad, other, "--server", server, *options)
     assert result.returncode == 1, result.stderr
     assert "error: " in result.stderr
     assert any(line.startswith("error: ") and "bad.tif" in line for line in result.stderr.splitlines())
@@ -113,7 +114,9 @@ def test_bad_inputs(kind: str, real_data: Path, tmp_path: Path) -> None:
     path = bad_input(kind, real_data, tmp_path)
     before = sorted(tmp_path.iterdir())
     # No server is there: a bad input is found before one is needed.
-    refused(stain(tmp_path, path, "--server", NOWHERE, "--output", "out"), 4, kind)
+    refused(stain(tmp_path, path, "--server", NOWHERE, "--output", "out", "--keep-names"), 4, kind)
+    nameless = "slide 1" if kind == "missing.svs" else "slide-"
+    refused(stain(tmp_path, path, "--server", NOWHERE, "--output", "out"), 4, nameless)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -137,7 +140,8 @@ def test_a_name_that_is_not_utf8_is_refused_before_any_work(tile: Path, tmp_path
 @pytest.mark.parametrize("name", ["🧬 slide.tif", "new\nline.tif", "bell\x07.tif", "a" * 230 + ".tif", "<&>'\".tif"])
 def test_odd_names_are_stained(tile: Path, tmp_path: Path, server: str, name: str) -> None:
     tile.rename(tmp_path / name)
-    result = stain(tmp_path, name, "--server", server, "--no-cells", "--stains", "cd3", "--output", "out")
+    options = ("--no-cells", "--stains", "cd3", "--output", "out", "--keep-names")
+    result = stain(tmp_path, name, "--server", server, *options)
     assert result.returncode == 0, result.stderr
     with tifffile.TiffFile(tmp_path / "out/cd3.ome.tiff") as tiff:
         assert "cd3" in ElementTree.fromstring(tiff.ome_metadata or "").find(".//{*}Image").get("Name", "").lower()  # type: ignore[union-attr]
@@ -207,7 +211,7 @@ def test_a_server_that_dies_in_the_middle(real_data: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(real_data: Path, tmp_path: Path, number: signal.Signals) -> None:
     with FakeTriton(delay=0.3) as fake:
-        process = started(tmp_path, fake, real_data / CMU, "--output", "out", "--batch", 2, requests=16)
+        process = started(tmp_path, fake, real_data / CMU, "--output", "out", "--batch", 2, "--keep-names", requests=16)
         process.send_signal(number)
         result = ended(process)
     assert result.returncode == 130, result.stderr

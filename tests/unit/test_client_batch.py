@@ -21,7 +21,7 @@ from staindiffuser.client.testing import FakeTriton, identity
 from staindiffuser.errors import ServerLostError
 from staindiffuser.imaging.errors import MissingPixelSizeError, SlideError
 
-OPTIONS = StainingOptions(stains=("cd3",), batch=2)
+OPTIONS = StainingOptions(stains=("cd3",), batch=2, keep_names=True)
 
 
 @pytest.fixture

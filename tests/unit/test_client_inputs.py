@@ -16,7 +16,7 @@ def test_default_folders() -> None:
 
 def test_files() -> None:
     one, two = Path("x/a.svs"), Path("y/b.png")
-    assert find_inputs([one], Path("o")) == [SlideInput(path=one, output=Path("o"))]
+    assert find_inputs([one], Path("o")) == [SlideInput(path=one, output=Path("o"), named=True)]
     assert [slide.output for slide in find_inputs([one, two], Path("o"))] == [Path("o/a-stained"), Path("o/b-stained")]
     assert find_inputs([one, two], None)[1].output == Path("b-stained")
     assert find_inputs([one, two, one], None) == find_inputs([one, two], None), "a slide that is named twice is one"
@@ -45,7 +45,7 @@ def test_lists(tmp_path: Path) -> None:
     path = tmp_path / "night.csv"
     path.write_text("\ufeffSlide, mpp ,output\na.svs,0.25,first\nsub/b.tif,,\n/abs/c.png, 0.5,\n", encoding="utf-8")
     assert find_inputs([path], Path("out")) == [
-        SlideInput(path=tmp_path / "a.svs", output=Path("out/first"), mpp=0.25),
+        SlideInput(path=tmp_path / "a.svs", output=Path("out/first"), named=True, mpp=0.25),
         SlideInput(path=tmp_path / "sub/b.tif", output=Path("out/b-stained")),
         SlideInput(path=Path("/abs/c.png"), output=Path("out/c-stained"), mpp=0.5),
     ]

@@ -40,7 +40,7 @@ def stained(
         return np.where(bare[..., None], np.array(glass, np.uint8), image).astype(np.uint8)
 
     stain_slide(slide, folder, FakeStainer(paint), StainingOptions(stains=("cd3",), mpp=0.5))
-    return judge(folder)[0]
+    return judge(folder, [slide])[0]
 
 
 def test_faithful_stain_passes(slide: Path, tmp_path: Path) -> None:

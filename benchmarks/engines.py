@@ -21,8 +21,9 @@ from onnx import TensorProto, helper, numpy_helper
 from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import ManifestError
 from staindiffuser.files import file_sha256
-from staindiffuser.triton_models.engine.engine_onnxruntime import OnnxRuntimeEngine, available_cpus
+from staindiffuser.triton_models.engine.engine_onnxruntime import OnnxRuntimeEngine
 from staindiffuser.triton_models.noise.philox import tile_noise
+from staindiffuser.triton_models.shared.cpus import available_cpus
 
 __all__ = ["BatchReport", "EnginesReport", "bench_engines", "count_flops"]
 

@@ -35,6 +35,14 @@ def stain(
         Path | None,
         typer.Option(metavar="REPO", help="Model repository to serve meanwhile. (default: the demonstration model)"),
     ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast",
+            help="The demonstration model on the fastest engines of this CPU, measured once; pixels differ by a few "
+            "grey levels from the default's.",
+        ),
+    ] = False,
     stains: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Stains to produce. (default: all that the model has)")
     ] = None,
@@ -123,6 +131,7 @@ def stain(
         target = Target(
             addresses=tuple(server or ()),
             repository=repository,
+            fast=fast,
             timeout=timeout,
             patience=patience,
             use_proxy=proxy,

@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from staindiffuser.export import builders
 from staindiffuser.export.builders import Device, Profile
+from staindiffuser.export.choosing import Choice
 from staindiffuser.export.description import ExportedStain, TensorSpec
 from staindiffuser.export.errors import ManifestError
 from staindiffuser.export.parity import EngineParity
@@ -127,6 +128,8 @@ class Manifest:
     engines: Mapping[str, EngineRecord]
     files: Mapping[str, FileRecord]
     """Every file of the repository except the manifest, by relative path with forward slashes."""
+    choice: Choice | None = None
+    """What target ``auto`` measured before it chose; None where the target was named."""
 
     def save(self, repository: Path) -> None:
         """Write ``manifest.json``, sealed with a hash of its own content."""
@@ -159,6 +162,7 @@ def verify(repository: Path, *, checkpoint: Path | None = None, environment: boo
 
     Raises:
         ManifestError: names the file or the field that differs.
+        BuilderMissingError: this machine cannot run the engines (only with ``environment``).
     """
     manifest, intact = _read(repository)
     _verify_files(repository, manifest.files)
@@ -246,6 +250,7 @@ def _verify_environment(repository: Path, manifest: Manifest) -> None:
         )
     builder = builders.get(manifest.target)
     here = builder.device()
+    builder.require(manifest.precision)
     for name, engine in manifest.engines.items():
         _require(repository, f"engines.{name}.builder", engine.builder, builder.version(), "here")
         _require(repository, f"engines.{name}.device.kind", engine.device.kind, here.kind, "here")

@@ -20,12 +20,38 @@ from staindiffuser.export.errors import GraphsError, ParityError
 from staindiffuser.records import STRICT
 from staindiffuser.triton_models.noise import philox
 
-__all__ = ["MAX_LEVELS", "MAX_SHARE_OVER_ONE", "EngineParity", "Golden", "check_parity", "run_pipeline"]
+__all__ = [
+    "LIMITS",
+    "MAX_LEVELS",
+    "MAX_SHARE_OVER_ONE",
+    "EngineParity",
+    "Golden",
+    "Limits",
+    "check_parity",
+    "run_pipeline",
+]
 
 MAX_LEVELS = 2
-"""Largest difference anywhere, grey levels."""
+"""Largest difference anywhere, grey levels; of reduced precisions see :data:`LIMITS`."""
 MAX_SHARE_OVER_ONE = 0.001
 """Largest share of values that differ by more than one grey level."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How far engines may be from torch in float32."""
+
+    levels: int = MAX_LEVELS
+    """Largest difference anywhere, grey levels."""
+    over_one: float = MAX_SHARE_OVER_ONE
+    """Largest share of values that differ by more than one grey level."""
+    dab_dice: float | None = None
+    """Smallest Dice of a stain's DAB-positive area with torch's; None: not asked."""
+
+
+EXACT = Limits()
+LIMITS = {"bf16": Limits(levels=8, over_one=0.05, dab_dice=0.995)}
+"""Of reduced precisions (ours); all others are :data:`EXACT`. bfloat16 has eight bits."""
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -51,6 +77,8 @@ class EngineParity:
     """Share of values that differ by more than one grey level."""
     mean_levels: float = 0.0
     """Mean absolute difference, grey levels."""
+    dab_dice: float | None = None
+    """Dice of the DAB-positive area with torch's, over all samples; only of a stain's image in a reduced precision."""
     max_feature: float = 0.0
     """Largest absolute value of the encoder's features (half precision overflows at 65,504)."""
 
@@ -135,9 +163,11 @@ def _check_batch(
     engines: Mapping[str, Engine], graphs: GraphSet, golden: Golden, batch: int
 ) -> dict[str, EngineParity]:
     samples = golden.samples
+    limits = LIMITS.get(graphs.precision, EXACT)
     largest_feature = 0.0
     # histograms of the absolute difference, 0..255 grey levels; the last batch wraps around to be full
     counts = {name: np.zeros(256, dtype=np.int64) for name in engines if name != "he_encoder"}
+    areas = {name: np.zeros(2) for name in engines if name.startswith("stain_")} if limits.dab_dice is not None else {}
     for first in range(0, samples, batch):
         rows = np.arange(first, first + batch) % samples
         inputs = {name: array[rows] for name, array in golden.inputs.items()}
@@ -154,13 +184,26 @@ def _check_batch(
                     raise ParityError(f"golden samples lack {tensor}: export the graphs again")
                 difference = np.abs(outputs[tensor].astype(np.int16) - golden.outputs[tensor][rows])
                 counts[name] += np.bincount(difference.ravel(), minlength=256)
+                if name in areas:
+                    areas[name] += _dab_areas(outputs[tensor], golden.outputs[tensor][rows])
     results = {"he_encoder": EngineParity(batch=batch, samples=samples, max_feature=largest_feature)}
     for name, count in counts.items():
-        results[name] = _judge(name, count, batch, samples)
+        dice = None if name not in areas else float(areas[name][0] / areas[name][1]) if areas[name][1] else 1.0
+        results[name] = _judge(name, count, dice, limits, batch, samples)
     return results
 
 
-def _judge(name: str, count: np.ndarray[Any, Any], batch: int, samples: int) -> EngineParity:
+def _dab_areas(ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Numerator and denominator of the Dice of two batches' DAB-positive areas."""
+    from staindiffuser.imaging.optical_density import dab_mask  # needs SciPy, as only reduced precisions do
+
+    pairs = [(dab_mask(a), dab_mask(b.astype(np.uint8))) for a, b in zip(ours, theirs, strict=True)]
+    return np.array([sum(2.0 * (a & b).sum() for a, b in pairs), sum(a.sum() + b.sum() for a, b in pairs)])
+
+
+def _judge(
+    name: str, count: np.ndarray[Any, Any], dab_dice: float | None, limits: Limits, batch: int, samples: int
+) -> EngineParity:
     total = int(count.sum())
     result = EngineParity(
         batch=batch,
@@ -168,11 +211,17 @@ def _judge(name: str, count: np.ndarray[Any, Any], batch: int, samples: int) -> 
         max_levels=int(np.flatnonzero(count)[-1]),
         share_over_one=float(count[2:].sum() / total),
         mean_levels=float((count * np.arange(256)).sum() / total),
+        dab_dice=dab_dice,
     )
-    if result.max_levels > MAX_LEVELS or result.share_over_one > MAX_SHARE_OVER_ONE:
+    if result.max_levels > limits.levels or result.share_over_one > limits.over_one:
         raise ParityError(
             f"{name} differs from torch by up to {result.max_levels} grey levels, by more than one on "
-            f"{result.share_over_one:.3%} of the values, at batch {batch} (allowed: {MAX_LEVELS} and "
-            f"{MAX_SHARE_OVER_ONE:.1%}): nothing is published"
+            f"{result.share_over_one:.3%} of the values, at batch {batch} (allowed: {limits.levels} and "
+            f"{limits.over_one:.1%}): nothing is published"
+        )
+    if dab_dice is not None and limits.dab_dice is not None and dab_dice < limits.dab_dice:
+        raise ParityError(
+            f"{name}: the DAB-positive area has a Dice of {dab_dice:.4f} with torch's at batch {batch} (allowed: "
+            f"{limits.dab_dice}): nothing is published"
         )
     return result

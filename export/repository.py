@@ -17,8 +17,9 @@ from pathlib import Path
 import staindiffuser
 from staindiffuser.export import builders, triton_config
 from staindiffuser.export.builders import Builder, BuildOptions, engine_key
+from staindiffuser.export.choosing import AUTO, Choice, available, choice_key, fastest, measure
 from staindiffuser.export.description import GraphSet
-from staindiffuser.export.errors import ExportUsageError, ManifestError
+from staindiffuser.export.errors import BuilderMissingError, ExportUsageError, ManifestError, ParityError
 from staindiffuser.export.manifest import MANIFEST_JSON, SAMPLER, EngineRecord, Manifest, PlanRecord, hash_files, verify
 from staindiffuser.export.parity import EngineParity, Golden, check_parity
 from staindiffuser.export.publishing import locked, staging_folder
@@ -49,6 +50,8 @@ class RepositoryBuild:
     """Files copied into each model's version folder."""
     fingerprint: str
     """Hash of all of the above."""
+    choice: Choice | None = None
+    """How target ``auto`` came to this builder."""
 
     def engine_path(self, name: str) -> str:
         """Path of an engine's file relative to the repository."""
@@ -90,7 +93,8 @@ def build(
     Args:
         graphs_dir: what ``export graphs`` wrote.
         output: folder of the repository; an existing repository is replaced as a whole.
-        target: one of :data:`staindiffuser.export.builders.TARGETS`.
+        target: one of :data:`staindiffuser.export.builders.TARGETS`, or ``auto``: the fastest CPU engines that pass,
+            see :mod:`staindiffuser.export.choosing`.
         flavour: one of :data:`staindiffuser.export.triton_config.FLAVOURS`.
         options: batch sizes, threads and the target's own options.
         progress: called with one line per step.
@@ -101,13 +105,48 @@ def build(
         BuilderMissingError: the target's builder is not installed.
         ParityError: an engine is too far from torch; ``output`` is untouched.
     """
-    wanted = prepare_build(graphs_dir, target=target, flavour=flavour, options=options)
+    options = options or BuildOptions()
     output = output.resolve()
     _refuse_foreign_folder(output)
+    if target == AUTO:
+        return _build_fastest(graphs_dir, output, flavour, options, progress)
+    wanted = prepare_build(graphs_dir, target=target, flavour=flavour, options=options)
+    return _build(wanted, output, progress)
+
+
+def _build_fastest(
+    graphs_dir: Path, output: Path, flavour: str, options: BuildOptions, progress: Progress
+) -> BuildReport:
+    """Build what was chosen for the repository that is there, or else the fastest candidate that passes the gate."""
+    if options.precision:
+        raise ExportUsageError(f"--precision {options.precision}: target auto chooses the precision; name a target")
+    graphs = GraphSet.load(graphs_dir)
+    possible, _ = available(graphs, options)
+    current = _current(output)
+    choice = current.choice if current is not None else None
+    if current is not None and choice is not None and choice.key == choice_key(graphs, options):
+        left = {f"{current.target} {current.precision}": 0.0}
+    else:
+        choice = measure(graphs_dir, options, progress)
+        left = dict(choice.ms_per_tile)
+    while True:
+        name = fastest(left)
+        progress(f"chosen for {choice.processor}: {name}")
+        wanted = prepare_build(graphs_dir, target=name.split()[0], flavour=flavour, options=possible[name])
+        try:
+            return _build(dataclasses.replace(wanted, choice=choice), output, progress)
+        except ParityError as error:
+            del left[name]
+            if not left:
+                raise
+            progress(f"{name} does not pass: {error}")
+
+
+def _build(wanted: RepositoryBuild, output: Path, progress: Progress) -> BuildReport:
     try:
         with locked(output):
             current = _current(output)
-            if current is not None and current.fingerprint == wanted.fingerprint:
+            if current is not None and (current.fingerprint, current.choice) == (wanted.fingerprint, wanted.choice):
                 return BuildReport(repository=output, manifest=current, built=(), up_to_date=True)
             with staging_folder(output) as folder:
                 others = _carry_others(wanted, folder, output)
@@ -138,6 +177,8 @@ def prepare_build(
     if graphs.precision not in builder.precisions:
         accepted = ", ".join(builder.precisions)
         raise ExportUsageError(f"target {target} does not take {graphs.precision} graphs: export them as {accepted}")
+    # What engines compute in decides the pixels, so it is part of the model's version.
+    graphs = dataclasses.replace(graphs, precision=options.precision or graphs.precision)
     keys = {name: engine_key(builder, engine, graphs.precision, options) for name, engine in graphs.engines.items()}
     files = {name: f"{key[:16]}{builder.suffix}" for name, key in keys.items()}
     capability = builder.device().compute_capability
@@ -192,7 +233,7 @@ def _current(output: Path, *, environment: bool = True) -> Manifest | None:
     """The manifest of an intact repository at ``output``, or None."""
     try:
         return verify(output, environment=environment)
-    except ManifestError:
+    except (ManifestError, BuilderMissingError):
         return None
 
 
@@ -347,4 +388,5 @@ def _manifest(
         stains=graphs.stains,
         engines=engines,
         files=files,
+        choice=wanted.choice,
     )

@@ -21,6 +21,14 @@ def serve(
     ] = None,
     grpc_port: Annotated[int, typer.Option(help="gRPC port on 127.0.0.1; 0: a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics port on 127.0.0.1; 0: a free one.")] = 8002,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast",
+            help="The demonstration model on the fastest engines of this CPU, measured at the first start; pixels "
+            "differ by a few grey levels from the default's.",
+        ),
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="Threads of each CPU engine; 0: all cores.")] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Refuse engines that do not come from this checkpoint.")
@@ -44,7 +52,7 @@ def serve(
     import signal
     from types import FrameType
 
-    from staindiffuser.errors import EXIT_INTERRUPTED, StainDiffuserError
+    from staindiffuser.errors import EXIT_INTERRUPTED, StainDiffuserError, UsageError
     from staindiffuser.serving import systemd
     from staindiffuser.serving.audit import AuditLog
     from staindiffuser.serving.demo import demo_repository
@@ -61,7 +69,9 @@ def serve(
         signal.signal(number, stop)
     log_book = AuditLog(audit)
     try:
-        chosen = repository or demo_repository(say)
+        if fast and repository is not None:
+            raise UsageError("--fast is for the demonstration model: build yours with `export build --target auto`")
+        chosen = repository or demo_repository(say, fast=fast)
         log_book.record("start", repository=str(chosen.absolute()), grpc_port=grpc_port)
         server = TritonServer(
             chosen,

@@ -88,7 +88,7 @@ def _python() -> Iterator[Finding]:
 
 def _processor() -> Iterator[Finding]:
     from staindiffuser.export.builders.devices import processor
-    from staindiffuser.triton_models.engine.engine_onnxruntime import available_cpus
+    from staindiffuser.triton_models.shared.cpus import available_cpus
 
     flags: set[str] = set()
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

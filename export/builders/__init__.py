@@ -12,6 +12,7 @@ __all__ = ["TARGETS", "BuildOptions", "Builder", "Device", "Engine", "Profile", 
 
 TARGETS = {
     "onnxruntime": "OnnxRuntimeBuilder",
+    "openvino": "OpenVINOBuilder",
     "tensorrt": "TensorRTBuilder",
     "tensorrt-rtx": "TensorRTRtxBuilder",
     "torch": "TorchBuilder",

@@ -38,6 +38,8 @@ class BuildOptions:
     """Largest batch of tiles that the engines and Triton accept."""
     threads: int = 0
     """Threads of each CPU engine; 0 for all cores that the serving process may use."""
+    precision: str = ""
+    """Compute float32 graphs in less than float32: ``bf16``. Empty: in the graphs' own precision."""
     batches: tuple[int, ...] = ()
     """Batch sizes to optimise for, such as (1, 8, 32); the largest is ``max_batch``. Empty: 1 and ``max_batch``."""
     compute_capabilities: tuple[str, ...] = ()
@@ -144,6 +146,13 @@ class Builder(Protocol):
 
         Raises:
             BuilderMissingError: this machine has none.
+        """
+
+    def require(self, precision: str) -> None:
+        """Refuse to run engines of a precision that this machine cannot compute in.
+
+        Raises:
+            BuilderMissingError: the processor lacks the instructions.
         """
 
     def check(self, options: BuildOptions) -> None:

@@ -20,6 +20,9 @@ class GraphEngineBuilder:
     target: str
     suffix = ".onnx"
 
+    def require(self, precision: str) -> None:
+        """Nothing: a runtime that has no instructions for a precision takes others that give the same."""
+
     def check(self, options: BuildOptions) -> None:
         """Only threads and batch sizes are used."""
         refuse_unused(self.target, options, "threads")

@@ -48,6 +48,9 @@ class TensorRTBuilder:
             raise missing(self.target, "no NVIDIA GPU here, and a plan is built on the GPU that runs it")
         return gpu
 
+    def require(self, precision: str) -> None:
+        """Nothing: which precisions a GPU has shows when the plan is built."""
+
     def check(self, options: BuildOptions) -> None:
         """Refuse compute capabilities, since plans are built for this machine's GPU, and options of other targets."""
         if options.compute_capabilities:

@@ -54,6 +54,9 @@ class TensorRTRtxBuilder:
             )
         return gpu
 
+    def require(self, precision: str) -> None:
+        """Nothing: TensorRT-RTX refuses a GPU that lacks the precision."""
+
     def check(self, options: BuildOptions) -> None:
         """Refuse options of other targets, and compute capabilities that TensorRT-RTX does not compile for."""
         refuse_unused(self.target, options, "compute_capabilities", "verbosity", "workspace_mib")

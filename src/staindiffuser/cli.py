@@ -37,6 +37,7 @@ _EXTRAS = {
     "pytriton": "serve",
     "onnx": "export",
     "onnxruntime": "export",
+    "openvino": "openvino",
 }
 """Which extra brings an optional package; all others come with ``client``."""
 

@@ -15,7 +15,7 @@ from staindiffuser.export.builders import BuildOptions, engine_key
 from staindiffuser.export.builders.checks import check_graph
 from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import BuilderMissingError, ExportUsageError, GraphsError
-from staindiffuser.triton_models.engine.engine_onnxruntime import available_cpus
+from staindiffuser.triton_models.shared.cpus import available_cpus
 from tests.synthetic_graphs import write_graphs
 
 

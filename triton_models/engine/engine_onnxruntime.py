@@ -5,7 +5,6 @@ Copied beside ``model.py`` into the model repository; imports nothing of the pro
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-__all__ = ["OnnxRuntimeEngine", "available_cpus", "load", "session_options"]
+if __package__:
+    from staindiffuser.triton_models.shared.cpus import available_cpus
+else:  # in a model repository, where the file lies beside this one
+    from cpus import available_cpus  # type: ignore[no-redef]
 
-
-def available_cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """CPUs that this process may use: limited by its affinity and by a container's quota (cgroup v2)."""
-    cpus = len(os.sched_getaffinity(0))
-    try:
-        quota, period = quota_file.read_text(encoding="ascii").split()
-        if quota != "max":
-            cpus = min(cpus, max(1, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass  # no cgroup v2, so no known quota
-    return cpus
+__all__ = ["OnnxRuntimeEngine", "load", "session_options"]
 
 
 def session_options(threads: int = 0) -> onnxruntime.SessionOptions:

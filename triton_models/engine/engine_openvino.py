@@ -1,0 +1,83 @@
+"""Runs an engine with OpenVINO on the CPU: in the embedded server, and directly in parity checks and benchmarks.
+
+The engine file is an ONNX graph. Its metadata name the precision in which it is computed, so that a file always runs as
+it was checked: OpenVINO itself would silently widen bfloat16 on a processor that lacks it.
+
+Copied beside ``model.py`` into the model repository; imports nothing of the project.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# On import, OpenVINO reports to its maker's server, without asking. It takes a stand-in where the reporting package is
+# not installed.
+if "openvino" not in sys.modules:
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+import openvino
+
+if __package__:
+    from staindiffuser.triton_models.shared.cpus import available_cpus
+else:  # in a model repository, where the file lies beside this one
+    from cpus import available_cpus  # type: ignore[no-redef]
+
+__all__ = ["PRECISION", "OpenVINOEngine", "computes", "load"]
+
+PRECISION = "staindiffuser.precision"
+"""Key of the graph's metadata: ``fp32`` or ``bf16``."""
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+_CAPABILITIES = {"fp32": "FP32", "bf16": "BF16"}
+
+
+def computes(precision: str) -> bool:
+    """Whether this processor has instructions for a precision, ``fp32`` or ``bf16``."""
+    return _CAPABILITIES[precision] in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+class OpenVINOEngine:
+    """One ONNX graph, compiled for this processor."""
+
+    def __init__(self, path: Path, *, threads: int = 0) -> None:
+        core = openvino.Core()
+        model = core.read_model(os.fspath(path))
+        precision = model.get_rt_info(["framework", PRECISION]).astype(str)
+        if not computes(precision):
+            raise RuntimeError(f"{path.name} computes in {precision}, which this processor cannot: build it here")
+        self._request: Any = core.compile_model(
+            model,
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": _HINTS[precision],
+                "INFERENCE_NUM_THREADS": threads or available_cpus(),
+                "NUM_STREAMS": 1,
+                "ENABLE_CPU_PINNING": False,  # several engines share the cores
+            },
+        ).create_infer_request()
+
+    def receive(self, tensor: Any) -> np.ndarray[Any, Any]:
+        """Return a NumPy array unchanged."""
+        return np.asarray(tensor)
+
+    def join(self, arrays: list[Any]) -> np.ndarray[Any, Any]:
+        """Concatenate arrays along the batch."""
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    def run(self, inputs: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
+        """Run one batch of NumPy arrays, batch dimension first; returns the outputs named. One thread at a time."""
+        results = self._request.infer(inputs, share_inputs=True)
+        return {name: results[name] for name in outputs}
+
+    def close(self) -> None:
+        """Free the compiled graph."""
+        self._request = None
+
+
+def load(path: Path, *, threads: int = 0, device: int = 0) -> OpenVINOEngine:
+    """Load an engine file; ``device`` belongs to the runners of GPU engines."""
+    del device
+    return OpenVINOEngine(path, threads=threads)

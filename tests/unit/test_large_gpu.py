@@ -17,7 +17,7 @@ from staindiffuser.training.data.dataset import CropBatch
 from staindiffuser.training.errors import DivergedError
 from staindiffuser.training.learner import Loss
 from staindiffuser.training.loop import Fitted
-from staindiffuser.training.model.layers import MPConv, _unit, normalize_weight_
+from staindiffuser.training.model.layers import MPConv, unit_variance, normalize_weight_
 from staindiffuser.training.model.network import DualDiffusion
 from staindiffuser.training.options import RunOptions
 from staindiffuser.training.processes import Processes
@@ -97,7 +97,7 @@ def test_weights_of_one_shape_are_normalised_together_to_the_same_bits() -> None
     layers = nn.ModuleList([*(MPConv(5, 7, 3) for _ in range(4)), MPConv(5, 7, 0), MPConv(5, 7, 1)])
     every = [m for part in (network, layers) for m in part.modules() if isinstance(m, MPConv)]
     assert len({tuple(m.weight.shape) for m in every}) < len(every)
-    expected = [_unit(m.weight.detach()) for m in every]
+    expected = [unit_variance(m.weight.detach()) for m in every]
     strides = [m.weight.stride() for m in every]
     normalize_weight_(network, layers)
     for layer, wanted, stride in zip(every, expected, strides, strict=True):

@@ -35,7 +35,7 @@ def mp_sum(x: Tensor, y: Tensor, t: float = 0.5) -> Tensor:
     return a * x + b * y
 
 
-def _unit(weight: Tensor) -> Tensor:
+def unit_variance(weight: Tensor) -> Tensor:
     """Each filter scaled to unit variance of its elements (EDM2, Equation 47)."""
     norm: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1) / math.sqrt(weight[0].numel())
     return weight / (norm + 1e-4).view(-1, *([1] * (weight.ndim - 1)))
@@ -84,7 +84,7 @@ class MPConv(nn.Module):
 
     def plain_weight(self) -> Tensor:
         """The weight of the equivalent plain convolution: normalisation, SiLU's gain and the learned gain folded in."""
-        weight = _unit(self.weight) * (self.scale / math.sqrt(self.weight[0].numel()))
+        weight = unit_variance(self.weight) * (self.scale / math.sqrt(self.weight[0].numel()))
         if self.gain is not None:
             weight = weight * self.gain.view(-1, *([1] * (weight.ndim - 1)))
         return weight
@@ -109,11 +109,11 @@ def normalize_weight_(*modules: nn.Module) -> None:
     for layer in (layer for module in modules for layer in module.modules()):
         if isinstance(layer, MPConv):
             if isinstance(layer.weight, DTensor):
-                layer.weight.copy_(_unit(layer.weight))
+                layer.weight.copy_(unit_variance(layer.weight))
             else:
                 groups.setdefault(tuple(layer.weight.shape), []).append(layer.weight)
     for weights in groups.values():
-        together = _unit(torch.cat(weights))
+        together = unit_variance(torch.cat(weights))
         torch._foreach_copy_(weights, list(together.chunk(len(weights))))
 
 

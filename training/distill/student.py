@@ -40,6 +40,7 @@ class DistillConfig(TrainConfig):
     """Standard deviation of ln t (ours; ECT's are 2.0 and 1.6): most draws are at the levels of the last steps."""
     image_max_share: float = 0.1
     """Share of the draws taken at σ_max, where every sampler starts (ours)."""
+    white_glass: bool = True
     method: Method = "ect"
     """``ect``: easy consistency tuning; ``e2e``: end-to-end one-step fine-tuning."""
     stages: int = 3
@@ -62,6 +63,9 @@ class DistillConfig(TrainConfig):
     """Weight of the loss on local spectra of one-step fine-tuning; the pixel loss has 1 (ours; with 3 the radial power
     stayed below the gate's, with 30 the Dice was no worse)."""
 
+    pattern_weight: float = 100.0
+    """Weight of the loss on patterns of the pixel grid of one-step fine-tuning; the pixel loss has 1 (ours)."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stages < 1:
@@ -72,7 +76,7 @@ class DistillConfig(TrainConfig):
             raise ConfigError(f"r_min is {self.r_min}, must not be negative")
         if self.q <= 1:
             raise ConfigError(f"q is {self.q}, must be above 1")
-        for name in ("density_weight", "detail_weight"):
+        for name in ("density_weight", "detail_weight", "pattern_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must not be negative")
 
@@ -111,6 +115,7 @@ class Student(Learner):
                 sigma_data=model.sigma_data,
                 density_weight=config.density_weight,
                 detail_weight=config.detail_weight,
+                pattern_weight=config.pattern_weight,
             )
         else:
             self.loss = ConsistencyLoss(

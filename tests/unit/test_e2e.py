@@ -20,6 +20,7 @@ from staindiffuser.training.distill.e2e import (
     forget_noise_,
     local_spectra,
     pattern_distance,
+    quarter,
 )
 from staindiffuser.training.model.branch import Branch
 from staindiffuser.training.model.layers import normalize_weight_
@@ -87,6 +88,14 @@ def test_a_grid_of_the_pixel_shuffle_is_seen_and_grain_is_not() -> None:
     assert pattern_distance(real + 0.3, real).max() < 1e-6
     grain = 0.2 * torch.randn(2, 3, 64, 64, generator=generator)
     assert pattern_distance(real + grain, real).max() < 0.04 / 30
+
+
+def test_the_quarters_of_four_steps_are_the_crop() -> None:
+    seen = torch.zeros(128, 160)
+    for step in range(40, 44):
+        seen[quarter((128, 160), step)] += 1
+    assert seen.eq(1).all()
+    assert seen[quarter((96, 96), 3)].shape == seen.shape
 
 
 def test_an_untrained_branch_has_no_grid() -> None:

@@ -13,8 +13,9 @@ Shapes: y [B, 3, H, W] standardised; draws and noise are not used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,15 @@ from staindiffuser.training.config import StainConfig
 from staindiffuser.training.model.branch import Branch
 from staindiffuser.training.model.network import unstandardize
 
-__all__ = ["OneStepLoss", "dab_density", "detail_distance", "forget_noise_", "local_spectra", "pattern_distance"]
+__all__ = [
+    "OneStepLoss",
+    "dab_density",
+    "detail_distance",
+    "forget_noise_",
+    "local_spectra",
+    "pattern_distance",
+    "quarter",
+]
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
@@ -97,6 +106,22 @@ def pattern_distance(painted: Tensor, real: Tensor) -> Tensor:
     return F.avg_pool2d(phases.flatten(1, 2), _FIELD).square().mean(dim=(1, 2, 3))
 
 
+def quarter(size: Sequence[int], step: int) -> tuple[EllipsisType, slice, slice]:
+    """The part of a crop whose local spectra a step compares: one quarter after the other, since they cost as much as
+    the network does; all of a small crop.
+
+    Args:
+        size: height and width of the crop.
+    """
+    if min(size) < 4 * max(WINDOWS):
+        return ..., slice(None), slice(None)
+    rows, columns = (
+        slice(half * (side // 2), half * (side // 2) + side // 2)
+        for side, half in zip(size, (step % 2, step // 2 % 2), strict=True)
+    )
+    return ..., rows, columns
+
+
 @torch.no_grad()
 def forget_noise_(images: nn.ModuleDict) -> None:
     """Make each image branch ignore the noisy image for good: the weights of its first layer become 0 and stay 0.
@@ -136,6 +161,7 @@ class OneStepLoss:
         pixels = (prediction - y).square().mean(dim=(1, 2, 3))
         painted, real = (dab_density(unstandardize(v, stain, "images", self.sigma_data)) for v in (prediction, y))
         density = (painted - real).square().mean(dim=(1, 2, 3))
-        detail = detail_distance(prediction, y)
+        part = quarter(y.shape[-2:], step)
+        detail = detail_distance(prediction[part], y[part])
         loss = pixels + self.density_weight * density + self.detail_weight * detail
         return loss + self.pattern_weight * pattern_distance(prediction, y), pixels.detach()

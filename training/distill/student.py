@@ -33,7 +33,8 @@ class DistillConfig(TrainConfig):
     learning_rate: float = 1e-3
     warmup: int = 100
     bf16: bool = False
-    """Off: late stages compare predictions that differ by less than bfloat16 resolves."""
+    """Off: late stages of consistency tuning compare predictions that differ by less than bfloat16 resolves. One-step
+    fine-tuning by the command does as its teacher's training did."""
     p_mean: float = -1.0
     """Mean of ln t (ours; ECT's are −1.1 and −0.8)."""
     p_std: float = 0.9

@@ -23,8 +23,8 @@ from staindiffuser.export.builders import Engine
 from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.export.parity import run_pipeline
 from staindiffuser.serving.server import TritonServer
-from staindiffuser.triton_models.shared.cpus import available_cpus
 from staindiffuser.triton_models.noise import philox
+from staindiffuser.triton_models.shared.cpus import available_cpus
 
 __all__ = ["ServingReport", "Spread", "bench_serving"]
 

@@ -33,7 +33,10 @@ def stain(
     ] = None,
     repository: Annotated[
         Path | None,
-        typer.Option(metavar="REPO", help="Model repository to serve meanwhile. (default: the demonstration model)"),
+        typer.Option(
+            metavar="REPO",
+            help="Model repository to serve meanwhile, or a shipped model's name. (default: demo)",
+        ),
     ] = None,
     fast: Annotated[
         bool,

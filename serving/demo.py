@@ -46,8 +46,9 @@ def repository_of(asked: Path | None, progress: Progress = lambda message: None,
     Args:
         asked: a folder, or the name of a model that ships (a folder of that name goes first); None: the demonstration.
         progress: called with one line per step.
-        fast: a model that ships, with the fastest engines that pass the gate on this machine, measured when they are built, instead of
-            ONNX Runtime in float32, which gives the same image on every machine, give or take a grey level.
+        fast: of a model that ships, the fastest engines that pass the gate on this machine, measured when they are
+            built, instead of ONNX Runtime in float32, which gives the same image on every machine, give or take a grey
+            level.
 
     Raises:
         StainDiffuserError: see :func:`staindiffuser.export.repository.build`.

@@ -23,12 +23,12 @@ help:  ## list the commands
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip $(PIP_INSTALL) --editable '.[client,serve,train,dev,docs]'
+	$(VENV)/bin/python -m pip $(PIP_INSTALL) --editable '.[client,serve,view,train,dev,docs]'
 	@touch $@
 
 .venv-serve/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-serve
-	.venv-serve/bin/python -m pip $(PIP_INSTALL) --editable '.[client,serve]'
+	.venv-serve/bin/python -m pip $(PIP_INSTALL) --editable '.[client,serve,view]'
 	@touch $@
 
 # PyPI's torch is a build with CUDA: 2.5 GB to download, 5 GB on disk. Where PyTorch's own index of CPU builds can be
@@ -37,7 +37,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(NUMPY2_VENV)/.installed: pyproject.toml constraints-numpy2.txt
 	python=$(or $(NUMPY2_PYTHON),$$(.ci/find-python 3.13)) && "$$python" -m venv $(NUMPY2_VENV)
 	$(NUMPY2_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-numpy2.txt \
-		--editable '.[client,serve,train,dev]'
+		--editable '.[client,serve,view,train,dev]'
 	$(NUMPY2_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
 	@touch $@
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import stat
 import threading
@@ -96,15 +97,19 @@ def find_slide(run: RunRecord, places: Sequence[Path] = ()) -> Path:
     own = [] if run.input.path is None else [Path(run.input.path)]
     if own and own[0].exists() and not places:
         return own[0]
-    for path in _files(places):
-        try:
-            if path.stat().st_size > run.input.bytes:
+    candidates = list(_files(places))
+    for path in candidates:
+        with contextlib.suppress(InputError, OSError):
+            if path.stat().st_size == run.input.bytes and slide_sha256([path]) == run.input.sha256:
+                return path
+    for path in candidates:  # a slide of several files is larger than the one that is opened
+        with contextlib.suppress(InputError, OSError):
+            if path.stat().st_size >= run.input.bytes:
                 continue
             with open_slide(path) as slide:
-                if slide.size == run.input.size and slide_sha256(slide.files) == run.input.sha256:
+                several = len(slide.files) > 1 and slide.size == run.input.size
+                if several and slide_sha256(slide.files) == run.input.sha256:
                     return path
-        except (InputError, OSError):
-            continue
     name = own[0] if own else slide_identity(run.input.sha256)
     where = "is not among the slides given" if places else "is needed: say where it is"
     raise InputError(f"the H&E slide of this result, {name}, {where}")

@@ -24,6 +24,7 @@ from staindiffuser.training.distill.cli import distill
 from staindiffuser.training.evaluation.cli import evaluate
 from staindiffuser.training.prepare.cli import app as prepare_app
 from staindiffuser.training.simulate.cli import app as simulate_app
+from staindiffuser.viewer.cli import view
 
 __all__ = ["app", "main"]
 
@@ -38,6 +39,8 @@ _EXTRAS = {
     "onnx": "export",
     "onnxruntime": "export",
     "openvino": "openvino",
+    "starlette": "view",
+    "uvicorn": "view",
 }
 """Which extra brings an optional package; all others come with ``client``."""
 
@@ -67,6 +70,7 @@ def _root(
 
 
 app.command(rich_help_panel="Use")(stain)
+app.command(rich_help_panel="Use")(view)
 app.command(rich_help_panel="Use")(info)
 app.command(rich_help_panel="Use")(check)
 app.command(rich_help_panel="Use")(serve)

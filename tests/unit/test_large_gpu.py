@@ -17,7 +17,7 @@ from staindiffuser.training.data.dataset import CropBatch
 from staindiffuser.training.errors import DivergedError
 from staindiffuser.training.learner import Loss
 from staindiffuser.training.loop import Fitted
-from staindiffuser.training.model.layers import MPConv, unit_variance, normalize_weight_
+from staindiffuser.training.model.layers import MPConv, normalize_weight_, unit_variance
 from staindiffuser.training.model.network import DualDiffusion
 from staindiffuser.training.options import RunOptions
 from staindiffuser.training.processes import Processes

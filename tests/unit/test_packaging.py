@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -18,11 +20,12 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS: list[str] = PYPROJECT["tool"]["hatch"]["build"]["hooks"]["custom"]["folders"]
 
 
-def hatchling(*arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
+def hatchling(*arguments: str, root: Path, without_viewer: bool = True) -> subprocess.CompletedProcess[str]:
     """Run the build backend in this environment, without the network."""
     return subprocess.run(
         [sys.executable, "-m", "hatchling", "build", *arguments],
         cwd=root,
+        env={**os.environ, "STAINDIFFUSER_WITHOUT_OPENSEADRAGON": str(int(without_viewer))},
         capture_output=True,
         text=True,
         timeout=120,
@@ -120,6 +123,67 @@ def test_without_symbolic_links_the_wheel_is_complete_and_an_editable_install_re
     assert result.returncode != 0
     assert "git config core.symlinks true" in " ".join(result.stderr.split())
     assert not list(tmp_path.glob("*.whl"))
+
+
+FETCHED = Path("viewer", "static", "vendor", "openseadragon.min.js")
+
+
+@pytest.fixture
+def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that a substitute for npm brings as OpenSeadragon."""
+    content = tmp_path / "openseadragon.min.js"
+    script = tmp_path / "bin" / "npm"
+    script.parent.mkdir()
+    script.write_text(
+        '#!/bin/sh\nto="$3/node_modules/openseadragon/build/openseadragon"\nmkdir -p "$to"\n'
+        f'cp "{content}" "$to/" || {{ echo "npm error no network" >&2; exit 1; }}\n'
+        'echo BSD > "$3/node_modules/openseadragon/LICENSE.txt"\n',
+        encoding="utf-8",
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    return content
+
+
+def expect_openseadragon(root: Path, content: bytes) -> None:
+    """Let the checkout's build expect this file."""
+    path = root / "pyproject.toml"
+    text = path.read_text(encoding="utf-8")
+    own = PYPROJECT["tool"]["hatch"]["build"]["hooks"]["custom"]["openseadragon-sha256"]
+    path.write_text(text.replace(own, hashlib.sha256(content).hexdigest()), encoding="utf-8")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the substitute for npm is a shell script")
+def test_npm_brings_openseadragon_into_the_wheel(checkout: Path, npm: Path, tmp_path: Path) -> None:
+    npm.write_bytes(b"a library")
+    expect_openseadragon(checkout, b"a library")
+    result = hatchling("-t", "wheel", "-d", str(tmp_path), root=checkout, without_viewer=False)
+    assert result.returncode == 0, result.stderr
+    assert (checkout / FETCHED).read_bytes() == b"a library"
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        vendor = f"staindiffuser/{FETCHED.parent.as_posix()}"
+        assert {f"{vendor}/{FETCHED.name}", f"{vendor}/openseadragon-LICENSE.txt"} <= set(archive.namelist())
+    npm.unlink()  # it is there: npm is not asked again
+    assert hatchling("-t", "wheel", "-d", str(tmp_path), root=checkout, without_viewer=False).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the substitute for npm is a shell script")
+@pytest.mark.parametrize("problem", ["no network", "another file"])
+def test_without_openseadragon_a_wheel_is_refused_and_an_editable_install_warns(
+    checkout: Path, npm: Path, tmp_path: Path, problem: str
+) -> None:
+    if problem == "another file":
+        npm.write_bytes(b"not the one that is expected")
+    result = hatchling("-t", "wheel", "-d", str(tmp_path), root=checkout, without_viewer=False)
+    said = " ".join(result.stderr.split())
+    assert result.returncode != 0
+    assert problem in said
+    assert "STAINDIFFUSER_WITHOUT_OPENSEADRAGON=1" in said
+    assert not (checkout / FETCHED).exists()
+    editable = hatchling("-t", "wheel:editable", "-d", str(tmp_path), root=checkout, without_viewer=False)
+    assert editable.returncode == 0, editable.stderr
+    assert "npm could not bring openseadragon" in " ".join((editable.stdout + editable.stderr).split())
 
 
 def test_every_extra_that_the_code_names_exists() -> None:

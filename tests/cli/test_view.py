@@ -1,0 +1,112 @@
+"""``staindiffuser view`` as a user meets it: one address, a clean end, one line when it cannot."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from staindiffuser.errors import DependencyError
+from staindiffuser.viewer import server
+from tests.viewer_results import stain, write_slide
+
+COMMAND = [sys.executable, "-c", "from staindiffuser.cli import main; main()", "view"]
+
+pytestmark = pytest.mark.skipif(
+    not server.OPENSEADRAGON.is_file(), reason=f"OpenSeadragon is not built in: {server.OPENSEADRAGON} is missing"
+)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("view")
+    write_slide(folder / "slide.ome.tiff", 700, 600)
+    stain(folder / "slide.ome.tiff", folder / "slide-stained")
+    return folder / "slide-stained"
+
+
+@contextmanager
+def running(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """The command, the address that it printed, and its lines up to there."""
+    command = [*COMMAND, *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    assert process.stderr is not None
+    lines = []
+    try:
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"open (http://\S+)", line):
+                yield process, found[1], lines
+                return
+        raise AssertionError("".join(lines))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def status(address: str) -> int:
+    try:
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_prints_one_address_and_ends_cleanly(result: Path, number: signal.Signals) -> None:
+    with running(result, "--port", 0) as (process, address, lines):
+        assert sum("http" in line for line in lines) == 1
+        assert status(address) == 200
+        process.send_signal(number)
+        _, rest = process.communicate(timeout=20)
+    assert "Traceback" not in rest
+    if number == signal.SIGINT:
+        assert process.returncode == 0
+        assert rest.strip() == "stopped"
+
+
+def test_elsewhere_than_on_loopback_it_asks_for_a_token(result: Path) -> None:
+    with running(result, "--host", "0.0.0.0", "--port", 0) as (_, address, lines):
+        port = re.search(r":(\d+)/\?token=(\S+)", address)
+        assert port is not None
+        assert any("not encrypted" in line for line in lines)
+        assert status(f"http://127.0.0.1:{port[1]}/") == 401
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        with opener.open(f"http://127.0.0.1:{port[1]}/?token={port[2]}", timeout=10) as answer:
+            assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nowhere"], 4, "nowhere is not a folder"),
+        (["RESULT", "--port", "TAKEN"], 2, "cannot be used"),
+        (["RESULT", "--host", "no.such.host.invalid"], 2, "--host"),
+        (["RESULT", "--token-file", "nowhere"], 2, "--token-file"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_line(result: Path, arguments: list[str], code: int, words: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        given = [{"RESULT": str(result), "TAKEN": str(taken.getsockname()[1])}.get(word, word) for word in arguments]
+        done = subprocess.run([*COMMAND, *given], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+
+
+def test_without_openseadragon_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(server, "OPENSEADRAGON", tmp_path / "openseadragon.min.js")
+    with pytest.raises(DependencyError, match=r"lacks OpenSeadragon.*npm"):
+        server.require_openseadragon()

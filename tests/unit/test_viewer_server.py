@@ -1,0 +1,405 @@
+"""What the viewer's server answers, over HTTP: images, cells, scores, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from staindiffuser.client.run_record import read_run
+from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.viewer.errors import ResultGoneError
+from staindiffuser.viewer.results import find_results
+from tests.viewer_results import Viewer, stain, viewing, write_slide
+
+PNG_OR_JPEG = "image/jpeg"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A slide and its result."""
+    folder = tmp_path_factory.mktemp("viewer")
+    write_slide(folder / "slide.ome.tiff")
+    stain(folder / "slide.ome.tiff", folder / "slide-stained")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def viewer(folder: Path) -> Iterator[Viewer]:
+    with viewing(folder / "slide-stained") as running:
+        wait_for_cells(running)
+        yield running
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    """A result that a test may spoil."""
+    shutil.copytree(folder / "slide-stained", tmp_path / "slide-stained")
+    return tmp_path / "slide-stained"
+
+
+def wait_for_cells(viewer: Viewer, slide: str = "slide") -> dict:
+    for _ in range(200):
+        about = viewer.get(f"/api/slides/{slide}/cells").json()
+        if about["state"] != "reading":
+            return about
+        time.sleep(0.05)
+    raise AssertionError("the cells were not read in ten seconds")
+
+
+def pixels(answer_body: bytes) -> UInt8Array:
+    return np.asarray(Image.open(io.BytesIO(answer_body)).convert("RGB"))
+
+
+def test_the_page_and_the_slide_say_what_the_image_is(viewer: Viewer, folder: Path) -> None:
+    page = viewer.get("/")
+    assert page.status == 200
+    assert b"Synthetic image, research use only" in page.body
+    (line,) = viewer.get("/api/slides").json()["slides"]
+    assert (line["name"], line["error"]) == ("slide", None)
+    about = viewer.get("/api/slides/slide").json()
+    run = read_run(folder / "slide-stained")
+    assert about["model"]["version"] == run.model.version
+    assert about["notice"] == run.model.notice
+    assert about["size"] == [1700, 1300]
+    assert {one["label"]: one["cells"] for one in about["scores"]} == run.cells
+
+
+def test_inner_tiles_are_those_of_the_file_and_edges_are_cut(viewer: Viewer, folder: Path) -> None:
+    path = folder / "slide-stained" / "cd3.ome.tiff"
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.series[0].levels[0].keyframe
+        columns = -(-page.imagewidth // 512)
+        stored = path.read_bytes()[page.dataoffsets[columns + 1] :][: page.databytecounts[columns + 1]]
+        whole = tiff.series[0].levels[0].asarray()
+    answer = viewer.get("/slides/slide/stain/cd3/0/1_1.jpg")
+    assert (answer.status, answer.headers["content-type"]) == (200, PNG_OR_JPEG)
+    assert answer.body == stored
+    corner = pixels(viewer.get("/slides/slide/stain/cd3/0/3_2.jpg").body)
+    assert corner.shape == (1300 - 2 * 512, 1700 - 3 * 512, 3)
+    assert np.abs(corner.astype(int) - whole[1024:, 1536:]).mean() < 2
+
+
+def test_every_level_of_the_he_shows_the_slide(viewer: Viewer, folder: Path) -> None:
+    with tifffile.TiffFile(folder / "slide.ome.tiff") as tiff:
+        slide = tiff.series[0].levels[0].asarray()
+    levels = viewer.get("/api/slides/slide").json()["he"]["levels"]
+    assert levels == [[1700, 1300], [850, 650], [425, 325]]
+    for level, (width, height) in enumerate(levels):
+        shown = pixels(viewer.get(f"/slides/slide/he/{level}/0_0.jpg").body).astype(float)
+        assert shown.shape[:2] == (min(512, height), min(512, width))
+        side = 2**level
+        wanted = slide[: shown.shape[0] * side, : shown.shape[1] * side].astype(float)
+        wanted = wanted.reshape(shown.shape[0], side, shown.shape[1], side, 3).mean(axis=(1, 3))
+        assert abs(shown.mean() - wanted.mean()) < 2
+        assert np.corrcoef(shown.ravel(), wanted.ravel())[0, 1] > 0.9
+
+
+def test_a_slide_without_levels_is_shown_whole(folder: Path, tmp_path: Path) -> None:
+    """Coarse tiles are made of the tiles below where the slide has no small level."""
+    from staindiffuser.imaging.slides import open_slide
+    from staindiffuser.viewer import pyramids
+
+    flat = np.full((2100, 2300, 3), 200, np.uint8)
+    flat[:1050, :1150] = 40
+    tifffile.imwrite(tmp_path / "flat.tif", flat, tile=(256, 256), photometric="rgb")
+    image = pyramids.SlidePyramid(open_slide(tmp_path / "flat.tif"), pyramids.TileCache(10**7), "flat")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyramids, "MAX_READ", 600**2)
+        small = image.pixels(len(image.levels) - 1, 0, 0)
+    assert small.shape == (263, 288, 3)
+    assert small[:120, :130].mean() == pytest.approx(40, abs=2)
+    assert small[150:250, 160:270].mean() == pytest.approx(200, abs=2)
+
+
+def test_fluorescence_is_bright_where_the_stain_is_brown(viewer: Viewer) -> None:
+    image = pixels(viewer.get("/slides/slide/stain/cd3/0/0_1.jpg").body).astype(int)
+    brown = (image[..., 0] - image[..., 2]) > 50
+    lit = pixels(viewer.get("/slides/slide/fluorescence/cd3/0/0_1.jpg").body).astype(int)
+    assert brown.sum() > 1000
+    assert lit[brown][:, 1].mean() > 100
+    assert lit[~brown][:, 1].mean() < 20
+    nuclei = pixels(viewer.get("/slides/slide/fluorescence/nuclei/0/0_1.jpg").body).astype(int)
+    assert nuclei[..., 2].max() > 60
+
+
+def test_cells_come_by_block_and_as_counts(viewer: Viewer, folder: Path) -> None:
+    run = read_run(folder / "slide-stained")
+    about = wait_for_cells(viewer)
+    assert {one["name"]: one["count"] for one in about["classes"]} == run.cells
+    block = viewer.get("/slides/slide/cells/outlines/0_0.json").json()
+    assert len(block["cells"]) == sum(run.cells.values())
+    kind, probability, outline = block["cells"][0]
+    assert 0 <= kind < len(about["classes"])
+    assert 0 < probability <= 1
+    assert len(outline) > 6
+    assert len(outline) % 2 == 0
+    for threshold, expected in (("0", len(block["cells"])), ("0.75", sum(cell[1] >= 0.75 for cell in block["cells"]))):
+        bins = viewer.get(f"/slides/slide/cells/0/0_0.json?threshold={threshold}").json()["bins"]
+        assert sum(sum(values[1::2]) for values in bins.values()) == expected
+    assert viewer.get("/slides/slide/cells/outlines/7_7.json").json()["cells"] == []
+
+
+def test_the_whole_slide_as_a_region_has_the_scores_of_the_run(viewer: Viewer, folder: Path) -> None:
+    run = read_run(folder / "slide-stained")
+    everything = [[0, 0], [1700, 0], [1700, 1300], [0, 1300]]
+    scores = viewer.post("/api/slides/slide/region", {"polygon": everything, "threshold": 0}).json()
+    assert {one["label"]: one["cells"] for one in scores["stains"]} == run.cells
+    assert scores["area_mm2"] == pytest.approx(1.7 * 1.3 / 4)
+    left, _ = scores["stains"]
+    assert left["cells_per_mm2"] == pytest.approx(left["cells"] / scores["area_mm2"])
+    half = viewer.post("/api/slides/slide/region", {"polygon": [[0, 0], [800, 0], [800, 1300], [0, 1300]]}).json()
+    assert half["stains"][0]["cells"] > 50
+    assert half["stains"][1]["cells"] == 0
+    assert half["stains"][0]["brown_share"] > 10 * half["stains"][1]["brown_share"] > -1
+
+
+def test_a_polygon_counts_what_lies_in_it_and_the_threshold_leaves_out(viewer: Viewer) -> None:
+    cells = viewer.get("/slides/slide/cells/outlines/0_0.json").json()["cells"]
+    triangle = [[100, 100], [1600, 650], [100, 1200]]
+    expected = {0.0: 0, 0.75: 0}
+    for _, probability, outline in cells:
+        points = np.array(outline).reshape(-1, 2)
+        x, y = (points.min(axis=0) + points.max(axis=0)) / 2
+        inside = x >= 100 and abs(y - 650) < 550 * (1600 - x) / 1500
+        for threshold in expected:
+            expected[threshold] += inside and probability >= threshold
+    for threshold, number in expected.items():
+        scores = viewer.post("/api/slides/slide/region", {"polygon": triangle, "threshold": threshold}).json()
+        assert sum(one["cells"] for one in scores["stains"]) == pytest.approx(number, abs=4)
+    assert 0 < expected[0.75] < expected[0.0]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/slides/slide/stain/cd3/0/99_0.jpg",
+        "/slides/slide/stain/cd3/9/0_0.jpg",
+        "/slides/slide/stain/cd3/0/" + "9" * 5000 + "_0.jpg",
+        "/slides/slide/stain/cd3/-1/0_0.jpg",
+        "/slides/slide/stain/cd3/0/-1_0.jpg",
+        "/slides/slide/stain/none/0/0_0.jpg",
+        "/slides/slide/he/" + "9" * 400 + "/0_0.jpg",
+        "/slides/slide/cells/99/0_0.json",
+        "/slides/slide/cells/0/x_y.json",
+        "/slides/other/thumbnail.jpg",
+        "/api/slides/..%2f..%2fetc",
+        "/static/../app.py",
+        "/static/..%2fapp.py",
+        "/static/%2e%2e/%2e%2e/pyproject.toml",
+        "/static//etc/passwd",
+        "/slides/../../etc/passwd",
+        "/slides/slide/stain/..%2f..%2fcd3/0/0_0.jpg",
+        "/nowhere",
+    ],
+)
+def test_what_is_not_there_is_not_found(viewer: Viewer, path: str) -> None:
+    answer = viewer.get(path)
+    assert answer.status == 404
+    assert b"Traceback" not in answer.body
+    assert b"root:" not in answer.body
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"polygon": []},
+        {"polygon": [[0, 0], [1, 1]]},
+        {"polygon": [[0, 0], [1, 1], [2, 2]]},
+        {"polygon": [[0, 0], [1e400, 1], [2, 0]]},
+        {"polygon": [["a", 0], [1, 1], [2, 2]]},
+        {"polygon": [[-5, -5], [-1, -5], [-1, -1]]},
+        {"polygon": [[0, 0], [9, 0], [9, 9]] * 500},
+        {"polygon": [[0, 0], [9, 0], [9, 9]], "threshold": 2},
+        {"polygon": [[0, 0], [9, 0], [9, 9]], "threshold": None},
+        [],
+        "x" * 300_000,
+    ],
+)
+def test_a_region_that_is_none_is_refused(viewer: Viewer, data: object) -> None:
+    answer = viewer.post("/api/slides/slide/region", data)
+    assert answer.status == 400
+    assert answer.json()["error"]
+
+
+def test_a_body_that_is_not_json_is_refused(viewer: Viewer) -> None:
+    path = "/api/slides/slide/region"
+    assert viewer.request("POST", path, b"{", {"Content_Type": "application/json"}).status == 400
+    assert viewer.request("POST", path, b"[" * 100_000, {"Content_Type": "application/json"}).status == 400
+    assert viewer.request("POST", path, b"{}", {"Content_Type": "text/plain"}).status == 400
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 421),
+        ({"Host": "evil.example:80"}, 421),
+        ({"Host": "127.0.0.1.evil.example"}, 421),
+        ({"Host": ""}, 421),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "no-cors", "Sec_Fetch_Dest": "image"}, 403),
+        ({"Sec_Fetch_Site": "same-site", "Sec_Fetch_Mode": "cors", "Sec_Fetch_Dest": "empty"}, 403),
+        ({"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "iframe"}, 403),
+        ({"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document"}, 200),
+        ({"Sec_Fetch_Site": "same-origin", "Sec_Fetch_Mode": "cors", "Sec_Fetch_Dest": "empty"}, 200),
+        ({"Host": "localhost:1234"}, 200),
+        ({"Host": "[::1]:1234"}, 200),
+    ],
+)
+def test_other_pages_and_other_names_are_refused(viewer: Viewer, headers: dict[str, str], status: int) -> None:
+    answer = viewer.get("/api/slides", **headers)
+    assert answer.status == status
+    assert "access-control-allow-origin" not in answer.headers
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert (b"slide" in answer.body) == (status == 200)
+
+
+def test_only_reading_methods(viewer: Viewer) -> None:
+    assert viewer.request("DELETE", "/api/slides", None, {}).status == 405
+    assert viewer.request("OPTIONS", "/api/slides", None, {"Origin": "http://evil.example"}).status in (403, 405)
+    assert viewer.request("POST", "/api/slides", b"", {}).status == 405
+
+
+def test_a_token_is_asked_for_and_becomes_a_cookie(folder: Path) -> None:
+    with viewing(folder / "slide-stained", token="a-token-of-a-test") as viewer:
+        assert viewer.get("/").status == 401
+        assert viewer.get("/api/slides?token=wrong").status == 401
+        assert viewer.get("/api/slides?token=%C3%A9").status == 401
+        welcome = viewer.get("/?token=a-token-of-a-test&x=1")
+        assert (welcome.status, welcome.headers["location"]) == (303, "/?x=1")
+        cookie = welcome.headers["set-cookie"]
+        assert "HttpOnly" in cookie
+        assert "samesite" in cookie.lower()
+        assert viewer.get("/api/slides", Cookie=cookie.partition(";")[0]).status == 200
+        assert viewer.get("/api/slides", Cookie="staindiffuser-token=wrong").status == 401
+        away = viewer.get("//evil.example?token=a-token-of-a-test")
+        assert away.headers.get("location", "/").startswith("/")
+        assert not away.headers.get("location", "/").startswith("//")
+
+
+def test_a_result_that_vanishes_is_answered_cleanly(copied: Path) -> None:
+    with viewing(copied) as viewer:
+        assert viewer.get("/slides/slide/stain/cd3/0/0_0.jpg").status == 200
+        shutil.rmtree(copied)
+        for path in ("/api/slides/slide", "/slides/slide/stain/cd3/0/0_0.jpg", "/slides/slide/thumbnail.jpg"):
+            answer = viewer.get(path)
+            assert answer.status == 410
+            assert "is gone" in answer.json()["error"]
+        (line,) = viewer.get("/api/slides").json()["slides"]
+        assert "does not exist" in line["error"]
+
+
+def test_a_file_that_is_missing_or_damaged_is_answered_cleanly(copied: Path) -> None:
+    (copied / "cd3.ome.tiff").write_bytes(b"II*\0" + bytes(100))
+    (copied / "cells.geojson.gz").write_bytes((copied / "cells.geojson.gz").read_bytes()[:400])
+    with viewing(copied) as viewer:
+        answer = viewer.get("/api/slides/slide")
+        assert answer.status in (410, 500)
+        assert "cd3.ome.tiff" in answer.json()["error"]
+
+
+def test_damaged_cells_leave_the_images_alone(copied: Path) -> None:
+    path = copied / "cells.geojson.gz"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with viewing(copied) as viewer:
+        about = wait_for_cells(viewer)
+        assert about["state"] == "none"
+        assert "cells.geojson.gz cannot be read" in about["problem"]
+        assert viewer.get("/slides/slide/cells/outlines/0_0.json").status == 404
+        scores = viewer.post("/api/slides/slide/region", {"polygon": [[0, 0], [900, 0], [900, 900]]}).json()
+        assert scores["stains"][0]["cells"] is None
+        assert scores["stains"][0]["brown_share"] > 0
+
+
+def test_a_replaced_result_is_opened_anew(copied: Path) -> None:
+    with viewing(copied) as viewer:
+        before = viewer.get("/api/slides/slide").json()["version"]
+        record = json.loads((copied / "run.json").read_text(encoding="utf-8"))
+        record["seed"] = 7
+        (copied / "run.json").write_text(json.dumps(record), encoding="utf-8")
+        after = viewer.get("/api/slides/slide").json()
+        assert after["version"] != before
+        assert after["provenance"]["Seed"] == 7
+
+
+def test_the_he_is_found_where_it_lies_now_and_never_another(copied: Path, folder: Path, tmp_path: Path) -> None:
+    record = json.loads((copied / "run.json").read_text(encoding="utf-8"))
+    record["input"]["path"] = "/nowhere/slide.ome.tiff"
+    (copied / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    scans = tmp_path / "scans" / "deep"
+    scans.mkdir(parents=True)
+    with viewing(copied, slides=(tmp_path / "scans",)) as viewer:
+        about = viewer.get("/api/slides/slide").json()
+        assert about["he"] is None
+        assert "--slides" in about["he_problem"]
+        assert viewer.get("/slides/slide/he/0/0_0.jpg").status == 404
+        assert viewer.get("/slides/slide/thumbnail.jpg").status == 200
+    shutil.copy(folder / "slide.ome.tiff", scans / "renamed.tiff")
+    with viewing(copied, slides=(tmp_path / "scans",)) as viewer:
+        assert viewer.get("/slides/slide/he/0/0_0.jpg").status == 200
+    content = bytearray((scans / "renamed.tiff").read_bytes())
+    content[-1] ^= 1
+    (scans / "renamed.tiff").write_bytes(content)
+    with viewing(copied, slides=(tmp_path / "scans",)) as viewer:
+        assert viewer.get("/api/slides/slide").json()["he"] is None
+
+
+def test_a_batch_lists_its_slides_and_its_failures(folder: Path, tmp_path: Path) -> None:
+    for name in ("b-stained", "a-stained"):
+        shutil.copytree(folder / "slide-stained", tmp_path / name)
+    (tmp_path / "broken-stained").mkdir()
+    (tmp_path / "broken-stained" / "run.json").write_text("{", encoding="utf-8")
+    (tmp_path / "summary.csv").write_text(
+        f"slide,output,status,exit_code,error\nc.svs,{tmp_path / 'c-stained'},failed,4,c.svs is damaged\n",
+        encoding="utf-8",
+    )
+    entries = find_results([tmp_path])
+    assert [(entry.name, entry.error is None) for entry in entries] == [
+        ("a", True), ("b", True), ("broken", False), ("c", False),
+    ]  # fmt: skip
+    assert entries[3].error == "c.svs is damaged"
+    with viewing(tmp_path) as viewer:
+        assert viewer.get("/api/slides/c").status == 410
+        assert viewer.get("/api/slides/c").json()["error"] == "c.svs is damaged"
+
+
+def test_the_same_name_twice_has_two_addresses(folder: Path, tmp_path: Path) -> None:
+    for place in ("one", "two"):
+        shutil.copytree(folder / "slide-stained", tmp_path / place / "slide-stained")
+    first, second = find_results([tmp_path / "one", tmp_path / "two"])
+    assert first.name == "slide"
+    assert second.name.startswith("slide-")
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "a file"])
+def test_what_holds_no_result_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "place"
+    if kind == "empty":
+        path.mkdir()
+    elif kind == "a file":
+        path.touch()
+    with pytest.raises(ResultGoneError, match="staindiffuser stain"):
+        find_results([path])
+
+
+def test_many_results_do_not_keep_files_open(folder: Path, tmp_path: Path) -> None:
+    for number in range(20):
+        shutil.copytree(folder / "slide-stained", tmp_path / f"s{number}-stained")
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("this system does not list open files")
+    with viewing(tmp_path) as viewer:
+        for number in range(20):
+            assert viewer.get(f"/slides/s{number}/thumbnail.jpg").status == 200
+        opened = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
+        assert 0 < sum(path.is_relative_to(tmp_path) for path in opened) <= 12 * 3

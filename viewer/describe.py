@@ -1,0 +1,116 @@
+"""What the page is told of a result: plain data for JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from staindiffuser.client.names import slide_identity
+from staindiffuser.client.run_record import SYNTHETIC, RunRecord
+from staindiffuser.viewer.cell_index import BLOCK
+from staindiffuser.viewer.fluorescence import NUCLEI_COLOUR, colours_of
+from staindiffuser.viewer.pyramids import Pyramid
+from staindiffuser.viewer.results import Entry, Library, OpenResult
+
+__all__ = ["about_cells", "about_result", "list_entries", "objective"]
+
+
+def list_entries(library: Library) -> list[dict[str, Any]]:
+    """The list of slides: name, title, and scores or what is wrong."""
+    return [_line(library, entry) for entry in library.entries.values()]
+
+
+def _line(library: Library, entry: Entry) -> dict[str, Any]:
+    line: dict[str, Any] = {"name": entry.name, "title": entry.title, "error": entry.error}
+    if entry.error is None:
+        from staindiffuser.client.run_record import read_run
+        from staindiffuser.errors import StainDiffuserError
+
+        try:
+            line |= {"scores": _scores(read_run(entry.folder))}
+        except StainDiffuserError as error:
+            line["error"] = str(error)
+    return line
+
+
+def _scores(run: RunRecord) -> list[dict[str, Any]]:
+    area = _area_mm2(run) * run.tissue_fraction
+    scores = []
+    for stain in run.stains:
+        cells = run.cells.get(stain.label, 0) if run.request.cells else None
+        scores.append(
+            {
+                "name": stain.name,
+                "label": stain.label,
+                "cells": cells,
+                "cells_per_mm2": cells / area if cells is not None and area else None,
+            }
+        )
+    return scores
+
+
+def _area_mm2(run: RunRecord) -> float:
+    (width, height), mpp = run.input.size, run.input.mpp
+    return width * mpp[0] * height * mpp[1] / 1e6
+
+
+def about_result(result: OpenResult) -> dict[str, Any]:
+    """Everything that the page shows of one result, apart from pixels and cells."""
+    run = result.run
+    stains = []
+    for number, (stain, image) in enumerate(result.stains.values()):
+        bright, dark = colours_of(number)
+        stains.append({"name": stain.name, "label": stain.label, "bright": bright, "dark": dark} | _pyramid(image))
+    return {
+        "name": result.entry.name,
+        "title": result.entry.title,
+        "version": result.version,
+        "synthetic": SYNTHETIC,
+        "notice": run.model.notice,
+        "model": {"name": run.model.name, "version": run.model.version, "steps": run.steps, "mpp": run.model.mpp},
+        "gate": "not recorded",
+        "size": list(run.input.size),
+        "mpp": list(run.input.mpp),
+        "objective": objective(run.input.mpp),
+        "he": _pyramid(result.source) if result.source else None,
+        "he_problem": result.source_problem,
+        "stains": stains,
+        "nuclei_colour": NUCLEI_COLOUR,
+        "scores": _scores(run),
+        "area_mm2": _area_mm2(run),
+        "tissue_fraction": run.tissue_fraction,
+        "warnings": [warning.removeprefix("warning: ") for warning in run.warnings],
+        "damaged": len(run.damaged),
+        "provenance": {
+            "Slide": Path(run.input.path).name if run.input.path else slide_identity(run.input.sha256),
+            "SHA-256": run.input.sha256,
+            "Format": run.input.format,
+            "Stained": run.started,
+            "Seed": run.seed,
+            "Tiles": f"{run.tiles.stained} of {run.tiles.total}",
+            "Result": f"{run.result.size[0]} × {run.result.size[1]} pixels of {run.result.mpp[0]:.3f} µm"
+            + (", resampled" if run.result.resampled else ""),
+            "StainDiffuser": run.versions.get("staindiffuser", "unknown"),
+        },
+    }
+
+
+def about_cells(result: OpenResult) -> dict[str, Any]:
+    """Whether the cells can be asked for, and which classes there are."""
+    index = result.cells.index()
+    state = "ready" if index is not None else "none" if result.cells.problem else "reading"
+    colours = {stain.label: colours_of(number) for number, (stain, _) in enumerate(result.stains.values())}
+    classes = []
+    for one in index.classes if index else ():
+        bright, dark = colours.get(one.name, ("#dddddd", "#444444"))
+        classes.append({"name": one.name, "count": one.count, "bright": bright, "dark": dark})
+    return {"state": state, "problem": result.cells.problem, "classes": classes, "block": BLOCK}
+
+
+def objective(mpp: tuple[float, float]) -> float:
+    """Magnification at which a pixel of the slide is a pixel of the screen: 40 for 0.25 µm, as scanners say it."""
+    return 10.0 / max(mpp)
+
+
+def _pyramid(image: Pyramid) -> dict[str, Any]:
+    return {"levels": [list(size) for size in image.levels]}

@@ -1,0 +1,265 @@
+"""Images as pyramids of JPEG tiles, as the page asks for them: level 0 is the largest, each level half of the last.
+
+A stain's OME-TIFF holds such tiles already: they are sent as they lie in the file. Only tiles that the image's edge
+cuts are encoded anew, because the file fills them up. Any other slide is read, reduced and encoded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import simplejpeg
+import tifffile
+from PIL import Image
+
+from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.slides import Slide
+from staindiffuser.viewer.errors import NotThereError, ResultGoneError
+
+__all__ = ["SIDE", "JpegPyramid", "Pyramid", "SlidePyramid", "TileCache", "encode", "halvings"]
+
+SIDE = 512
+"""Side of a tile, pixels."""
+QUALITY = 88
+"""JPEG quality of tiles that are encoded here."""
+MAX_READ = 4096**2
+"""Pixels read for one tile; where a slide has no level that is small enough, tiles are made of the tiles below."""
+_JPEG = 7
+
+Sizes = tuple[tuple[int, int], ...]
+
+
+class Pyramid(Protocol):
+    """An image in tiles of :data:`SIDE`; thread-safe."""
+
+    @property
+    def levels(self) -> Sizes:
+        """(width, height) of each level, largest first, each half of the one before, rounded up."""
+        ...
+
+    def pixels(self, level: int, column: int, row: int) -> UInt8Array:
+        """A tile, uint8 [h, w, 3], cut at the image's edge.
+
+        Raises:
+            NotThereError: there is no such tile.
+            ResultGoneError: the file cannot be read.
+        """
+        ...
+
+    def tile(self, level: int, column: int, row: int) -> bytes:
+        """A tile as JPEG; raises the errors of :meth:`pixels`."""
+        ...
+
+
+def halvings(width: int, height: int) -> Sizes:
+    """Sizes from the image down to one that a tile holds."""
+    sizes = [(width, height)]
+    while max(sizes[-1]) > SIDE:
+        sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+    return tuple(sizes)
+
+
+def encode(pixels_HW3: UInt8Array) -> bytes:
+    """An image as JPEG, its colours not subsampled."""
+    data: bytes = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(pixels_HW3), quality=QUALITY, colorspace="RGB", colorsubsampling="444"
+    )
+    return data
+
+
+def tile_size(levels: Sizes, level: int, column: int, row: int) -> tuple[int, int]:
+    """Width and height of a tile.
+
+    Raises:
+        NotThereError: there is no such tile.
+    """
+    if not 0 <= level < len(levels):
+        raise NotThereError(f"there is no level {level}: the image has {len(levels)}")
+    width, height = levels[level]
+    x, y = column * SIDE, row * SIDE
+    if column < 0 or row < 0 or x >= width or y >= height:
+        raise NotThereError(f"there is no tile {column}, {row}: level {level} is {width} × {height} pixels")
+    return min(SIDE, width - x), min(SIDE, height - y)
+
+
+class JpegPyramid:
+    """An OME-TIFF that this package wrote: its tiles are JPEG files of their own."""
+
+    def __init__(self, path: Path) -> None:
+        """Read where the tiles lie; the file stays open as long as this object lives.
+
+        Raises:
+            ResultGoneError: the file is missing or damaged.
+            ValueError: its tiles cannot be sent as they are.
+        """
+        self._path = path
+        try:
+            with tifffile.TiffFile(path) as tiff:
+                pages = [level.keyframe for level in tiff.series[0].levels]
+                self.levels: Sizes = tuple((int(page.imagewidth), int(page.imagelength)) for page in pages)
+                for page in pages:
+                    if (page.tilewidth, page.tilelength, int(page.compression)) != (SIDE, SIDE, _JPEG):
+                        raise ValueError(f"{path.name} is not made of JPEG tiles of {SIDE} pixels")
+                    if page.jpegtables is not None or page.samplesperpixel != 3:
+                        raise ValueError(f"the JPEG tiles of {path.name} are not files of their own")
+                for (width, height), lower in itertools.pairwise(self.levels):
+                    if lower != ((width + 1) // 2, (height + 1) // 2):
+                        raise ValueError(f"the levels of {path.name} are not halves of one another")
+                self._offsets = [np.asarray(page.dataoffsets, np.int64) for page in pages]
+                self._counts = [np.asarray(page.databytecounts, np.int64) for page in pages]
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except (OSError, tifffile.TiffFileError, IndexError) as error:
+            raise ResultGoneError(f"{path} cannot be read: {error}") from error
+        weakref.finalize(self, os.close, self._fd)
+        self._lock = threading.Lock()
+
+    def tile(self, level: int, column: int, row: int) -> bytes:
+        """See :meth:`Pyramid.tile`."""
+        if tile_size(self.levels, level, column, row) == (SIDE, SIDE):
+            return self._stored(level, column, row)
+        return encode(self.pixels(level, column, row))
+
+    def pixels(self, level: int, column: int, row: int) -> UInt8Array:
+        """See :meth:`Pyramid.pixels`."""
+        width, height = tile_size(self.levels, level, column, row)
+        try:
+            decoded: UInt8Array = simplejpeg.decode_jpeg(self._stored(level, column, row), colorspace="RGB")
+        except ValueError as error:
+            raise ResultGoneError(f"{self._path} is damaged: {error}") from error
+        return decoded[:height, :width]
+
+    def _stored(self, level: int, column: int, row: int) -> bytes:
+        index = row * -(-self.levels[level][0] // SIDE) + column
+        offset, count = int(self._offsets[level][index]), int(self._counts[level][index])
+        try:
+            data = self._read(offset, count)
+        except OSError as error:
+            raise ResultGoneError(f"{self._path} cannot be read: {error.strerror or error}") from error
+        if len(data) != count:
+            raise ResultGoneError(f"{self._path} is shorter than it was")
+        return data
+
+    def _read(self, offset: int, count: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._fd, count, offset)
+        with self._lock:  # Windows
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            return os.read(self._fd, count)
+
+
+class SlidePyramid:
+    """A slide of any format, in tiles that are made when they are asked for."""
+
+    def __init__(self, slide: Slide, cache: TileCache, name: Hashable) -> None:
+        """Take over the slide, which is closed when this object is gone.
+
+        Args:
+            slide: an open slide.
+            cache: keeps the tiles of which others are made.
+            name: of the slide in the cache.
+        """
+        self._slide, self._cache, self._name = slide, cache, name
+        self.levels: Sizes = halvings(*slide.size)
+        weakref.finalize(self, slide.close)
+
+    def tile(self, level: int, column: int, row: int) -> bytes:
+        """See :meth:`Pyramid.tile`."""
+        tile_size(self.levels, level, column, row)
+        key = (self._name, level, column, row)
+        return self._cache.get(key, lambda: encode(self._make(level, column, row)))
+
+    def pixels(self, level: int, column: int, row: int) -> UInt8Array:
+        """See :meth:`Pyramid.pixels`; after JPEG's rounding."""
+        decoded: UInt8Array = simplejpeg.decode_jpeg(self.tile(level, column, row), colorspace="RGB")
+        return decoded
+
+    def _make(self, level: int, column: int, row: int) -> UInt8Array:
+        size = tile_size(self.levels, level, column, row)
+        whole = self._slide.size
+        # The tile in level-0 pixels; the last column and row of a halved level may stand for less than a whole pixel.
+        x0, y0 = column * SIDE << level, row * SIDE << level
+        x1, y1 = min(whole[0], x0 + (size[0] << level)), min(whole[1], y0 + (size[1] << level))
+        stored = 0
+        for candidate, (width, _) in enumerate(self._slide.level_sizes):
+            if whole[0] / width <= (1 << level) * 1.01:
+                stored = candidate
+        level_width, level_height = self._slide.level_sizes[stored]
+        sx, sy = level_width / whole[0], level_height / whole[1]
+        left, top = int(x0 * sx), int(y0 * sy)
+        right, bottom = min(level_width, int(np.ceil(x1 * sx))), min(level_height, int(np.ceil(y1 * sy)))
+        if level and (right - left) * (bottom - top) > MAX_READ:
+            return self._from_below(level, column, row, size)
+        try:
+            region = self._slide.read(stored, left, top, max(1, right - left), max(1, bottom - top))
+        except OSError as error:
+            raise ResultGoneError(f"{self._slide.path} cannot be read: {error.strerror or error}") from error
+        if region.shape[:2] == (size[1], size[0]):
+            return region
+        box = (x0 * sx - left, y0 * sy - top, min(x1 * sx - left, region.shape[1]), min(y1 * sy - top, region.shape[0]))
+        reduced = Image.fromarray(region).resize(size, Image.Resampling.BOX, box=box, reducing_gap=None)
+        return np.asarray(reduced)
+
+    def _from_below(self, level: int, column: int, row: int, size: tuple[int, int]) -> UInt8Array:
+        canvas = np.full((2 * size[1], 2 * size[0], 3), 255, np.uint8)
+        width, height = self.levels[level - 1]
+        for j in (0, 1):
+            for i in (0, 1):
+                x, y = 2 * column + i, 2 * row + j
+                if x * SIDE < width and y * SIDE < height:
+                    part = self.pixels(level - 1, x, y)
+                    canvas[j * SIDE : j * SIDE + part.shape[0], i * SIDE : i * SIDE + part.shape[1]] = part
+        return np.asarray(Image.fromarray(canvas).reduce(2))
+
+
+class TileCache:
+    """Encoded tiles, the most recently used ones; one that several ask for at once is made once. Thread-safe."""
+
+    def __init__(self, limit: int) -> None:
+        """Keep up to ``limit`` bytes."""
+        self._limit = limit
+        self._bytes = 0
+        self._kept: OrderedDict[Hashable, bytes] = OrderedDict()
+        self._making: dict[Hashable, Future[bytes]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], bytes]) -> bytes:
+        """The tile of this name, made if it is not there; raises what ``make`` raises."""
+        with self._lock:
+            kept = self._kept.get(key)
+            if kept is not None:
+                self._kept.move_to_end(key)
+                return kept
+            future = self._making.get(key)
+            mine = future is None
+            if future is None:
+                future = self._making[key] = Future()
+        if mine:
+            try:
+                made = make()
+                future.set_result(made)
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+            else:
+                self._keep(key, made)
+            finally:
+                with self._lock:
+                    del self._making[key]
+        return future.result()
+
+    def _keep(self, key: Hashable, data: bytes) -> None:
+        with self._lock:
+            self._kept[key] = data
+            self._bytes += len(data)
+            while self._bytes > self._limit:
+                _, dropped = self._kept.popitem(last=False)
+                self._bytes -= len(dropped)

@@ -1,0 +1,255 @@
+"""The results that are shown: their folders, images, slides and cells."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import Popen
+
+from staindiffuser.client.contract import ServedStain
+from staindiffuser.client.errors import RunRecordError
+from staindiffuser.client.names import find_slide
+from staindiffuser.client.result_files import CELLS_FILE, image_file
+from staindiffuser.client.run_record import RUN_JSON, RunRecord, read_run
+from staindiffuser.client.summary import SUMMARY_FILE
+from staindiffuser.errors import StainDiffuserError
+from staindiffuser.imaging.slides import open_slide
+from staindiffuser.viewer.cell_index import CellIndex, start_building
+from staindiffuser.viewer.errors import NotThereError, ResultGoneError
+from staindiffuser.viewer.pyramids import JpegPyramid, Pyramid, SlidePyramid, TileCache
+
+__all__ = ["Cells", "Entry", "Library", "OpenResult", "find_results"]
+
+OPEN_RESULTS = 12
+"""Results whose files stay open."""
+SEVERAL_FILES = (".mrxs", ".dcm")
+"""Slides of which several files together have the size that is known."""
+CACHE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A line of the list of slides."""
+
+    name: str
+    """Unique; part of addresses."""
+    title: str
+    folder: Path
+    error: str | None = None
+    """Why there is nothing to show."""
+
+
+def find_results(paths: Sequence[Path]) -> list[Entry]:
+    """The results in these folders, which are results or hold results; with the slides of a batch that failed.
+
+    Raises:
+        ResultGoneError: a folder does not exist or holds no result.
+    """
+    found: dict[Path, str | None] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise ResultGoneError(f"{path} is not a folder: name the folder that `staindiffuser stain` wrote")
+        folders = [path] if (path / RUN_JSON).is_file() else _below(path)
+        failed = _failures(path / SUMMARY_FILE)
+        if not folders and not failed:
+            raise ResultGoneError(
+                f"{path} holds no result ({RUN_JSON}): name the folder that `staindiffuser stain` wrote"
+            )
+        for folder in folders:
+            try:
+                read_run(folder)
+                found[folder] = None
+            except RunRecordError as error:
+                found[folder] = str(error)
+        for folder, reason in failed.items():
+            found.setdefault(folder, reason)
+    entries: list[Entry] = []
+    taken: set[str] = set()
+    for folder, problem in found.items():
+        title = folder.resolve().name.removesuffix("-stained") or folder.resolve().name
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", title).strip(".-")[:60] or "slide"
+        if name in taken:  # the same name in another folder, or one that differs in letters that addresses lack
+            name += "-" + hashlib.sha256(str(folder.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        taken.add(name)
+        entries.append(Entry(name=name, title=title, folder=folder, error=problem))
+    return entries
+
+
+def _below(path: Path) -> list[Path]:
+    return sorted(record.parent for pattern in (f"*/{RUN_JSON}", f"*/*/{RUN_JSON}") for record in path.glob(pattern))
+
+
+def _failures(summary: Path) -> dict[Path, str]:
+    """The slides of a batch that have no result, and why; relative folders are taken from the summary's."""
+    try:
+        with summary.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("status") in ("failed", "interrupted")]
+    except (OSError, ValueError, csv.Error):
+        return {}
+    found = {}
+    for row in rows:
+        called = row.get("output") or row.get("slide") or "slide"
+        found[summary.parent / Path(called).name] = row.get("error") or row["status"]
+    return found
+
+
+class Cells:
+    """The cells of a result, from when somebody first asks for them."""
+
+    def __init__(self, geojson: Path, size: tuple[int, int]) -> None:
+        """Describe the file and the slide's size in level-0 pixels."""
+        self._geojson, self._size = geojson, size
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._process: Popen[str] | None = None
+        self._index: CellIndex | None = None
+        self._lock = threading.Lock()
+        self.problem = "" if geojson.is_file() else "the result has no cells"
+        """Why there are none to show; empty while they are being read and afterwards."""
+
+    def index(self) -> CellIndex | None:
+        """The cells; None while they are being read, or if there are none."""
+        with self._lock:
+            if self.problem or self._index is not None:
+                return self._index
+            if self._process is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="staindiffuser-view-")
+                self._process = start_building(self._geojson, Path(self._folder.name), self._size)
+            code = self._process.poll()
+            if code is None or self._folder is None:
+                return None
+            lines = (self._process.communicate()[1] or "").strip().splitlines()
+            if code:
+                self.problem = lines[-1] if lines else f"reading the cells ended with code {code}"
+            else:
+                self._index = CellIndex(Path(self._folder.name))
+            return self._index
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop reading, and remove the arrays."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
+        if self._folder is not None:
+            self._index = None
+            self._folder.cleanup()
+            self._folder = None
+
+
+class OpenResult:
+    """A result whose files are open; they are closed when this object is gone."""
+
+    def __init__(self, entry: Entry, places: Sequence[Path], cache: TileCache) -> None:
+        """Open the result.
+
+        Args:
+            entry: where it is.
+            places: files, and folders of files, among which its H&E slide is looked for.
+            cache: of tiles.
+
+        Raises:
+            ResultGoneError, RunRecordError, SlideError: it cannot be read.
+        """
+        self.entry = entry
+        self.run: RunRecord = read_run(entry.folder)
+        self.version = hashlib.sha256((entry.folder / RUN_JSON).read_bytes()).hexdigest()[:12]
+        """Of the result: part of the addresses of its tiles, which may therefore be kept by the browser."""
+        self.stains: dict[str, tuple[ServedStain, Pyramid]] = {
+            stain.name: (stain, self._stain(stain, cache)) for stain in self.run.stains
+        }
+        self.cells = Cells(entry.folder / CELLS_FILE, self.run.input.size)
+        self.source: Pyramid | None = None
+        self.source_problem = ""
+        """Why the H&E is not shown."""
+        try:
+            path = self._find_slide(places)
+            slide = open_slide(path, allow_damaged=self.run.request.allow_damaged)
+            self.source = SlidePyramid(slide, cache, (self.version, "he"))
+        except (StainDiffuserError, OSError) as error:
+            self.source_problem = f"{error} (--slides FOLDER)"
+
+    def _find_slide(self, places: Sequence[Path]) -> Path:
+        """The slide itself, known by its hash: the H&E beside a stain must never be another one."""
+        recorded = [] if self.run.input.path is None else [Path(self.run.input.path)]
+        size = self.run.input.bytes
+        beside = [
+            path
+            for path in self.entry.folder.absolute().parent.iterdir()
+            if path.is_file() and (path.stat().st_size == size or path.suffix.lower() in SEVERAL_FILES)
+        ]
+        return find_slide(self.run, [path for path in recorded if path.is_file()] + sorted(beside) + list(places))
+
+    def stain(self, name: str) -> Pyramid:
+        """A stain's image.
+
+        Raises:
+            NotThereError: the result has no such stain.
+        """
+        if name not in self.stains:
+            raise NotThereError(f"the result has no stain {name!r}")
+        return self.stains[name][1]
+
+    def _stain(self, stain: ServedStain, cache: TileCache) -> Pyramid:
+        path = self.entry.folder / image_file(stain)
+        try:
+            return JpegPyramid(path)
+        except ValueError:
+            return SlidePyramid(open_slide(path), cache, (self.version, stain.name))
+
+
+class Library:
+    """All results that are shown; opens them as they are asked for. Thread-safe."""
+
+    def __init__(self, entries: Sequence[Entry], places: Sequence[Path] = ()) -> None:
+        """Show these results; ``places`` are files and folders that may hold their H&E slides."""
+        self.entries = {entry.name: entry for entry in entries}
+        self.cache = TileCache(CACHE_BYTES)
+        self._places = places
+        self._open: OrderedDict[str, tuple[tuple[int, ...], OpenResult]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._opening = {name: threading.Lock() for name in self.entries}
+
+    def open(self, name: str) -> OpenResult:
+        """A result; opened anew if it was replaced.
+
+        Raises:
+            NotThereError: there is none of this name.
+            ResultGoneError: its folder is gone.
+            RunRecordError, SlideError: it cannot be read.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            raise NotThereError(f"there is no slide {name!r}")
+        try:
+            found = (entry.folder / RUN_JSON).stat()
+        except OSError:
+            raise ResultGoneError(entry.error or f"the result {entry.folder} is gone") from None
+        state = (found.st_mtime_ns, found.st_size, found.st_ino)
+        with self._opening[name]:  # looking for its slide can take a while; other results do not wait for it
+            with self._lock:
+                kept = self._open.get(name)
+                if kept is not None and kept[0] == state:
+                    self._open.move_to_end(name)
+                    return kept[1]
+            opened = OpenResult(entry, self._places, self.cache)
+            with self._lock:
+                self._open[name] = (state, opened)
+                while len(self._open) > OPEN_RESULTS:
+                    self._open.popitem(last=False)
+            return opened
+
+    def close(self) -> None:
+        """Forget every result."""
+        with self._lock:
+            opened, self._open = self._open, OrderedDict()
+        for _, result in opened.values():
+            result.cells.close()

@@ -37,7 +37,7 @@ from staindiffuser.training.evaluation.metrics import StainScore
 from staindiffuser.training.loop import fit
 from staindiffuser.training.options import RunOptions
 from staindiffuser.training.snapshots import find_snapshot
-from staindiffuser.training.teacher import TASKS, Teacher
+from staindiffuser.training.teacher import Teacher
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, Split
 
 __all__ = ["ARMS", "EVERY_SIZE", "SMALL", "AblationStudy", "ArmName", "Run", "bench_ablations", "chosen_preset"]
@@ -295,7 +295,7 @@ def _module(arm: ArmName, model: ModelConfig, config: TrainConfig) -> Regression
         return Regression(model, config)
     if arm == "pix2pix":
         return Pix2Pix(model, config)
-    module = Teacher(model, config, tasks=("images",) if arm == "single" else TASKS)
+    module = Teacher(model, dataclasses.replace(config, tasks=("images",)) if arm == "single" else config)
     if arm == "plain":
         for network in (module.net, module.ema):
             for branch in (*network.images.values(), *network.cells.values()):

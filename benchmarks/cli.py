@@ -43,12 +43,12 @@ def serving(
     from staindiffuser.errors import UsageError
     from staindiffuser.export.manifest import Manifest
     from staindiffuser.files import write_json
-    from staindiffuser.serving.demo import demo_repository
+    from staindiffuser.serving.demo import repository_of
 
     def say(message: str) -> None:
         typer.echo(message, err=True)
 
-    chosen = repository or demo_repository(say)
+    chosen = repository_of(repository, say)
     largest = Manifest.load(chosen).max_batch
     if batch > largest:
         raise UsageError(f"--batch {batch} is more than the {largest} that {chosen} accepts")

@@ -15,8 +15,8 @@ def stain(
         list[Path],
         typer.Argument(
             metavar="INPUT...",
-            help="H&E slides (any format that OpenSlide reads, OME-TIFF), tiles (PNG, JPEG, TIFF), folders of them, or "
-            "lists (.csv with the columns slide, mpp, output).",
+            help="H&E slides (all that OpenSlide reads, DICOM, OME-TIFF, OME-Zarr), tiles (PNG, JPEG, TIFF), folders "
+            "of them, or lists (.csv with the columns slide, mpp, output).",
         ),
     ],
     output: Annotated[
@@ -33,7 +33,10 @@ def stain(
     ] = None,
     repository: Annotated[
         Path | None,
-        typer.Option(metavar="REPO", help="Model repository to serve meanwhile. (default: the demonstration model)"),
+        typer.Option(
+            metavar="REPO",
+            help="Model repository to serve meanwhile, or a shipped model's name. (default: demo)",
+        ),
     ] = None,
     fast: Annotated[
         bool,

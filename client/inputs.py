@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from staindiffuser.errors import InputError, UsageError
+from staindiffuser.imaging.slides.kinds import is_slide_folder, is_zarr
 
 __all__ = ["SlideInput", "default_output", "find_inputs"]
 
@@ -70,6 +71,8 @@ def find_inputs(inputs: Sequence[Path], output: Path | None) -> list[SlideInput]
 
 def default_output(path: Path) -> Path:
     """``./<slide>-stained``, where ``<slide>`` is the file name without ``.svs``, ``.ome.tif`` and the like."""
+    if path.is_dir() and path.suffix.lower() != ".zarr":
+        return Path(f"{path.name or path.resolve().name}-stained")
     stem = re.sub(r"(\.ome)?\.[A-Za-z0-9]{1,5}$", "", path.name) or path.name
     return Path(f"{stem}-stained")
 
@@ -80,8 +83,12 @@ def _expanded(given: Path) -> Iterator[tuple[Path, float | None, Path | None]]:
     except OSError:  # such as a name that is too long: opening it will say so
         is_folder, exists = False, True
     if is_folder:
-        slides = sorted(path for path in given.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-        slides = [path for path in slides if not path.name.startswith(".")]
+        if is_slide_folder(given):
+            yield from ((path, None, None) for path in _slides_of(given))
+            return
+        paths = [path for path in sorted(given.iterdir()) if not path.name.startswith(".")]
+        slides = [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
+        slides += [slide for path in paths if path.is_dir() and is_slide_folder(path) for slide in _slides_of(path)]
         if not slides:
             raise InputError(f"{given} holds no slides ({', '.join(sorted(SUFFIXES))})")
         yield from ((path, None, None) for path in slides)
@@ -94,6 +101,16 @@ def _expanded(given: Path) -> Iterator[tuple[Path, float | None, Path | None]]:
         yield from ((path, None, None) for path in matches)
     else:
         yield given, None, None
+
+
+def _slides_of(folder: Path) -> list[Path]:
+    """The slides in a folder that is one, or that holds the files of DICOM slides: then one file stands for each."""
+    if is_zarr(folder):
+        return [folder]
+    from staindiffuser.imaging.slides.dicom_file import dicom_series
+
+    series = dicom_series(folder)
+    return [folder] if len(series) == 1 else [files[0] for files in series]
 
 
 def _listed(path: Path) -> Iterator[tuple[Path, float | None, Path | None]]:

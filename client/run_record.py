@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Sequence
 from importlib import metadata
@@ -229,7 +230,9 @@ def write_run(folder: Path, record: RunRecord) -> None:
 
 
 def slide_sha256(files: Sequence[Path]) -> str:
-    """SHA-256 of a slide: of its file, or of the lines ``<hash>  <name>`` of all its files.
+    """SHA-256 of a slide: of its file, or of the lines ``<hash>  <path>`` of all its files.
+
+    Paths are relative to the folder that holds them all.
 
     Raises:
         SlideReadError: a file cannot be read.
@@ -237,10 +240,11 @@ def slide_sha256(files: Sequence[Path]) -> str:
     try:
         if len(files) == 1:
             return file_sha256(files[0])
-        lines = [f"{file_sha256(path)}  {path.name}\n" for path in files]
+        common = os.path.commonpath([path.parent for path in files])
+        lines = [f"{file_sha256(path)}  {path.relative_to(common).as_posix()}\n" for path in files]
     except OSError as error:
         raise SlideReadError(f"{files[0]} cannot be read: {error.strerror or error}") from error
-    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+    return hashlib.sha256("".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
 
 
 def differences(before: Any, now: Any) -> list[str]:

@@ -79,13 +79,13 @@ class Target:
                 yield pool
             return
         # Imported here, because a client of a remote server does not need the packages of the server.
-        from staindiffuser.serving.demo import demo_repository
+        from staindiffuser.serving.demo import repository_of
         from staindiffuser.serving.server import TritonServer
 
         if self.repository is None:
             say("serving the demonstration model, which is meant only for trying out the software")
         with (
-            TritonServer(self.repository or demo_repository(say, fast=self.fast)) as server,
+            TritonServer(repository_of(self.repository, say, fast=self.fast)) as server,
             self._client(server.url, in_flight, patience=0) as client,  # nobody restarts this server
         ):
             yield client

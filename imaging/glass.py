@@ -9,8 +9,9 @@ import numpy as np
 from scipy import ndimage
 
 from staindiffuser.imaging.arrays import BoolArray, FloatArray, UInt8Array
+from staindiffuser.imaging.optical_density import optical_density
 
-__all__ = ["UNSCANNED", "glass_colour", "glass_percentile", "texture"]
+__all__ = ["UNSCANNED", "bare_glass", "glass_colour", "glass_percentile", "texture"]
 
 UNSCANNED = 254
 """Scanners fill what they did not scan with white: no channel below this. Scanned glass is darker."""
@@ -20,6 +21,10 @@ SMOOTH = 2.0
 """Glass has a lower :func:`texture` than this."""
 DEFAULT = 245.0
 """Grey level of glass where an image shows hardly any."""
+BARE = (0.025, 0.05)
+"""Optical density beyond the glass's up to which a pixel is bare for sure, and from which it surely is not."""
+_REACH = 1.5
+"""Standard deviation of the Gaussian before that, pixels: the scanner's grain is no tissue."""
 
 
 def glass_colour(rgb: UInt8Array) -> FloatArray:
@@ -60,6 +65,21 @@ def glass_percentile(rgb: UInt8Array) -> FloatArray:
         return np.full(3, DEFAULT, dtype=np.float32)
     colour: FloatArray = np.percentile(rgb[bright], 75, axis=0).astype(np.float32)
     return colour
+
+
+def bare_glass(rgb: UInt8Array) -> FloatArray:
+    """How surely each pixel shows bare glass: 1 where nothing is denser than glass, 0 at tissue, between at its edge.
+
+    Args:
+        rgb: an H&E, uint8 [H, W, 3], of about 0.5 µm per pixel.
+
+    Returns:
+        float32 [H, W].
+    """
+    density = optical_density(rgb) - np.log10(256 / (glass_colour(rgb) + 1))
+    smooth = ndimage.gaussian_filter(density, (*(_REACH,) * 2, 0)).max(axis=-1)
+    bare: FloatArray = np.clip((BARE[1] - smooth) / (BARE[1] - BARE[0]), 0, 1).astype(np.float32)
+    return bare
 
 
 def _bright(rgb: UInt8Array, smooth: BoolArray | None = None) -> BoolArray | None:

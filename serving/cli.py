@@ -17,7 +17,7 @@ __all__ = ["doctor", "proxy", "serve"]
 def serve(
     repository: Annotated[
         Path | None,
-        typer.Argument(help="Model repository from `export build`; the demonstration model by default."),
+        typer.Argument(help="Model repository from `export build`, or a shipped model's name; `demo` by default."),
     ] = None,
     grpc_port: Annotated[int, typer.Option(help="gRPC port on 127.0.0.1; 0: a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics port on 127.0.0.1; 0: a free one.")] = 8002,
@@ -55,7 +55,7 @@ def serve(
     from staindiffuser.errors import EXIT_INTERRUPTED, StainDiffuserError, UsageError
     from staindiffuser.serving import systemd
     from staindiffuser.serving.audit import AuditLog
-    from staindiffuser.serving.demo import demo_repository
+    from staindiffuser.serving.demo import repository_of
     from staindiffuser.serving.server import TritonServer
     from staindiffuser.serving.watch import keep_running
 
@@ -71,7 +71,7 @@ def serve(
     try:
         if fast and repository is not None:
             raise UsageError("--fast is for the demonstration model: build yours with `export build --target auto`")
-        chosen = repository or demo_repository(say, fast=fast)
+        chosen = repository_of(repository, say, fast=fast)
         log_book.record("start", repository=str(chosen.absolute()), grpc_port=grpc_port)
         server = TritonServer(
             chosen,

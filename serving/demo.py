@@ -1,4 +1,4 @@
-"""The model repository of the demonstration model that ships with the package."""
+"""The repositories of the models that ship with the package: the demonstration model, and others by their names."""
 
 from __future__ import annotations
 
@@ -11,40 +11,54 @@ from staindiffuser.export.errors import GraphsError
 from staindiffuser.export.repository import Progress, build, prepare_build
 from staindiffuser.files import cache_folder
 
-__all__ = ["demo_graphs", "demo_repository"]
+__all__ = ["DEMO", "demo_graphs", "repository_of", "shipped_models"]
 
-_PACKAGE = Path(__file__).resolve().parent.parent
+DEMO = "demo"
+"""The model that is served where none is named."""
+
+
+def shipped_models() -> dict[str, Path]:
+    """The models that come with this installation: name → folder of its graphs."""
+    import staindiffuser
+
+    folder = Path(next(iter(staindiffuser.__path__))) / "checkpoints"
+    return {graphs.parent.name: graphs for graphs in sorted(folder.glob("*/graphs")) if graphs.is_dir()}
 
 
 def demo_graphs() -> Path:
-    """Folder of the graphs that ship with the package.
+    """Folder of the demonstration model's graphs.
 
     Raises:
         GraphsError: this installation lacks them.
     """
-    import staindiffuser
-
-    folder = Path(next(iter(staindiffuser.__path__))) / "checkpoints" / "demo" / "graphs"
-    if not folder.is_dir():
-        raise GraphsError(f"{folder} is missing: this installation lacks the demonstration model; install it again")
-    return folder
+    graphs = shipped_models().get(DEMO)
+    if graphs is None:
+        raise GraphsError("this installation lacks the demonstration model: install the package again")
+    return graphs
 
 
-def demo_repository(progress: Progress = lambda message: None, *, fast: bool = False) -> Path:
-    """The demonstration's repository, built in the cache folder on first use.
+def repository_of(asked: Path | None, progress: Progress = lambda message: None, *, fast: bool = False) -> Path:
+    """The repository that a command is to serve: the folder that was named, or that of a model that ships.
 
-    The folder's name contains the repository's fingerprint, so that another version of the model, of this package or of
-    ONNX Runtime gets its own folder.
+    The repository of a model that ships is built in the cache folder on first use. The folder's name contains the
+    repository's fingerprint, so that another version of the model, of this package or of ONNX Runtime gets its own.
 
     Args:
+        asked: a folder, or the name of a model that ships (a folder of that name goes first); None: the demonstration.
         progress: called with one line per step.
-        fast: with the fastest engines that pass the gate on this machine, measured when they are built, instead of
-            ONNX Runtime in float32, which gives the same image on every machine, give or take a grey level.
+        fast: of a model that ships, the fastest engines that pass the gate on this machine, measured when they are
+            built, instead of ONNX Runtime in float32, which gives the same image on every machine, give or take a grey
+            level.
 
     Raises:
         StainDiffuserError: see :func:`staindiffuser.export.repository.build`.
     """
-    graphs = demo_graphs()
+    if asked is None:
+        graphs = demo_graphs()
+    elif asked.exists() or str(asked) not in shipped_models():
+        return asked
+    else:
+        graphs = shipped_models()[str(asked)]
     if fast:
         loaded = GraphSet.load(graphs)
         output = cache_folder() / "repositories" / f"{loaded.name}-fast-{choice_key(loaded, BuildOptions())[:16]}"

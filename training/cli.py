@@ -53,6 +53,14 @@ Data = Annotated[
         help="Folder of paired tiles (tiles.csv). Required; several are mixed: FOLDER=WEIGHT.", metavar="FOLDER"
     ),
 ]
+Stains = Annotated[
+    str | None,
+    typer.Option(
+        help="Columns to learn, comma-separated; by default the --from checkpoint's, or all. Of several folders, one "
+        "may lack some of these.",
+        show_default=False,
+    ),
+]
 Output = Annotated[Path | None, typer.Option(help="Run folder; the same command resumes it. Required.")]
 Steps = Annotated[int | None, typer.Option(help="Optimiser steps, instead of the recipe's.")]
 Batch = Annotated[int | None, typer.Option(help="Crops per step over all processes, instead of the recipe's.")]
@@ -122,10 +130,15 @@ def train(
     workers: Workers = None,
     name: Annotated[str, typer.Option(help="Name written into the checkpoint.")] = "model",
     trained_on: TrainedOn = TRAINED_ON,
+    stains: Stains = None,
     start: Annotated[
         Path | None,
         # Not --start: torchrun, in front of the command, would take that for a beginning of its own --start-method.
-        typer.Option("--from", help="Begin with this checkpoint's weights (of the same preset).", show_default=False),
+        typer.Option(
+            "--from",
+            help="Begin with this checkpoint's weights: of the same encoder; stains and a backbone may be added.",
+            show_default=False,
+        ),
     ] = None,
     resume: Resume = "auto",
     accept_data_change: AcceptDataChange = False,
@@ -177,7 +190,7 @@ def train(
         dry_run=dry_run,
     )
     with stopping():
-        folder = run(chosen, data, options)
+        folder = run(chosen, data, options, stains=tuple(filter(None, (stains or "").split(","))))
     _report(folder, data, dry_run=dry_run)
 
 

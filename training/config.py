@@ -149,10 +149,25 @@ class TrainConfig:
     """What is done to a crop besides flips and rotations by 90 degrees: ``light`` jitters the H&E's colour channels by
     about a tenth; ``wide`` rotates, scales by 0.8 to 1.25, stains otherwise and scans otherwise (real tissue needs it).
     """
+    tasks: tuple[Task, ...] = ("images", "cells")
+    """Which branches of each stain are trained; the others keep the weights that they begin with. The cells alone cost
+    a third, and an encoder that knows them is what images are then painted from (``distill --method e2e``)."""
+    rare_share: float = 0.0
+    """Share of the crops that are cut from tiles drawn by how much there is to tell in their masks, one stain as often
+    as the other; the rest come from all tiles alike. Rare positives are not forgotten then."""
+    confounders: float = 0.0
+    """Share of the crops into which something is pasted that is of no stain, and that networks were seen to paint:
+    blood, mucin, pen, tinted glass, keratin."""
+    white_glass: bool = False
+    """Where the H&E shows bare glass, the stains' images that are learned from are white, whatever their scanner made
+    of it; else a model paints the mean of its scanners' glass, and that stands out as a grey halo."""
     learning_rate: float = 1e-2
     """Peak learning rate of Adam (magnitude-preserving layers want a large one: EDM2, Table 6)."""
     backbone_rate: float = 0.05
     """The backbone's learning rate as a share of the others' (ours): its weights are not kept at unit magnitude."""
+    frozen_blocks: int = 0
+    """The backbone's stem and so many of its eleven blocks keep their published weights; at high resolution most of the
+    time goes into their gradients."""
     warmup: int = 200
     """Steps of linear warm-up."""
     cooldown: float = 0.4
@@ -192,7 +207,9 @@ class TrainConfig:
         _require(self.crop >= 32 and self.crop % 16 == 0, "crop", self.crop, "a multiple of 16, at least 32")
         _require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "positive and finite")
         _require(0 <= self.backbone_rate <= 1, "backbone_rate", self.backbone_rate, "between 0 and 1")
-        for name in ("warmup", "workers"):
+        once = len(set(self.tasks)) == len(self.tasks) > 0
+        _require(once, "tasks", self.tasks, "images, cells, or both")
+        for name in ("warmup", "workers", "frozen_blocks"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2^32 - 1")
         pair = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
@@ -202,7 +219,7 @@ class TrainConfig:
         _require(self.checkpoint_minutes > 0, "checkpoint_minutes", self.checkpoint_minutes, "positive")
         _require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         _require(0 <= self.cooldown <= 1, "cooldown", self.cooldown, "in [0, 1]")
-        for name in ("image_max_share", "cells_max_share"):
+        for name in ("image_max_share", "cells_max_share", "rare_share", "confounders"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
 
 

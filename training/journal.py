@@ -48,6 +48,10 @@ def tell(line: str) -> None:
         sys.stderr.flush()
 
 
+_HEADLINES = {"val/dab_dice/": "DAB-Dice", "val/cell_dice/": "cell Dice"}
+"""The score of a validation that a line of progress shows: the first that there is."""
+
+
 class Journal:
     """Where the numbers of a run go; a context. Everything but the first process's writes nothing.
 
@@ -142,11 +146,13 @@ class Journal:
             raise UsageError(f"{self._board.log_dir} cannot be written: {error.strerror}: {_AGAIN}") from error
         if self._tracker is not None:
             self._tracker.log(values, step)
-        scores = {name: value for name, value in values.items() if name.startswith("val/dab_dice/")}
-        if scores:
-            self._validated = ", ".join(f"{n.removeprefix('val/dab_dice/')} {v:.3f}" for n, v in scores.items())
-            self._line(step)
-        elif "loss" in values:
+        for name, words in _HEADLINES.items():
+            if scores := {n.removeprefix(name): v for n, v in values.items() if n.startswith(name)}:
+                shown = ", ".join(f"{stain} {value:.3f}" for stain, value in scores.items())
+                self._validated = f"validation {words} {shown}"
+                self._line(step)
+                break
+        if "loss" in values:
             self._latest = {name: value for name, value in values.items() if name.startswith(("loss", "error/"))}
 
     def image(self, name: str, images: Sequence[UInt8Array], step: int) -> None:
@@ -179,7 +185,7 @@ class Journal:
         if self._latest:
             parts.append(", ".join(f"{n.removeprefix('error/')} {v:.3f}" for n, v in self._latest.items()))
         if self._validated:
-            parts.append(f"validation DAB-Dice {self._validated}")
+            parts.append(self._validated)
         tell(" · ".join([*parts, _memory()]))
 
 

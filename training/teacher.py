@@ -39,7 +39,6 @@ class Teacher(Learner):
     """The network, its moving average, and one learned uncertainty per branch.
 
     Args:
-        tasks: the branches of each stain that are trained; the others keep their first weights.
         encoder: the state of a trained encoder, which is then kept as it is to the bit.
         start: the state of a trained network of this model, to begin with its weights.
     """
@@ -52,12 +51,11 @@ class Teacher(Learner):
         model: ModelConfig,
         config: TrainConfig,
         *,
-        tasks: tuple[Task, ...] = TASKS,
         encoder: dict[str, Tensor] | None = None,
         start: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.tasks = config, tasks
+        self.config, self.tasks = config, config.tasks
         self.net = DualDiffusion(model)
         if start is not None:
             self.net.load_state_dict(start)
@@ -65,17 +63,19 @@ class Teacher(Learner):
             self.net.encoder.backbone.load_state_dict(lite0_weights())
         if encoder is not None:
             self.net.encoder.load_state_dict(encoder)
-        self.trained: tuple[str, ...] = tasks if encoder is not None else ("encoder", *tasks)
+        self.trained: tuple[str, ...] = config.tasks if encoder is not None else ("encoder", *config.tasks)
         """The parts of the network that are trained."""
         for name, part in self.net.named_children():
             part.requires_grad_(name in self.trained)
+        if self.net.encoder.backbone is not None:
+            self.net.encoder.backbone.freeze(config.frozen_blocks)
         self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
-        self.uncertainty = nn.ModuleDict({_key(t, s.name): Uncertainty() for s in model.stains for t in tasks})
+        self.uncertainty = nn.ModuleDict({_key(t, s.name): Uncertainty() for s in model.stains for t in config.tasks})
         self.starts_from = {
             "model": dataclasses.asdict(model),
             "encoder": tensors_sha256(encoder.items()) if encoder is not None else None,
             "first weights": tensors_sha256(start.items()) if start is not None else None,
-            "choice of tasks": list(tasks),
+            "choice of tasks": list(config.tasks),
         }
 
     def forward(self, batch: CropBatch, step: int) -> Loss:

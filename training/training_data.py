@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ class TrainingData:
 
         Args:
             data: a folder, or several, each with its weight (see :func:`open_tiles`).
-            stains: the stain columns that are needed; all of them if none are named.
+            stains: the stain columns that are needed; all of them if none are named (see :func:`open_tiles`).
             decode: decode every pixel, which finds truncated images; otherwise only the headers are read.
             fold: deal the patients of train and val anew; see :func:`deal_fold`.
 
@@ -55,19 +54,20 @@ class TrainingData:
             DataError: naming the file and the field.
         """
         tiles = open_tiles(
-            [data] if isinstance(data, Path) else data, check="pixels" if decode else "headers", fold=fold
+            [data] if isinstance(data, Path) else data,
+            stains=stains,
+            check="pixels" if decode else "headers",
+            fold=fold,
         )
-        for part in tiles.parts:
-            for stain in stains:
-                if stain not in part.stains:
-                    path = part.folder / "tiles.csv"
-                    raise DataError(f"{path}, row 1: column {stain!r} is missing; there are {', '.join(part.stains)}")
-        if stains and isinstance(tiles, PairedTiles):
-            tiles = dataclasses.replace(tiles, stains=stains)
-        elif stains and isinstance(tiles, MixedTiles):
-            parts = tuple(dataclasses.replace(part, stains=stains) for part in tiles.parts)
-            tiles = dataclasses.replace(tiles, parts=parts)
-        dataset = CropDataset(tiles, crop=config.crop, seed=config.seed, augmentation=config.augmentation)
+        dataset = CropDataset(
+            tiles,
+            crop=config.crop,
+            seed=config.seed,
+            augmentation=config.augmentation,
+            rare_share=config.rare_share,
+            confounders=config.confounders,
+            white_glass=config.white_glass,
+        )
         validation = spread(tiles.scored("val"), config.validation_tiles)
         if not validation:
             path = tiles.folder / "tiles.csv"

@@ -1,8 +1,8 @@
 """The interface of slide readers, and the choice of the reader for a file.
 
 OpenSlide reads the formats it knows, with tifffile decoding the tiles if that gives the same pixels several times
-faster; tifffile reads OME-TIFF and other TIFFs; Pillow reads PNG and JPEG. A reader refuses what it cannot read
-faithfully, and says why.
+faster; tifffile reads OME-TIFF and other TIFFs, wsidicom DICOM, zarr OME-Zarr, Pillow PNG and JPEG. A reader refuses
+what it cannot read faithfully, and says why.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.errors import MissingPixelSizeError, PixelSizeError, SlideError
 from staindiffuser.imaging.image_files import WHITE
 from staindiffuser.imaging.pixel_size import SAME_PIXEL_SIZE, PixelSize
+from staindiffuser.imaging.slides.kinds import is_dicom, is_slide_folder, is_zarr
 
 __all__ = ["DamagedRegion", "Slide", "open_slide"]
 
@@ -152,7 +153,7 @@ def open_slide(path: Path, *, allow_damaged: bool = False) -> Slide:
     """Open a slide or a tile of any supported format.
 
     Args:
-        path: the file.
+        path: the file; for OME-Zarr the folder, for DICOM the folder or any file of the series.
         allow_damaged: read what can be decoded, and list the rest in :attr:`Slide.damaged`.
 
     Raises:
@@ -197,7 +198,16 @@ def ignore_wrong_levels(slide: Slide) -> None:
 def _reader(path: Path, *, allow_damaged: bool) -> Slide:
     from staindiffuser.imaging.slides import image_file, openslide_file, tiff_file
 
-    magic = _first_bytes(path)
+    folder = _is_folder(path)
+    if folder and is_zarr(path):
+        from staindiffuser.imaging.slides.zarr_folder import ZarrSlide
+
+        return ZarrSlide(path, allow_damaged=allow_damaged)
+    magic = b"" if folder else _first_bytes(path)
+    if folder or is_dicom(path):
+        from staindiffuser.imaging.slides.dicom_file import DicomSlide
+
+        return DicomSlide(path, allow_damaged=allow_damaged)
     vendor = openslide_file.detect(path)
     is_tiff = magic.startswith(_TIFF_MAGIC)
     if vendor is not None and not (is_tiff and vendor == "generic-tiff"):
@@ -208,16 +218,28 @@ def _reader(path: Path, *, allow_damaged: bool) -> Slide:
     if magic.startswith(_FLAT_MAGIC):
         return image_file.ImageSlide(path)
     raise SlideError(
-        f"{path} is not a supported slide or image: it must be a whole slide that OpenSlide reads, an OME-TIFF, "
-        "or a TIFF, PNG or JPEG in 8-bit RGB"
+        f"{path} is not a supported slide or image: it must be a whole slide that OpenSlide reads, DICOM, OME-Zarr, "
+        "OME-TIFF, or a TIFF, PNG or JPEG in 8-bit RGB"
     )
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether the path is a folder that is a slide; raises SlideError for another folder."""
+    try:
+        if not path.is_dir():
+            return False
+        if is_slide_folder(path):
+            return True
+    except OSError as error:
+        raise SlideError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError:  # a null byte in the name
+        return False
+    raise SlideError(f"{path} is a folder, not a slide: name the slides in it")
 
 
 def _first_bytes(path: Path) -> bytes:
     try:
         mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise SlideError(f"{path} is a folder, not a slide: name the slides in it")
         if not stat.S_ISREG(mode):  # opening a FIFO would wait for ever
             raise SlideError(f"{path} is not a regular file: slides are read at random positions, copy it to a disk")
         with path.open("rb") as file:

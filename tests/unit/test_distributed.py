@@ -44,13 +44,13 @@ RESUMED = "fsdp, interrupted"
 FAILURES: dict[str, dict[str, Any]] = {"diverged": {"diverge": True}, "uneven": {"batch": 7}}
 
 
-def run(data: Path, output: Path, *, strategy: Any = "ddp", tasks: Any = ("images", "cells"), **changes: Any) -> None:
+def run(data: Path, output: Path, *, strategy: Any = "ddp", **changes: Any) -> None:
     recipe = dataclasses.replace(
         PRESETS["debug"].train, steps=STEPS, batch=8, crop=32, warmup=2, cooldown=0.0, bf16=False, validation_tiles=2
     )
     preset = Preset(model=PRESETS["debug"].model, train=dataclasses.replace(recipe, **changes))
     options = RunOptions(output=output, strategy=strategy, log_every=1, progress="none")
-    train(preset, data, options, tasks=tasks)
+    train(preset, data, options)
 
 
 def environment() -> dict[str, str]:

@@ -12,8 +12,17 @@ from torch import Tensor
 
 from staindiffuser.imaging import optical_density
 from staindiffuser.training.checkpoint import Checkpoint
-from staindiffuser.training.config import StainConfig
-from staindiffuser.training.distill.e2e import OneStepLoss, dab_density, detail_distance, forget_noise_, local_spectra
+from staindiffuser.training.config import PRESETS, StainConfig
+from staindiffuser.training.distill.e2e import (
+    OneStepLoss,
+    dab_density,
+    detail_distance,
+    forget_noise_,
+    local_spectra,
+    pattern_distance,
+    quarter,
+)
+from staindiffuser.training.model.branch import Branch
 from staindiffuser.training.model.layers import normalize_weight_
 
 STAIN = StainConfig(name="cd3", label="CD3")
@@ -60,6 +69,44 @@ def test_detail_is_not_met_by_a_blur_nor_by_a_pattern_and_is_by_the_same_grain_e
     assert best == 0.86  # with plain amplitudes it would be π / 4
     # which pixel by pixel is the other way around
     assert (other - real).square().mean() > 1.5 * (blurred - real).square().mean()
+
+
+def test_a_grid_of_the_pixel_shuffle_is_seen_and_grain_is_not() -> None:
+    """The spectra take it for grain; the pattern distance sees it alone."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(2, 3, 64, 64, generator=generator)
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    grids = {
+        "columns": ((x % 2) * 2 - 1).float(),
+        "rows": ((y % 2) * 2 - 1).float(),
+        "checkerboard": (((x + y) % 2) * 2 - 1).float(),
+    }
+    for name, grid in grids.items():
+        assert pattern_distance(real + 0.2 * grid, real).tolist() == pytest.approx([0.04, 0.04], rel=1e-4), name
+    wide = (x // 2 % 2 * 2 - 1).float()  # a period of four pixels is none of the shuffle's
+    assert pattern_distance(real + 0.2 * wide, real).max() < 1e-6
+    assert pattern_distance(real + 0.3, real).max() < 1e-6
+    grain = 0.2 * torch.randn(2, 3, 64, 64, generator=generator)
+    assert pattern_distance(real + grain, real).max() < 0.04 / 30
+
+
+def test_the_quarters_of_four_steps_are_the_crop() -> None:
+    seen = torch.zeros(128, 160)
+    for step in range(40, 44):
+        seen[quarter((128, 160), step)] += 1
+    assert seen.eq(1).all()
+    assert seen[quarter((96, 96), 3)].shape == seen.shape
+
+
+def test_an_untrained_branch_has_no_grid() -> None:
+    """ICNR: whatever the gains become, as long as they are alike, a flat field stays flat."""
+    branch = Branch(PRESETS["debug"].model.image, PRESETS["debug"].model.features, 3, 32)
+    with torch.no_grad():
+        assert branch.head.gain is not None
+        branch.head.gain.fill_(1.0)
+        cells = branch.head(torch.randn(1, 16, 8, 8)).unflatten(1, (3, 4))
+    assert cells.std() > 0.1
+    assert torch.equal(cells[:, :, 0], cells[:, :, 3])
 
 
 def test_one_step_loss_asks_for_pixels_density_and_detail() -> None:

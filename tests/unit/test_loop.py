@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,12 +33,12 @@ from staindiffuser.training.tiles.paired_tiles import PairedTiles
 from staindiffuser.training.train import train
 
 
-def preset(steps: int, **changes: float) -> Preset:
+def preset(steps: int, **changes: Any) -> Preset:
     base = PRESETS["debug"]
     recipe = dataclasses.replace(
         base.train, steps=steps, crop=32, batch=4, warmup=2, cooldown=0.0, validate_every=10, validation_tiles=2
     )
-    return dataclasses.replace(base, train=dataclasses.replace(recipe, **changes))  # type: ignore[arg-type]
+    return dataclasses.replace(base, train=dataclasses.replace(recipe, **changes))
 
 
 def options(folder: Path) -> RunOptions:
@@ -158,7 +159,7 @@ def test_a_run_begins_with_the_weights_of_a_checkpoint(tiles_folder: Path, tmp_p
     for size, run, words in (
         ("debug", dataclasses.replace(asked, start=other), "begun with another first weights"),
         ("debug", dataclasses.replace(asked, start=tmp_path / "more" / "checkpoint"), "would replace"),
-        ("demo", dataclasses.replace(asked, output=larger), "its sizes or stains are not the preset's"),
+        ("demo", dataclasses.replace(asked, output=larger), "its encoder is not the preset's"),
     ):
         with pytest.raises(UsageError, match=words):
             train(dataclasses.replace(preset(2, learning_rate=1e-9), model=PRESETS[size].model), tiles_folder, run)
@@ -178,8 +179,8 @@ def test_parts_of_a_step_give_the_curve_of_the_whole(tiles_folder: Path, tmp_pat
 
 
 def test_single_task_leaves_the_other_branch_alone(tiny_model: ModelConfig, tiles_folder: Path, tmp_path: Path) -> None:
-    recipe = preset(2, bf16=False)
-    module = Teacher(tiny_model, recipe.train, tasks=("images",))
+    recipe = preset(2, bf16=False, tasks=("images",))
+    module = Teacher(tiny_model, recipe.train)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     dataset = CropDataset(PairedTiles.load(tiles_folder), crop=32, seed=0)
     fitted = fit(module, dataset, recipe.train, options(tmp_path))

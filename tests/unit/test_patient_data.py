@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import openslide
+import pydicom
 import pytest
 import tifffile
 from PIL import Image, PngImagePlugin
@@ -25,6 +26,9 @@ from staindiffuser.client.run_record import read_run, slide_sha256
 from staindiffuser.client.target import Target
 from staindiffuser.client.testing import FakeTriton
 from staindiffuser.errors import InputError, StainDiffuserError
+from staindiffuser.imaging.slides import open_slide
+from tests.dicom_series import write_series
+from tests.unit.test_slides_zarr import write as write_zarr
 
 MARK = "Zzmueller"
 """Planted everywhere."""
@@ -125,7 +129,21 @@ def png(path: Path) -> None:
     Image.fromarray(tissue()).save(path, pnginfo=info, icc_profile=icc(), dpi=(50800, 50800))
 
 
-KINDS: dict[str, Callable[[Path], None]] = {"svs": svs, "tif": tiff, "ome.tif": ome, "jpg": jpeg, "png": png}
+def dicom(path: Path) -> None:
+    base, *_ = write_series(path.parent, tissue(), mark=MARK)
+    (path.parent / "label.dcm").rename(path.parent / f"{MARK}.label")
+    base.rename(path)
+    assert MARK in str(pydicom.dcmread(path, stop_before_pixels=True).PatientName)
+
+
+def zarr(path: Path) -> None:
+    group = write_zarr(path, tissue(), name=MARK, omero={"name": MARK, "channels": []})
+    group.attrs["patient"] = MARK
+
+
+KINDS: dict[str, Callable[[Path], None]] = {
+    "svs": svs, "tif": tiff, "ome.tif": ome, "jpg": jpeg, "png": png, "dcm": dicom, "zarr": zarr,
+}  # fmt: skip
 
 
 def spellings() -> list[bytes]:
@@ -181,7 +199,8 @@ def test_no_output_and_no_log_names_the_patient(
     assert run_command([path], out, Target(addresses=(server.url,)), OPTIONS, as_json=True, command=f"x {path}") == 0
     printed = capfd.readouterr()
     run = read_run(out)
-    identity = slide_identity(slide_sha256([path]))
+    with open_slide(path) as slide:
+        identity = slide_identity(slide_sha256(slide.files))
     assert identity in printed.err
     assert json.loads(printed.out)["slide"] == identity
     assert run.input.path is None

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from staindiffuser.imaging.glass import bare_glass
 from staindiffuser.imaging.slides import Slide, open_slide
 from staindiffuser.imaging.tissue import Overview, TissueMask, find_tissue, read_overview
 
@@ -47,6 +48,19 @@ def test_the_overview_of_a_huge_slide_is_bounded(reduced: tuple[int, int]) -> No
     height, width = overview.pixels.shape[:2]
     assert 5e5 < width * height <= 4.1e6
     assert width * overview.mpp[0] == pytest.approx(50_000, rel=0.01)
+
+
+@pytest.mark.parametrize("tint", [(250, 250, 250), (240, 236, 244), (233, 228, 215)])
+def test_bare_glass_is_told_from_pale_tissue(tint: tuple[int, int, int]) -> None:
+    rng = np.random.default_rng(0)
+    image = np.array(tint) + rng.normal(0, 1.5, (128, 128, 3))
+    image[40:90, 30:100] *= (0.93, 0.80, 0.90)  # pale stroma
+    image[60:70, 60:70] *= (0.5, 0.5, 0.7)
+    bare = bare_glass(np.clip(np.rint(image), 0, 255).astype(np.uint8))
+    assert bare.dtype == np.float32
+    assert bare[:30].min() > 0.9
+    assert bare[45:85, 35:95].max() < 0.05
+    assert 0.05 < bare[39, 35:95].mean() < 0.95  # soft at the edge
 
 
 def test_uneven_glass_has_no_tissue() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,11 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.glass import bare_glass
 from staindiffuser.imaging.image_files import read_image
 from staindiffuser.imaging.optical_density import coarse_mask, dab_mask
 from staindiffuser.training.config import Augmentation, StainConfig
 from staindiffuser.training.data.augmentation import another_scanner, another_stain, similar_crop
 from staindiffuser.training.data.cache import TileCache
+from staindiffuser.training.data.confounders import with_confounder
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.tiles.mixed_tiles import MixedTiles, Schedule
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, spread
@@ -38,6 +41,7 @@ __all__ = [
     "UNKNOWN",
     "CropBatch",
     "CropDataset",
+    "drawn_by",
     "jitter_stain",
     "known_targets",
     "load_tile",
@@ -178,6 +182,9 @@ class CropDataset:
     Args:
         crop: height and width, pixels.
         augmentation: how far crops differ from their tiles; see :class:`TrainConfig`.
+        rare_share: share of the crops from tiles drawn by their masks; see :func:`drawn_by`.
+        white_glass: the stains' images are white where the H&E shows bare glass; see :func:`bare_glass`.
+        confounders: share of the crops into which something is pasted that no stain marks; see :func:`with_confounder`.
         jitter: strength of the light stain jitter, which only the H&E gets; see :func:`jitter_stain`.
         cache_bytes: decoded tiles are kept up to this many bytes, once for all the loader's processes.
 
@@ -192,10 +199,17 @@ class CropDataset:
         crop: int,
         seed: int,
         augmentation: Augmentation = "light",
+        rare_share: float = 0.0,
+        confounders: float = 0.0,
+        white_glass: bool = False,
         jitter: float = 0.1,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self.schedule = Schedule(tiles, seed)
+        weights = (
+            [drawn_by(part.split("train"), tiles.stains, rare_share) for part in tiles.parts] if rare_share else None
+        )
+        self.schedule = Schedule(tiles, seed, weights)
+        self.confounders, self.white_glass = confounders, white_glass
         self.rows = tuple(row for rows in self.schedule.rows for row in rows)
         self._first = np.cumsum([0, *(len(rows) for rows in self.schedule.rows)])
         self.stains = tiles.stains
@@ -245,8 +259,14 @@ class CropDataset:
             height, width = arrays["he"].shape[:2]
             top, left = rng.integers(0, height - self.crop + 1), rng.integers(0, width - self.crop + 1)
             cut = {name: array[top : top + self.crop, left : left + self.crop] for name, array in arrays.items()}
+        if self.white_glass:
+            bare = bare_glass(cut["he"])[..., None]
+            for stain in self.stains:
+                cut[stain] = np.rint(cut[stain] * (1 - bare) + 255 * bare).astype(np.uint8)
         orientation = int(rng.integers(8))
         parts = {name: oriented(array, orientation) for name, array in cut.items()}
+        if self.confounders and rng.random() < self.confounders:
+            parts = {name: torch.from_numpy(a) for name, a in with_confounder(_arrays(parts), rng).items()}
         stained = parts["he"].numpy()
         if self.augmentation == "wide":
             stained = another_scanner(another_stain(stained, rng), rng)
@@ -265,6 +285,45 @@ class CropDataset:
     def batch(self, samples: Iterable[int]) -> CropBatch:
         """Several samples together."""
         return CropBatch.stack([self[sample] for sample in samples])
+
+
+def drawn_by(rows: Sequence[PairedTile], stains: Sequence[str], rare_share: float) -> NDArray[np.float64]:
+    """How often each tile is to be drawn: alike, and for a share of the crops by what there is to tell in its masks.
+
+    Of a tile with a positive share p of a stain that is p (1 - p), the variance of the mask: edges of epithelium
+    count more than its middle, and a lymphoid follicle more than a field without one.
+
+    Args:
+        rare_share: divided evenly among the stains of which anything is positive.
+
+    Returns:
+        [rows], their sum 1.
+
+    Raises:
+        ImageError: a mask cannot be read.
+    """
+    with ThreadPoolExecutor() as pool:
+        shares = np.array(list(pool.map(lambda row: _positive_shares(row, stains), rows)))
+    spread_of = shares * (1 - shares)
+    totals = spread_of.sum(axis=0)
+    told = spread_of[:, totals > 0] / totals[totals > 0]
+    alike = np.full(len(rows), 1 / max(1, len(rows)))
+    return (1 - rare_share) * alike + rare_share * told.mean(axis=1) if told.size else alike
+
+
+def _positive_shares(row: PairedTile, stains: Sequence[str]) -> list[float]:
+    """Per stain the positive share of a tile's mask; 0 where there is none."""
+    shares = []
+    for stain in stains:
+        mask, image = row.read_mask(stain), row.stains[stain]
+        if mask is None and image is not None:
+            mask = coarse_mask(dab_mask(read_image(image)))
+        shares.append(0.0 if mask is None else float((mask >= POSITIVE).mean()))
+    return shares
+
+
+def _arrays(parts: dict[str, Tensor]) -> dict[str, UInt8Array]:
+    return {name: tensor.numpy() for name, tensor in parts.items()}
 
 
 def oriented(image: UInt8Array, orientation: int) -> Tensor:

@@ -13,8 +13,9 @@ Shapes: y [B, 3, H, W] standardised; draws and noise are not used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +26,22 @@ from staindiffuser.training.config import StainConfig
 from staindiffuser.training.model.branch import Branch
 from staindiffuser.training.model.network import unstandardize
 
-__all__ = ["OneStepLoss", "dab_density", "detail_distance", "forget_noise_", "local_spectra"]
+__all__ = [
+    "OneStepLoss",
+    "dab_density",
+    "detail_distance",
+    "forget_noise_",
+    "local_spectra",
+    "pattern_distance",
+    "quarter",
+]
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
 WINDOWS = (8, 16, 32)
 """Sides of the windows of the local spectra, pixels: from a nucleus' rim to a few cells (ours)."""
+_FIELD = 8
+"""Side of the fields over which a pattern of the pixel grid is averaged, in cells of 2 × 2 pixels (ours)."""
 _EPSILON = 1e-8
 """Keeps the gradient of the root finite on bare glass (ours); far below the grain of any scan."""
 
@@ -79,6 +90,38 @@ def detail_distance(painted: Tensor, real: Tensor) -> Tensor:
     return torch.stack(distances).mean(dim=0)
 
 
+def pattern_distance(painted: Tensor, real: Tensor) -> Tensor:
+    """How strong a pattern with the period of the pixel shuffle, two pixels, the painted images have, [B].
+
+    Each output pixel comes from one of four filters, by where it stands in its cell of 2 × 2. Where these differ on
+    average over a field, that is no detail of the tissue, whose phase is random, but a faint grid. The local spectra
+    do not see it: they take amplitudes together over neighbouring frequencies.
+
+    Args:
+        painted, real: [B, C, H, W], sides of at least 16.
+    """
+    cells = F.pixel_unshuffle(painted - real, 2)
+    error = cells.view(len(cells), -1, 4, *cells.shape[2:])
+    phases = error - error.mean(dim=2, keepdim=True)
+    return F.avg_pool2d(phases.flatten(1, 2), _FIELD).square().mean(dim=(1, 2, 3))
+
+
+def quarter(size: Sequence[int], step: int) -> tuple[EllipsisType, slice, slice]:
+    """The part of a crop whose local spectra a step compares: one quarter after the other, since they cost as much as
+    the network does; all of a small crop.
+
+    Args:
+        size: height and width of the crop.
+    """
+    if min(size) < 4 * max(WINDOWS):
+        return ..., slice(None), slice(None)
+    rows, columns = (
+        slice(half * (side // 2), half * (side // 2) + side // 2)
+        for side, half in zip(size, (step % 2, step // 2 % 2), strict=True)
+    )
+    return ..., rows, columns
+
+
 @torch.no_grad()
 def forget_noise_(images: nn.ModuleDict) -> None:
     """Make each image branch ignore the noisy image for good: the weights of its first layer become 0 and stay 0.
@@ -94,8 +137,8 @@ def forget_noise_(images: nn.ModuleDict) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OneStepLoss:
-    """mean (D(0, σ_max) − y)² + λ · mean (OD(D) − OD(y))² + μ · mean (A(D) − A(y))², OD being DAB's and A the local
-    spectra (the losses, λ and μ are ours).
+    """mean (D(0, σ_max) − y)² + λ · mean (OD(D) − OD(y))² + μ · mean (A(D) − A(y))² + ν · P(D − y), OD being DAB's, A
+    the local spectra and P :func:`pattern_distance` (the losses and their weights are ours).
 
     Squared: an absolute error is least at the median, and the median of a marker that few cells carry is no marker.
     """
@@ -106,6 +149,8 @@ class OneStepLoss:
     """λ: of the loss on DAB's optical density."""
     detail_weight: float
     """μ: of the loss on the local spectra."""
+    pattern_weight: float = 0.0
+    """ν: of the loss on patterns of the pixel grid."""
 
     def __call__(
         self, denoise: Denoise, y: Tensor, noise: Tensor, draws: Tensor, stain: StainConfig, step: int
@@ -116,5 +161,7 @@ class OneStepLoss:
         pixels = (prediction - y).square().mean(dim=(1, 2, 3))
         painted, real = (dab_density(unstandardize(v, stain, "images", self.sigma_data)) for v in (prediction, y))
         density = (painted - real).square().mean(dim=(1, 2, 3))
-        detail = detail_distance(prediction, y)
-        return pixels + self.density_weight * density + self.detail_weight * detail, pixels.detach()
+        part = quarter(y.shape[-2:], step)
+        detail = detail_distance(prediction[part], y[part])
+        loss = pixels + self.density_weight * density + self.detail_weight * detail
+        return loss + self.pattern_weight * pattern_distance(prediction, y), pixels.detach()

@@ -110,6 +110,9 @@ def default_recipe(teacher: Checkpoint, **changes: Any) -> DistillConfig:
         "batch",
         "gradient_accumulation",
         "crop",
+        "augmentation",
+        "rare_share",
+        "confounders",
         "ema",
         "workers",
         "checkpoint_minutes",
@@ -121,6 +124,8 @@ def default_recipe(teacher: Checkpoint, **changes: Any) -> DistillConfig:
         fields["steps"] = max(1, recipe["steps"] // 8)
     if "learning_rate" in recipe:
         fields["learning_rate"] = recipe["learning_rate"] / 5
+    if changes.get("method") == "e2e":  # compares no two predictions, so half the digits do
+        fields["bf16"] = recipe.get("bf16", DistillConfig.bf16)
     if "batch" in changes:  # the teacher's parts may not divide it
         fields.pop("gradient_accumulation", None)
     fields |= changes

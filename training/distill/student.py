@@ -33,13 +33,15 @@ class DistillConfig(TrainConfig):
     learning_rate: float = 1e-3
     warmup: int = 100
     bf16: bool = False
-    """Off: late stages compare predictions that differ by less than bfloat16 resolves."""
+    """Off: late stages of consistency tuning compare predictions that differ by less than bfloat16 resolves. One-step
+    fine-tuning by the command does as its teacher's training did."""
     p_mean: float = -1.0
     """Mean of ln t (ours; ECT's are −1.1 and −0.8)."""
     p_std: float = 0.9
     """Standard deviation of ln t (ours; ECT's are 2.0 and 1.6): most draws are at the levels of the last steps."""
     image_max_share: float = 0.1
     """Share of the draws taken at σ_max, where every sampler starts (ours)."""
+    white_glass: bool = True
     method: Method = "ect"
     """``ect``: easy consistency tuning; ``e2e``: end-to-end one-step fine-tuning."""
     stages: int = 3
@@ -62,6 +64,9 @@ class DistillConfig(TrainConfig):
     """Weight of the loss on local spectra of one-step fine-tuning; the pixel loss has 1 (ours; with 3 the radial power
     stayed below the gate's, with 30 the Dice was no worse)."""
 
+    pattern_weight: float = 100.0
+    """Weight of the loss on patterns of the pixel grid of one-step fine-tuning; the pixel loss has 1 (ours)."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stages < 1:
@@ -72,7 +77,7 @@ class DistillConfig(TrainConfig):
             raise ConfigError(f"r_min is {self.r_min}, must not be negative")
         if self.q <= 1:
             raise ConfigError(f"q is {self.q}, must be above 1")
-        for name in ("density_weight", "detail_weight"):
+        for name in ("density_weight", "detail_weight", "pattern_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must not be negative")
 
@@ -111,6 +116,7 @@ class Student(Learner):
                 sigma_data=model.sigma_data,
                 density_weight=config.density_weight,
                 detail_weight=config.detail_weight,
+                pattern_weight=config.pattern_weight,
             )
         else:
             self.loss = ConsistencyLoss(

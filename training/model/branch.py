@@ -62,6 +62,8 @@ class Branch(nn.Module):
             BlockList(ResidualBlock(c, embedding) for _ in range(config.blocks)) for c in widths[:-1]
         )
         self.head = MPConv(widths[0], 4 * channels, 3, after_silu=True, bias=True, gain=0.0)
+        # The four pixels of a cell begin alike (ICNR: Aitken et al. 2017), so that there is no grid to unlearn.
+        self.head.weight.data = self.head.weight.data[::4].repeat_interleave(4, dim=0)
 
     def attend(self, features: list[Tensor]) -> list[Tensor]:
         """Features [B, C_l, H_l, W_l] × 4 → what is added to each level on the way down."""

@@ -93,6 +93,12 @@ class Lite0(nn.Module):
         self.stem = _SameConv(3, _BLOCKS[0].cin, 3, 2)
         self.blocks = nn.ModuleList(_InvertedResidual(block) for block in _BLOCKS)
 
+    def freeze(self, blocks: int) -> None:
+        """Train the stem and the first ``blocks`` blocks no more; then no gradient is computed for them at all."""
+        if blocks:
+            self.stem.requires_grad_(False)
+            self.blocks[:blocks].requires_grad_(False)
+
     def forward(self, he: Tensor) -> list[Tensor]:
         h = F.relu6(self.stem(he))
         features: list[Tensor] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -82,19 +82,26 @@ class MixedTiles:
 
 
 def open_tiles(
-    specs: Sequence[str | Path], *, check: Check = "headers", mpp: float | None = None, fold: Fold | None = None
+    specs: Sequence[str | Path],
+    *,
+    stains: Sequence[str] = (),
+    check: Check = "headers",
+    mpp: float | None = None,
+    fold: Fold | None = None,
 ) -> PairedTiles | MixedTiles:
     """Open what ``--data`` names: one folder, or several to be mixed.
 
     Args:
         specs: folders, each ``FOLDER`` or ``FOLDER=WEIGHT``; a folder without a weight has weight 1.
+        stains: the columns that are needed, in this order; by default all, and then every folder must have them. Of
+            several folders one may lack some of those that are named here: it teaches nothing about them.
         check: as :meth:`PairedTiles.load`.
         mpp: the pixel size that is needed, µm.
         fold: deals the patients of train and val anew; by default the splits are those of the tables.
 
     Raises:
         UsageError: no folder, the same one twice, or a weight that is none.
-        DataError: a folder that cannot be used, or folders that do not go together.
+        DataError: a folder that cannot be used, folders that do not go together, or a stain that none of them has.
     """
     folders, weights = [], []
     for spec in specs:
@@ -106,12 +113,33 @@ def open_tiles(
     if not folders:
         raise UsageError("--data: name at least one folder of paired tiles")
     parts = tuple(PairedTiles.load(folder, check=check, mpp=mpp) for folder in folders)
+    if stains:
+        parts = _with_stains(parts, tuple(stains))
     if fold is not None:
         validated = deal_fold([tile for part in parts for tile in part.tiles], fold)
         parts = tuple(with_fold(part, validated) for part in parts)
     if len(parts) == 1:
         return parts[0]
     return MixedTiles(parts=parts, weights=tuple(weights))
+
+
+def _with_stains(parts: tuple[PairedTiles, ...], stains: tuple[str, ...]) -> tuple[PairedTiles, ...]:
+    """The folders with these stains; what a folder does not have is unknown of each of its tiles."""
+    for stain in stains:
+        if not any(stain in part.stains for part in parts):
+            path = parts[0].folder / "tiles.csv"
+            raise DataError(f"{path}, row 1: column {stain!r} is missing; there are {', '.join(parts[0].stains)}")
+    unknown = dict.fromkeys(stains)
+    return tuple(
+        replace(
+            part,
+            stains=stains,
+            tiles=tuple(
+                replace(tile, stains={**unknown, **tile.stains}, masks={**unknown, **tile.masks}) for tile in part.tiles
+            ),
+        )
+        for part in parts
+    )
 
 
 def parse_spec(spec: str | Path) -> tuple[Path, float]:
@@ -137,11 +165,17 @@ class Schedule:
     """Which training tile the sample number n is: a pure function of the seed and n.
 
     Over each block of a thousand samples the folders' shares hold exactly, in random order; and of each folder, every
-    tile is seen once before any is seen again.
+    tile is seen once before any is seen again, or as often as its weight says.
+
+    Args:
+        weights: of each folder's training tiles, positive; None: all alike.
     """
 
-    def __init__(self, tiles: PairedTiles | MixedTiles, seed: int) -> None:
+    def __init__(
+        self, tiles: PairedTiles | MixedTiles, seed: int, weights: Sequence[NDArray[np.float64]] | None = None
+    ) -> None:
         self.seed = seed
+        self._ends = None if weights is None else tuple(np.cumsum(w / w.sum()).tobytes() for w in weights)
         self.rows = tuple(part.split("train") for part in tiles.parts)
         self.counts = _counts(tiles.shares)
         for part, rows, count in zip(tiles.parts, self.rows, self.counts, strict=True):
@@ -160,6 +194,8 @@ class Schedule:
             part = int(parts[position])
             number = block * self.counts[part] + int(numbers[position])
         epoch, turn = divmod(number, len(self.rows[part]))
+        if self._ends is not None:
+            return part, int(_weighted_order(self.seed, epoch, part, self._ends[part])[turn])
         return part, int(_order(self.seed, epoch, part, len(self.rows[part]))[turn])
 
 
@@ -186,3 +222,17 @@ def _block(seed: int, block: int, counts: tuple[int, ...]) -> tuple[NDArray[np.i
 def _order(seed: int, epoch: int, part: int, count: int) -> NDArray[np.int64]:
     """The order in which a folder's tiles are seen in an epoch."""
     return np.random.default_rng((seed, 1, epoch, part)).permutation(count)
+
+
+@lru_cache(maxsize=8)
+def _weighted_order(seed: int, epoch: int, part: int, ends: bytes) -> NDArray[np.int64]:
+    """The same where tiles have weights: each comes as often as its weight says, rounded up or down (systematic
+    sampling).
+
+    Args:
+        ends: the running sums of the weights, whose total is 1: float64 [tiles].
+    """
+    rng = np.random.default_rng((seed, 4, epoch, part))
+    sums = np.frombuffer(ends, np.float64)
+    marks = (np.arange(len(sums)) + rng.random()) / len(sums)
+    return rng.permutation(np.minimum(np.searchsorted(sums, marks, side="right"), len(sums) - 1))

@@ -9,6 +9,7 @@ import typer
 
 from staindiffuser.benchmarks.ablations_cli import ablations
 from staindiffuser.benchmarks.loader import loader
+from staindiffuser.benchmarks.slide import slide
 from staindiffuser.files import check_file
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine: latency, throughput, quality.")
@@ -208,4 +209,5 @@ def engines(
 
 
 app.command(epilog="Example: staindiffuser bench loader --data tiles --crop 256 --workers 2 --json loader.json")(loader)
+app.command(epilog="Example: staindiffuser bench slide --rounds 3 --json slide.json")(slide)
 app.command()(ablations)

@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from staindiffuser.client.blending import Mosaic, OutputImage
-from staindiffuser.client.cells import BlockCells, CellsFile
+from staindiffuser.client.cells import MapCells, Search
+from staindiffuser.client.cells_file import CellsFile
 from staindiffuser.client.contract import ModelContract, ServedStain
 from staindiffuser.client.journal import WorkRow
 from staindiffuser.client.model_view import ModelView
@@ -54,7 +55,7 @@ class _ImageFile:
     image: OutputImage
     writer: PyramidWriter
     info: ImageInfo
-    cells: BlockCells | None
+    cells: MapCells | None
     """Finds the cells, if the image is a cell map."""
 
 
@@ -91,6 +92,7 @@ class ResultFiles:
             ValueError: the files in ``folder`` are not those of ``done``.
         """
         self._folder, self._watch = folder, watch
+        self._identity = f"{source} {contract.model_version} {seed}"
         self._open = ExitStack()
         self._workers: Executor = self._open.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="code"))
         self._cells: CellsFile | None = None
@@ -139,7 +141,7 @@ class ResultFiles:
                 mpp=view.mpp,
                 channel=stain.label,
             ),
-            cells=BlockCells(stain, number, mpp, view.scale, writer.rows) if is_map else None,
+            cells=MapCells(stain, number, mpp, view.scale, writer.rows, self._identity) if is_map else None,
         )
 
     @property
@@ -149,6 +151,7 @@ class ResultFiles:
 
     def write_row(self, row: int, mosaic: Mosaic) -> None:
         """Compose and encode one row of every image, and find its cells."""
+        searches: list[Search] = []
         for file in self._files:
 
             def compose(x: int, y: int, width: int, height: int, image: OutputImage = file.image) -> Any:
@@ -156,9 +159,11 @@ class ResultFiles:
 
             with self._watch.stage("compose and encode"):
                 blocks = file.writer.write_row(row, compose, self._workers)
-            if file.cells is not None and self._cells is not None:
-                with self._watch.stage("cells"):
-                    self._cells.write(file.cells.add_row(blocks, self._workers))
+            if file.cells is not None:
+                searches += file.cells.add_row(blocks)
+        if self._cells is not None:
+            with self._watch.stage("cells"):
+                self._cells.write(list(self._workers.map(lambda search: search(), searches)))
 
     def commit(self, damaged: tuple[DamagedRegion, ...]) -> WorkRow:
         """Put the row that was just written on the disk; return what is needed to continue after it."""

@@ -1,18 +1,18 @@
 """Cells: found once each wherever the blocks lie, as polygons in the slide's own pixels."""
 
 import gzip
-import json
-from concurrent.futures import ThreadPoolExecutor
+import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
-from scipy import ndimage
-from skimage.measure import find_contours
 
-from staindiffuser.client.cells import BlockCells, CellsFile, _Outlines, find_cells
+from staindiffuser.client.cells import ChunkCells, MapCells
+from staindiffuser.client.cells_file import CellsFile
 from staindiffuser.client.contract import ServedStain
+from staindiffuser.imaging.instances import find_cells
 from staindiffuser.imaging.ome_tiff import SIDE
 
 MPP = 0.5
@@ -45,21 +45,29 @@ def blocks_of(image: np.ndarray) -> list[list[np.ndarray | None]]:
     return rows
 
 
-def features_of(image: np.ndarray, scale: tuple[float, float] = (1.0, 1.0)) -> list[dict[str, Any]]:
+def chunks_of(image: np.ndarray, scale: tuple[float, float] = (1.0, 1.0)) -> list[ChunkCells]:
     rows = blocks_of(image)
-    finder = BlockCells(CD3, 0, MPP, scale, len(rows))
-    with ThreadPoolExecutor(2) as workers:
-        return [feature for row in rows for feature in finder.add_row(row, workers)]
+    finder = MapCells(CD3, 0, MPP, scale, len(rows), "slide")
+    return [search() for row in rows for search in finder.add_row(row)]
+
+
+def features_of(image: np.ndarray, scale: tuple[float, float] = (1.0, 1.0)) -> list[dict[str, Any]]:
+    chunks = chunks_of(image, scale)
+    features: list[dict[str, Any]] = orjson.loads(b"[" + b",".join(c.features for c in chunks if c.count) + b"]")
+    assert len(features) == sum(chunk.count for chunk in chunks)
+    return features
 
 
 def test_a_disk_is_one_cell_of_its_area_and_place() -> None:
-    (cell,) = find_cells(disks(100, 120, [(60.0, 40.5)]), MPP)
-    assert cell.centroid == pytest.approx((60.0, 40.5), abs=0.01)
-    assert cell.area == pytest.approx(np.pi * 49, rel=0.05)
-    assert area(cell.outline) == pytest.approx(cell.area, rel=0.07)
-    assert (cell.outline[0] == cell.outline[-1]).all()
-    assert cell.outline.mean(axis=0) == pytest.approx((60.0, 40.5), abs=0.7)
-    assert cell.probability == pytest.approx(230 / 255, abs=1e-6)
+    cells = find_cells(disks(100, 120, [(60.0, 40.5)]), MPP)
+    assert len(cells) == 1
+    assert cells.centroids[0] == pytest.approx((60.0, 40.5), abs=0.01)
+    assert cells.areas[0] == pytest.approx(np.pi * 49, rel=0.05)
+    outline = cells.outlines[0]
+    assert area(outline) == pytest.approx(cells.areas[0], rel=0.07)
+    assert (outline[0] == outline[-1]).all()
+    assert outline.mean(axis=0) == pytest.approx((60.0, 40.5), abs=0.7)
+    assert cells.probabilities[0] == pytest.approx(230 / 255, abs=1e-6)
 
 
 def test_touching_cells_are_parted_and_specks_left_out() -> None:
@@ -67,53 +75,25 @@ def test_touching_cells_are_parted_and_specks_left_out() -> None:
     image[10:14, 10:14] = 255
     cells = find_cells(image, MPP)
     assert len(cells) == 2
-    assert sorted(round(cell.centroid[0]) for cell in cells) == pytest.approx([40, 52], abs=1)
-
-
-def test_outlines_are_those_of_marching_squares() -> None:
-    """The same midpoints of pixel sides as scikit-image's contours, for regions of any shape that touch one another."""
-    rng = np.random.default_rng(2)
-    labels = np.zeros((90, 120), dtype=np.int32)
-    for number in range(1, 13):
-        y, x = rng.integers(0, 80), rng.integers(0, 110)
-        labels[y : y + rng.integers(1, 30), x : x + rng.integers(1, 30)] = number
-    labels[40:60, 40:60] = 20
-    labels[45:50, 45:50] = 0
-    labels = _parts_connected_by_sides(labels)
-    outlines = _Outlines(labels).follow(np.ones(labels.max() + 1, dtype=bool))
-    assert outlines.keys() == set(np.unique(labels)) - {0}
-    for label, outline in outlines.items():
-        contours = find_contours(np.pad(labels == label, 1).astype(float), 0.5, fully_connected="low")
-        contour = max(contours, key=lambda c: np.ptp(c[:, 0]) + np.ptp(c[:, 1]))
-        expected = {tuple(point) for point in (contour[:, ::-1] - 0.5).tolist()}
-        assert {tuple(point) for point in outline.tolist()} <= expected
-        assert len(outline) == -(-(len(contour) - 1) // 3) + 1
-
-
-def _parts_connected_by_sides(labels: np.ndarray) -> np.ndarray:
-    parts = np.zeros_like(labels)
-    for label in np.unique(labels[labels > 0]):
-        found, _ = ndimage.label(labels == label)
-        parts[found > 0] = found[found > 0] + parts.max()
-    return parts
+    assert sorted(cells.centroids[:, 0]) == pytest.approx([40, 52], abs=1)
 
 
 def test_nothing_is_found_in_an_empty_map() -> None:
-    assert find_cells(np.zeros((50, 50), dtype=np.uint8), MPP) == []
-    assert find_cells(np.full((50, 50), 127, dtype=np.uint8), MPP) == []
+    assert len(find_cells(np.zeros((50, 50), dtype=np.uint8), MPP)) == 0
+    assert len(find_cells(np.full((50, 50), 127, dtype=np.uint8), MPP)) == 0
 
 
 def test_blocks_find_each_cell_once() -> None:
     rng = np.random.default_rng(0)
     centres = [
-        (float(x) + float(rng.uniform(-3, 3)), float(y)) for y in range(12, 1400, 25) for x in range(12, 1300, 25)
+        (float(x) + float(rng.uniform(-3, 3)), float(y)) for y in range(12, 1400, 25) for x in range(12, 4500, 25)
     ]
     # Right on the borders of blocks, and touching across them.
-    image = disks(1400, 1300, centres)
+    image = disks(1400, 4500, centres)
     whole = find_cells(image, MPP)
     features = features_of(image)
     assert len(features) == len(whole)
-    centroids = sorted((round(c.centroid[1]), round(c.centroid[0])) for c in whole)
+    centroids = sorted((round(y), round(x)) for x, y in whole.centroids)
     found = sorted(
         (round(np.mean([p[1] for p in ring[:-1]])), round(np.mean([p[0] for p in ring[:-1]])))
         for ring in (feature["geometry"]["coordinates"][0] for feature in features)
@@ -123,25 +103,40 @@ def test_blocks_find_each_cell_once() -> None:
 
 def test_coordinates_are_the_slides_own() -> None:
     (feature,) = features_of(disks(700, 800, [(600, 620)]), scale=(2.0, 1.5))
+    assert uuid.UUID(feature["id"]).version == 8
     ring = np.array(feature["geometry"]["coordinates"][0])
     assert (ring.min(axis=0) + ring.max(axis=0)) / 2 == pytest.approx((1200, 930), abs=2)
     assert feature["properties"]["classification"]["name"] == "CD3"
     assert feature["properties"]["objectType"] == "detection"
-    assert feature["properties"]["measurements"]["Area µm^2"] == pytest.approx(np.pi * 49 / 4, rel=0.05)
+    measured = feature["properties"]["measurements"]
+    assert (measured["Centroid X px"], measured["Centroid Y px"]) == pytest.approx((1200, 930), abs=0.5)
+    assert measured["Mean probability"] == pytest.approx(230 / 255, abs=1e-4)
+    assert measured["Area µm^2"] == pytest.approx(np.pi * 49 / 4, rel=0.05)
+
+
+def test_identifiers_tell_cells_slides_and_stains_apart() -> None:
+    rng = np.random.default_rng(1)
+    image = disks(1100, 5000, [tuple(point) for point in rng.uniform(10, (4990, 1090), (900, 2))])
+    ids = [feature["id"] for feature in features_of(image)]
+    assert len(set(ids)) == len(ids) > 500
+    assert ids == [feature["id"] for feature in features_of(image)]
+    other = MapCells(ServedStain(name="ck818", label="CK8/18"), 1, MPP, (1.0, 1.0), 3, "slide")
+    rest = [c.features for row in blocks_of(image) for c in (s() for s in other.add_row(row)) if c.count]
+    assert not {feature["id"] for feature in orjson.loads(b"[" + b",".join(rest) + b"]")} & set(ids)
 
 
 def test_the_file_is_a_feature_collection_and_reproducible(tmp_path: Path) -> None:
-    features = features_of(disks(300, 300, [(60, 60), (150, 200)]))
+    chunks = chunks_of(disks(300, 300, [(60, 60), (150, 200)]))
     for name in ("a", "b"):
         with CellsFile(tmp_path / name, {"notice": "n — µ"}) as file:
-            file.write(features)
+            file.write(chunks)
             file.write([])
             file.finish()
             assert file.counts == {"CD3": 2}
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    collection = json.loads(gzip.decompress((tmp_path / "a").read_bytes()))
+    collection = orjson.loads(gzip.decompress((tmp_path / "a").read_bytes()))
     assert collection["type"] == "FeatureCollection"
     assert len(collection["features"]) == 2
     with CellsFile(tmp_path / "empty", {}) as file:
         file.finish()
-    assert json.loads(gzip.decompress((tmp_path / "empty").read_bytes()))["features"] == []
+    assert orjson.loads(gzip.decompress((tmp_path / "empty").read_bytes()))["features"] == []

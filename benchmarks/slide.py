@@ -1,0 +1,233 @@
+"""``staindiffuser bench slide``: what the client costs besides the server, with a stub of known cost in its place.
+
+Each measurement runs in a process of its own, whose peak memory and processor time are its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from staindiffuser.files import check_file
+
+__all__ = ["SlideBench", "SlideReport", "SlideRun", "bench_slide", "slide"]
+
+MPP = 0.5
+DRAWINGS = "drawings.npz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideBench:
+    """What is stained."""
+
+    side: int = 20480
+    """Of the slide, pixels."""
+    cells: int = 500_000
+    """Stained cells on it, of all stains together, about."""
+    stains: int = 2
+    tissue: float = 1.0
+    """Share of the slide's side that is tissue; the rest is glass."""
+    tile: int = 512
+    """Side of the stub's tiles, pixels."""
+    tile_ms: float = 0.0
+    """What the stub takes for a tile, ms."""
+    pyramid: bool = True
+    """The slide has reduced levels."""
+    cores: int = 2
+    batch: int = 8
+    in_flight: int = 3
+    rounds: int = 1
+    images_only: bool = True
+    """Measure without cells as well, in turns."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideRun:
+    """What one run took."""
+
+    cells_written: bool
+    seconds: float
+    """From opening the slide to the last file."""
+    megapixels_per_second: float
+    cpu_seconds: float
+    """Of all cores together."""
+    peak_mib: float
+    """Largest resident memory of the process."""
+    base_mib: float
+    """Of it, with libraries and the stub's drawings loaded."""
+    tiles: int
+    cells: dict[str, int]
+    server_share: float | None
+    """Wall time over tiles × the stub's time per tile."""
+    stages: dict[str, float]
+    """Seconds per stage, summed over threads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideReport:
+    """All runs, and what follows from them."""
+
+    bench: SlideBench
+    runs: tuple[SlideRun, ...]
+    with_cells: float
+    """Median megapixels a second."""
+    images_only: float | None
+    ratio: float | None
+    """The median over rounds of the rate with cells over that of images alone."""
+
+    def lines(self) -> list[str]:
+        """The report for people."""
+        bench = self.bench
+        lines = [
+            f"{bench.side} x {bench.side} px, {bench.stains} stains, stub of {bench.tile_ms:g} ms a tile, "
+            f"{bench.cores} cores, {bench.rounds} rounds"
+        ]
+        for run in self.runs:
+            what = f"{sum(run.cells.values())} cells" if run.cells_written else "images only"
+            share = f", {run.server_share:.3f} x the server's time" if run.server_share is not None else ""
+            lines.append(
+                f"{what}: {run.megapixels_per_second:.2f} MP/s, {run.seconds:.1f} s, {run.cpu_seconds:.1f} s of CPU, "
+                f"peak {run.peak_mib:.0f} MiB ({run.base_mib:.0f} before the slide){share}"
+            )
+            lines.append("  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in run.stages.items()))
+        if self.ratio is not None:
+            lines.append(f"with cells / images only: {self.ratio:.3f}")
+        return lines
+
+
+def bench_slide(bench: SlideBench, progress: Callable[[str], None] = lambda line: None) -> SlideReport:
+    """Stain a made-up slide with and without cells, in turns.
+
+    Args:
+        bench: what to measure.
+        progress: told before each run.
+    """
+    from staindiffuser.benchmarks.stub_tissue import StubTissue, write_slide
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "slide.tif"
+        progress("writing the slide")
+        area_mm2 = (bench.side * bench.tissue * MPP / 1000) ** 2
+        tissue = StubTissue(bench.cells / area_mm2, bench.stains, bench.seed)
+        tissue_side = round(bench.side * bench.tissue)
+        write_slide(path, tissue, bench.side, tissue_side=tissue_side, pyramid=bench.pyramid)
+        np.savez(path.with_name(DRAWINGS), maps=np.stack(tissue.maps), images=np.stack(tissue.images))
+        runs = []
+        for number in range(bench.rounds):
+            for cells in (False, True) if bench.images_only else (True,):
+                progress(f"round {number + 1}: {'with cells' if cells else 'images only'}")
+                # A fresh process each: its peak memory is that of one run.
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    runs.append(pool.submit(_measure, bench, path, cells).result())
+    return _report(bench, runs)
+
+
+def _report(bench: SlideBench, runs: Sequence[SlideRun]) -> SlideReport:
+    complete = [run.megapixels_per_second for run in runs if run.cells_written]
+    images = [run.megapixels_per_second for run in runs if not run.cells_written]
+    ratios = [one / other for one, other in zip(complete, images, strict=False)]
+    return SlideReport(
+        bench=bench,
+        runs=tuple(runs),
+        with_cells=statistics.median(complete),
+        images_only=statistics.median(images) if images else None,
+        ratio=statistics.median(ratios) if ratios else None,
+    )
+
+
+def _measure(bench: SlideBench, path: Path, cells: bool) -> SlideRun:
+    """One run, in this process."""
+    allowed = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, set(allowed[: bench.cores]))
+    from staindiffuser.benchmarks.stub_tissue import StubStainer
+    from staindiffuser.client.options import StainingOptions
+    from staindiffuser.client.staining import stain_slide
+
+    with np.load(path.with_name(DRAWINGS)) as drawn:
+        stainer = StubStainer(drawn["maps"], drawn["images"], tile=bench.tile, seconds_per_tile=bench.tile_ms / 1000)
+    options = StainingOptions(batch=bench.batch, in_flight=bench.in_flight, cells=cells)
+    base, cpu, start = _peak_mib(), time.process_time(), time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=path.parent) as output:
+        run = stain_slide(path, Path(output) / "result", stainer, options)
+        seconds = time.perf_counter() - start
+        cpu_seconds = time.process_time() - cpu
+    server = run.tiles.stained * bench.tile_ms / 1000
+    return SlideRun(
+        cells_written=cells,
+        seconds=round(seconds, 2),
+        megapixels_per_second=round(bench.side**2 / seconds / 1e6, 3),
+        cpu_seconds=round(cpu_seconds, 2),
+        peak_mib=round(_peak_mib(), 1),
+        base_mib=round(base, 1),
+        tiles=run.tiles.stained,
+        cells=run.cells,
+        server_share=round(seconds / server, 4) if server else None,
+        stages=run.seconds.stages_summed_over_threads,
+    )
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def slide(
+    side: Annotated[int, typer.Option(min=512, help="Side of the slide, pixels.")] = 20480,
+    cells: Annotated[int, typer.Option(min=0, help="Stained cells on it, of all stains together.")] = 500_000,
+    stains: Annotated[int, typer.Option(min=1, help="Number of stains.")] = 2,
+    tissue: Annotated[float, typer.Option(min=0.05, max=1, help="Share of the side that is tissue, not glass.")] = 1.0,
+    tile: Annotated[int, typer.Option(min=256, help="Side of a tile, pixels.")] = 512,
+    tile_ms: Annotated[float, typer.Option(min=0, help="What the stub takes for a tile, ms.")] = 0.0,
+    pyramid: Annotated[bool, typer.Option("--pyramid/--no-pyramid", help="Whether the slide has levels.")] = True,
+    cores: Annotated[int, typer.Option(min=1, help="Cores to use.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Tiles per request.")] = 8,
+    in_flight: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs with cells and without, in turns.")] = 1,
+    images_only: Annotated[
+        bool, typer.Option("--images-only/--no-images-only", help="Also measure without cells, for the ratio.")
+    ] = True,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", callback=check_file, help="Write the report here as JSON; - for the screen."),
+    ] = None,
+) -> None:
+    """The slide client alone: speed and memory on a made-up slide, with a stub of known cost as the server."""
+    import dataclasses
+    import json
+
+    from staindiffuser.files import write_json
+
+    bench = SlideBench(
+        side=side,
+        cells=cells,
+        stains=stains,
+        tissue=tissue,
+        tile=tile,
+        tile_ms=tile_ms,
+        pyramid=pyramid,
+        cores=cores,
+        batch=batch,
+        in_flight=in_flight,
+        rounds=rounds,
+        images_only=images_only,
+    )
+    report = bench_slide(bench, progress=lambda line: typer.echo(line, err=True))
+    if json_file is not None and str(json_file) == "-":
+        typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
+        return
+    if json_file is not None:
+        write_json(json_file, dataclasses.asdict(report))
+    for line in report.lines():
+        typer.echo(line)

@@ -1,0 +1,29 @@
+"""``staindiffuser bench slide`` on a small slide: what it reports, not how fast this machine is."""
+
+import json
+from pathlib import Path
+
+import typer
+from typer.testing import CliRunner
+
+from staindiffuser.benchmarks.slide import slide
+
+app = typer.Typer()
+app.command("slide")(slide)
+
+
+def test_report(tmp_path: Path) -> None:
+    report_file = tmp_path / "r.json"
+    options = ["--side", "1024", "--cells", "1200", "--tile-ms", "1", "--cores", "1", "--json", str(report_file)]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0, result.output
+    assert "with cells / images only" in result.output
+    report = json.loads(report_file.read_text(encoding="utf-8"))
+    images, complete = report["runs"]
+    assert (images["cells_written"], complete["cells_written"]) == (False, True)
+    assert images["cells"] == {}
+    # Some of the drawn cells touch, and some of those cannot be told apart.
+    assert 900 < sum(complete["cells"].values()) <= 1200
+    assert report["ratio"] == complete["megapixels_per_second"] / images["megapixels_per_second"]
+    assert images["tiles"] == complete["tiles"] > 0
+    assert complete["server_share"] > 1

@@ -49,6 +49,8 @@ class SlideBench:
     batch: int = 8
     in_flight: int = 3
     rounds: int = 1
+    nuclei: bool = True
+    """With cells, count the H&E's nuclei as well, as `stain` does."""
     images_only: bool = True
     """Measure without cells as well, in turns."""
     seed: int = 0
@@ -158,7 +160,7 @@ def _measure(bench: SlideBench, path: Path, cells: bool) -> SlideRun:
 
     with np.load(path.with_name(DRAWINGS)) as drawn:
         stainer = StubStainer(drawn["maps"], drawn["images"], tile=bench.tile, seconds_per_tile=bench.tile_ms / 1000)
-    options = StainingOptions(batch=bench.batch, in_flight=bench.in_flight, cells=cells)
+    options = StainingOptions(batch=bench.batch, in_flight=bench.in_flight, cells=cells, nuclei=bench.nuclei)
     base, cpu, start = _peak_mib(), time.process_time(), time.perf_counter()
     with tempfile.TemporaryDirectory(dir=path.parent) as output:
         run = stain_slide(path, Path(output) / "result", stainer, options)
@@ -195,6 +197,9 @@ def slide(
     batch: Annotated[int, typer.Option(min=1, help="Tiles per request.")] = 8,
     in_flight: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="Runs with cells and without, in turns.")] = 1,
+    nuclei: Annotated[
+        bool, typer.Option("--nuclei/--no-nuclei", help="With cells, count the H&E's nuclei as well.")
+    ] = True,
     images_only: Annotated[
         bool, typer.Option("--images-only/--no-images-only", help="Also measure without cells, for the ratio.")
     ] = True,
@@ -221,6 +226,7 @@ def slide(
         batch=batch,
         in_flight=in_flight,
         rounds=rounds,
+        nuclei=nuclei,
         images_only=images_only,
     )
     report = bench_slide(bench, progress=lambda line: typer.echo(line, err=True))

@@ -38,6 +38,7 @@ class CellsFile:
             state: where to continue in an existing file; by default a new one is written.
         """
         self.counts: dict[str, int] = dict(state.counts) if state else {}
+        self.positive_pixels: dict[str, int] = dict(state.positive_pixels) if state else {}
         self._file = path.open("r+b" if state else "wb")
         self._crc32, self._length = (state.crc32, state.length) if state else (0, 0)
         if state:
@@ -58,11 +59,21 @@ class CellsFile:
         if texts:
             self._write(b"".join(texts))
 
+    def add_area(self, label: str, pixels: int) -> None:
+        """Add to the positive area of a stain."""
+        self.positive_pixels[label] = self.positive_pixels.get(label, 0) + pixels
+
     def commit(self) -> CellsState:
         """Put everything that was written so far on the disk, so that the file can be continued from here."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        return CellsState(end=self._file.tell(), crc32=self._crc32, length=self._length, counts=dict(self.counts))
+        return CellsState(
+            end=self._file.tell(),
+            crc32=self._crc32,
+            length=self._length,
+            counts=dict(self.counts),
+            positive_pixels=dict(self.positive_pixels),
+        )
 
     def finish(self) -> None:
         """Complete the collection and close the file."""

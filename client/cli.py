@@ -62,7 +62,13 @@ def stain(
     patience: Annotated[
         float, typer.Option(help="Seconds to wait for a lost server to come back with the same model.")
     ] = 30.0,
-    cells: Annotated[bool, typer.Option("--cells/--no-cells", help="Write cell maps and cells.geojson.gz.")] = True,
+    cells: Annotated[
+        bool, typer.Option("--cells/--no-cells", help="Write cell maps, cells.geojson.gz, scores.csv.")
+    ] = True,
+    nuclei: Annotated[
+        bool,
+        typer.Option("--nuclei/--no-nuclei", help="Count the H&E's nuclei too: scores.csv then has the share stained."),
+    ] = True,
     allow_damaged: Annotated[
         bool,
         typer.Option("--allow-damaged", help="Leave out damaged tiles instead of refusing the slide."),
@@ -124,6 +130,7 @@ def stain(
             batch=batch,
             in_flight=in_flight,
             cells=cells,
+            nuclei=nuclei,
             allow_damaged=allow_damaged,
             preview=preview,
             keep_names=keep_names,

@@ -51,6 +51,8 @@ class CellsState:
     """Bytes of the uncompressed text."""
     counts: dict[str, int]
     """Cells per stain label."""
+    positive_pixels: dict[str, int]
+    """Pixels of the cell maps that are at least one half, per stain label."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -62,6 +64,8 @@ class WorkRow:
     cells: CellsState | None
     damaged: tuple[DamagedRegion, ...]
     """Regions of the input found damaged so far."""
+    nuclei: tuple[int, ...] = ()
+    """Nuclei counted in the H&E up to here, and positive ones per stain."""
 
 
 class Journal:

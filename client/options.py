@@ -24,7 +24,9 @@ class StainingOptions:
     in_flight: int = 3
     """Concurrent requests, to all servers together."""
     cells: bool = True
-    """Write cell maps and cells."""
+    """Write cell maps, cells and scores."""
+    nuclei: bool = True
+    """Find the nuclei of the H&E as well, on a sample of a large slide: the scores then say which share is stained."""
     allow_damaged: bool = False
     """Stain a slide some tiles of which cannot be decoded; they are left out and listed in ``run.json``."""
     preview: bool = False

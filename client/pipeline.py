@@ -20,6 +20,7 @@ from staindiffuser.client.contract import ServedStain, Stainer
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.progress import Stopwatch
+from staindiffuser.client.scores import NucleusCounter
 from staindiffuser.client.tiling import GridTile, TileGrid
 from staindiffuser.errors import ServerError
 from staindiffuser.imaging.ome_tiff import SIDE
@@ -48,6 +49,7 @@ def stained_rows(
     watch: Stopwatch,
     advance: Callable[[int], None],
     first_row: int = 0,
+    counter: NucleusCounter | None = None,
 ) -> Iterator[Iterator[int]]:
     """Stain ``tiles`` into ``mosaic``; iterate over the rows of the result as the mosaic becomes able to compose them.
 
@@ -62,10 +64,11 @@ def stained_rows(
         stainer: the server.
         stains: the stains to request.
         options: seed, batch size, concurrent requests, cells.
-        watch: times the stages ``read`` and ``stain``.
+        watch: times the stages ``read``, ``stain`` and ``nuclei``.
         advance: called with the number of further tiles that are done, from the caller's thread.
         first_row: the row to begin with. Batches are the same as if it were 0, since engines may round differently
             for others; those that only earlier rows need are skipped.
+        counter: counts the nuclei of the tiles.
 
     Raises:
         SlideError: part of the slide is damaged.
@@ -93,7 +96,11 @@ def stained_rows(
         with watch.stage("stain"):
             outputs = stainer.stain_tiles(pixels_BTT3, origins_B2, options.seed, stains=names, cells=options.cells)
         for index, tile in enumerate(batch):
-            mosaic.add(tile, {name: tensor[index] for name, tensor in outputs.items()})
+            of_tile = {name: tensor[index] for name, tensor in outputs.items()}
+            if counter is not None:
+                with watch.stage("nuclei"):
+                    counter.add(tile, pixels_BTT3[index], of_tile)
+            mosaic.add(tile, of_tile)
 
     def rows(senders: ThreadPoolExecutor) -> Iterator[int]:
         sent: deque[tuple[Batch, Future[None]]] = deque()

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from staindiffuser.client.blending import Mosaic, OutputImage
 from staindiffuser.client.cells import MapCells, Search
 from staindiffuser.client.cells_file import CellsFile
@@ -19,6 +21,7 @@ from staindiffuser.client.journal import WorkRow
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.progress import Stopwatch
 from staindiffuser.client.run_record import SYNTHETIC, description, printable
+from staindiffuser.imaging.instances import PROBABILITY
 from staindiffuser.imaging.ome_tiff import ImageInfo, PyramidWriter
 from staindiffuser.imaging.slides import DamagedRegion
 
@@ -149,6 +152,11 @@ class ResultFiles:
         """Number of cells written so far, per stain label."""
         return dict(self._cells.counts) if self._cells else {}
 
+    @property
+    def positive_pixels(self) -> dict[str, int]:
+        """Pixels of the cell maps so far that are at least one half, per stain label."""
+        return dict(self._cells.positive_pixels) if self._cells else {}
+
     def write_row(self, row: int, mosaic: Mosaic) -> None:
         """Compose and encode one row of every image, and find its cells."""
         searches: list[Search] = []
@@ -159,19 +167,27 @@ class ResultFiles:
 
             with self._watch.stage("compose and encode"):
                 blocks = file.writer.write_row(row, compose, self._workers)
-            if file.cells is not None:
+            if file.cells is not None and self._cells is not None:
                 searches += file.cells.add_row(blocks)
+                pixels = sum(int(np.count_nonzero(block >= PROBABILITY)) for block in blocks if block is not None)
+                self._cells.add_area(file.info.channel, pixels)
         if self._cells is not None:
             with self._watch.stage("cells"):
                 self._cells.write(list(self._workers.map(lambda search: search(), searches)))
 
-    def commit(self, damaged: tuple[DamagedRegion, ...]) -> WorkRow:
-        """Put the row that was just written on the disk; return what is needed to continue after it."""
+    def commit(self, damaged: tuple[DamagedRegion, ...], nuclei: tuple[int, ...] = ()) -> WorkRow:
+        """Put the row that was just written on the disk; return what is needed to continue after it.
+
+        Args:
+            damaged: see :class:`~staindiffuser.client.journal.WorkRow`.
+            nuclei: likewise.
+        """
         with self._watch.stage("commit"):
             return WorkRow(
                 images=tuple(file.writer.commit() for file in self._files),
                 cells=self._cells.commit() if self._cells else None,
                 damaged=damaged,
+                nuclei=nuclei,
             )
 
     def _restore(self, done: Sequence[WorkRow]) -> None:

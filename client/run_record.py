@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 import staindiffuser
 from staindiffuser.client.contract import ModelContract, ServedStain
 from staindiffuser.client.errors import RunRecordError
+from staindiffuser.client.scores import Scores
 from staindiffuser.files import file_sha256
 from staindiffuser.imaging.errors import SlideReadError
 from staindiffuser.imaging.slides import DamagedRegion
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 RUN_JSON = "run.json"
-FORMAT = 2
+FORMAT = 3
 SYNTHETIC = "Synthetic image, computed from H&E; research use only."
 _LIBRARIES = (
     "imagecodecs",
@@ -110,6 +111,7 @@ class Request:
     allow_damaged: bool
     preview: bool
     keep_names: bool = False
+    nuclei: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -177,6 +179,8 @@ class RunRecord:
     tissue_fraction: float
     cells: dict[str, int]
     """Number of cells per stain label."""
+    scores: Scores | None
+    """The numbers of each stain; None without cells."""
     warnings: tuple[str, ...]
     server: ServerRecord
     started: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from staindiffuser.client.progress import Reporter, Stopwatch
 from staindiffuser.client.result_files import PREVIEW_FILE, ResultFiles, output_images
 from staindiffuser.client.result_folder import ResultFolder
 from staindiffuser.client.run_record import RUN_JSON, Request, RunRecord
+from staindiffuser.client.scores import SCORES_FILE, NucleusCounter, Scores, score_stains, write_scores
 from staindiffuser.client.slide_plan import SlidePlan
 from staindiffuser.imaging.tissue import read_overview
 
@@ -56,7 +58,10 @@ class SlideRun:
             SlideError: part of the slide is damaged.
             ServerError: the server failed or was lost.
         """
-        names, cells = self._write(self._saved())
+        names, cells, scores = self._write(self._saved())
+        if scores is not None:
+            write_scores(self.folder.work, self.names.shown, scores)
+            names.append(SCORES_FILE)
         if self.options.preview:
             with self.watch.stage("preview"):
                 plan, work = self.plan, self.folder.work
@@ -64,7 +69,7 @@ class SlideRun:
                 contract = self.stainer.contract
                 write_preview(work, work / PREVIEW_FILE, plan.view, overview, self.stains, contract)
             names.append(PREVIEW_FILE)
-        record = self._record(names, cells)
+        record = self._record(names, cells, scores)
         run_record.write_run(self.folder.work, record)
         self.folder.publish([*names, RUN_JSON])
         return record
@@ -94,27 +99,43 @@ class SlideRun:
         self.reporter.say(f"continuing interrupted work: {len(rows)} of {self.plan.rows} rows are already done")
         return rows
 
-    def _write(self, saved: list[WorkRow]) -> tuple[list[str], dict[str, int]]:
-        """Stain and write every row that is not saved; return the files' names and the number of cells per stain."""
+    def _write(self, saved: list[WorkRow]) -> tuple[list[str], dict[str, int], Scores | None]:
+        """Stain and write every row that is not saved; return the files' names, the cells per stain, and the scores."""
         plan, slide = self.plan, self.plan.slide
         mosaic = Mosaic(plan.grid, output_images(self.stains, cells=self.options.cells), plan.mask, plan.left_out)
         with self._open_files(saved) as files, Journal(self.folder.work) as journal:
             if not self.saved_rows:
                 journal.start(self._work())
+            counter = self._counter(saved[: self.saved_rows]) if self.options.cells and self.options.nuclei else None
+            nuclei = counter.until(-1) if counter is not None else ()
             self.reporter.start(slide.path.name, len(plan.tiles))
             try:
                 with stained_rows(
                     plan.view, plan.grid, plan.tiles, mosaic, self.stainer, self.stains, self.options, self.watch,
-                    self.reporter.advance, first_row=self.saved_rows,
+                    self.reporter.advance, first_row=self.saved_rows, counter=counter,
                 ) as rows:  # fmt: skip
                     for row in rows:
                         files.write_row(row, mosaic)
-                        journal.add(files.commit(slide.damaged))
+                        nuclei = counter.until(row) if counter is not None else ()
+                        journal.add(files.commit(slide.damaged, nuclei))
                         self.saved_rows, self.folder.keep = row + 1, True
                         self._require_space()
             finally:
                 self.reporter.stop()
-            return files.finish(), files.cell_counts
+            cells = files.cell_counts
+            scores = score_stains(
+                self.stains, cells=cells, positive_pixels=files.positive_pixels, nuclei=nuclei,
+                nuclei_tiles=counter.tiles if counter is not None else 0, mask=plan.mask, mpp=plan.view.mpp,
+            )  # fmt: skip
+            return files.finish(), cells, scores if self.options.cells else None
+
+    def _counter(self, saved: list[WorkRow]) -> NucleusCounter:
+        plan = self.plan
+        mpp = math.sqrt(plan.view.mpp[0] * plan.view.mpp[1])
+        return NucleusCounter(
+            plan.grid, plan.tiles, self.stains, plan.mask, mpp,
+            saved=saved[-1].nuclei if saved else (), first_row=len(saved),
+        )  # fmt: skip
 
     def _open_files(self, saved: list[WorkRow]) -> ResultFiles:
         """The files of the result, continued after the saved rows, or begun anew if they do not match them."""
@@ -145,7 +166,7 @@ class SlideRun:
                 "make room and run the same command again"
             )
 
-    def _record(self, names: list[str], cells: dict[str, int]) -> RunRecord:
+    def _record(self, names: list[str], cells: dict[str, int], scores: Scores | None) -> RunRecord:
         plan, options, contract = self.plan, self.options, self.stainer.contract
         slide, view, grid = plan.slide, plan.view, plan.grid
         mpp_from = "--force-mpp" if options.force_mpp else "--mpp" if slide.mpp is None else "file"
@@ -181,6 +202,7 @@ class SlideRun:
             damaged=slide.damaged,
             tissue_fraction=round(plan.mask.fraction, 4),
             cells=cells,
+            scores=scores,
             warnings=tuple(self.names.hidden(line) for line in plan.warnings),
             server=run_record.ServerRecord(
                 url=self.stainer.url, version=self.stainer.server_version, id=self.stainer.server_id

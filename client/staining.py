@@ -106,6 +106,7 @@ class SlideJob:
             allow_damaged=options.allow_damaged,
             preview=options.preview,
             keep_names=options.keep_names,
+            nuclei=options.cells and options.nuclei,
         )
         if self._old is not None:
             self._require_same(self._old, request)

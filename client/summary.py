@@ -75,6 +75,11 @@ class Outcome:
             "seconds": run.seconds.total if run else "",
             "model_version": run.model.version if run else "",
             **({f"cells {label}": number for label, number in run.cells.items()} if run else {}),
+            **(
+                {f"positive share {score.stain}": score.positive_share for score in run.scores.stains}
+                if run and run.scores
+                else {}
+            ),
         }
 
 

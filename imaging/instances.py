@@ -26,7 +26,7 @@ from skimage.segmentation import watershed
 from staindiffuser.imaging.arrays import BoolArray, FloatArray, UInt8Array
 from staindiffuser.imaging.outlines import Outlines, follow_outlines
 
-__all__ = ["MATCH_UM", "Cells", "cell_centroids", "count_matches", "find_cells"]
+__all__ = ["MATCH_UM", "PROBABILITY", "Cells", "cell_centroids", "count_matches", "find_cells"]
 
 MATCH_UM = 6.0
 """Two centroids at most this far apart may be the same cell (docs, "The mathematics")."""

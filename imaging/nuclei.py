@@ -15,7 +15,7 @@ from skimage.segmentation import expand_labels, watershed
 
 from staindiffuser.imaging.arrays import FloatArray
 
-__all__ = ["Labels", "find_nuclei", "grown", "label_means"]
+__all__ = ["Labels", "find_nuclei", "grown", "label_means", "nuclei_of_he"]
 
 Labels = NDArray[np.int32]
 """An instance map: 0 is no nucleus, n the n-th."""
@@ -32,6 +32,16 @@ BELOW_PEAK = 0.44
 APART_UM = 2.5
 """Least distance of two nuclei's centres."""
 SMALLEST_UM2, LARGEST_UM2 = 7.5, 375.0
+FAINTEST_NUCLEI = 0.35
+"""Hematoxylin density that counts as bright where a tile of H&E holds nothing brighter."""
+EOSIN_LEAK = 0.12
+"""Hematoxylin density that unmixing finds where there is eosin alone."""
+
+
+def nuclei_of_he(hematoxylin: FloatArray, mpp: float) -> Labels:
+    """The nuclei of a tile of H&E, from its hematoxylin density (``he_densities``), float32 [H, W]."""
+    density = np.maximum(hematoxylin - EOSIN_LEAK, 0.0)
+    return find_nuclei(density, mpp, bright=max(FAINTEST_NUCLEI, float(np.percentile(density, 98))))
 
 
 def find_nuclei(density: FloatArray, mpp: float, *, bright: float) -> Labels:

@@ -32,6 +32,7 @@ def run_record(*, outputs: dict[str, int] | None = None) -> RunRecord:
         damaged=(),
         tissue_fraction=0.5,
         cells={"CD3": 3},
+        scores=None,
         warnings=(),
         server=records.ServerRecord(url="fake:0", version="fake 0"),
         started="2026-01-01T00:00:00+00:00",

@@ -67,6 +67,7 @@ def same(output: Path, whole: Path) -> None:
                 np.testing.assert_array_equal(other.asarray(), one.asarray(), err_msg=f"{path.name}, level {level}")
     assert (output / "cells.geojson.gz").read_bytes() == (whole / "cells.geojson.gz").read_bytes()
     assert read_run(output).cells == read_run(whole).cells
+    assert read_run(output).scores == read_run(whole).scores
 
 
 @pytest.mark.parametrize("steps", [(1, 2, 3), (5, 1, 1, 2), (6,)])

@@ -28,7 +28,15 @@ from staindiffuser.imaging.slides import DamagedRegion, open_slide
 from staindiffuser.imaging.tissue import find_tissue, read_overview
 
 CMU = "slides/CMU-1-Small-Region.svs"
-FILES = ["cd3.cells.ome.tiff", "cd3.ome.tiff", "cells.geojson.gz", "ck818.cells.ome.tiff", "ck818.ome.tiff", "run.json"]
+FILES = [
+    "cd3.cells.ome.tiff",
+    "cd3.ome.tiff",
+    "cells.geojson.gz",
+    "ck818.cells.ome.tiff",
+    "ck818.ome.tiff",
+    "run.json",
+    "scores.csv",
+]
 
 
 def names(folder: Path) -> list[str]:
@@ -145,7 +153,13 @@ def test_a_plain_tile_goes_the_same_way(tmp_path: Path) -> None:
 def test_input_is_resampled_to_the_model(real_data: Path, tmp_path: Path) -> None:
     path = real_data / "crops/OS-2-ndpi.ome.tif"
     run = stain_slide(path, tmp_path / "out", FakeStainer(), StainingOptions(stains=("cd3",)))
-    assert names(tmp_path / "out") == ["cd3.cells.ome.tiff", "cd3.ome.tiff", "cells.geojson.gz", "run.json"]
+    assert names(tmp_path / "out") == [
+        "cd3.cells.ome.tiff",
+        "cd3.ome.tiff",
+        "cells.geojson.gz",
+        "run.json",
+        "scores.csv",
+    ]
     assert run.result.resampled is True
     assert run.result.mpp == pytest.approx([0.5, 0.5], rel=0.01)
     with open_slide(path) as slide:

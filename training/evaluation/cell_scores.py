@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from staindiffuser.imaging.arrays import UInt8Array
-from staindiffuser.imaging.nuclei import find_nuclei, grown, label_means
+from staindiffuser.imaging.nuclei import grown, label_means, nuclei_of_he
 from staindiffuser.imaging.optical_density import DAB_THRESHOLD, dab_density, he_densities
 from staindiffuser.training.evaluation.metrics import Interval
 
@@ -56,10 +56,6 @@ CELL_METRICS: Mapping[str, str] = {
 GATE_MARGIN = 0.05
 """By how much the AUROC of the cell map must exceed hematoxylin's for a stain to be worth more than the H&E."""
 BINS = 10
-FAINTEST_NUCLEI = 0.35
-"""Hematoxylin density that counts as bright where a tile holds nothing brighter."""
-EOSIN_LEAK = 0.12
-"""Hematoxylin density that unmixing finds where there is eosin alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +72,7 @@ class Nuclei:
 def measure_nuclei(he: UInt8Array, mpp: float) -> Nuclei:
     """Find the nuclei of an H&E tile, uint8 [H, W, 3], and measure the two baselines on them."""
     densities = he_densities(he)
-    hematoxylin = np.maximum(densities[..., 0] - EOSIN_LEAK, 0.0)
-    bright = max(FAINTEST_NUCLEI, float(np.percentile(hematoxylin, 98)))
-    nuclei = find_nuclei(hematoxylin, mpp, bright=bright)
+    nuclei = nuclei_of_he(densities[..., 0], mpp)
     cells = grown(nuclei, mpp)
     return Nuclei(
         nuclei=nuclei,

@@ -68,12 +68,11 @@ def follow_outlines(
     for image, top in zip(images, tops, strict=False):
         stacked[top : top + len(image), 1:-1] = image
     padded = stacked.ravel()
-    kind = np.int32 if padded.size < 2**29 else np.int64
-    ahead: NDArray[Any] = np.array([1, width, -1, -width], kind)
+    kind: Any = np.int32 if padded.size < 2**29 else np.int64
+    ahead = np.array([1, width, -1, -width], kind)
     # By direction: the pixel ahead, and the one ahead to the left, as differences of sides, and the turns.
     straight, around = 4 * ahead, 4 * (ahead + np.roll(ahead, 1)) + np.array([3, -1, -1, -1], kind)
     corner = np.array([1, 1, 1, -3], kind)
-    row: NDArray[Any]
     row, column = np.divmod(np.asarray(first_N, kind), width - 2)
     row += 1 + np.searchsorted(np.cumsum(heights), row, side="right").astype(kind)
     start = (4 * (row * width + column + 1)).astype(kind)

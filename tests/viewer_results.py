@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import http.client
 import json
 import socket
@@ -18,8 +19,10 @@ import uvicorn
 from numpy.typing import NDArray
 
 from staindiffuser.client.options import StainingOptions
+from staindiffuser.client.run_record import read_run
 from staindiffuser.client.staining import stain_slide
 from staindiffuser.client.testing import FAKE_CONTRACT, FakeStainer
+from staindiffuser.client.tiling import TileGrid
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.viewer.app import make_app
 from staindiffuser.viewer.guard import LOOPBACK, Guard
@@ -73,6 +76,19 @@ def paint(tensor: str, tiles_BTT3: UInt8Array, origins_B2: NDArray[np.int64]) ->
 def stain(slide: Path, output: Path, **changes: Any) -> None:
     """Stain a slide with :func:`paint`; ``changes`` are of the model's contract."""
     stain_slide(slide, output, FakeStainer(paint, replace(FAKE_CONTRACT, **changes)), StainingOptions())
+
+
+def write_quality(result: Path, flags: dict[tuple[int, int], str]) -> None:
+    """A ``quality.csv`` as the client writes it: all tiles of the grid, those at (row, column) flagged."""
+    run = read_run(result)
+    grid = TileGrid.for_model(FAKE_CONTRACT, *run.result.size)
+    with (result / "quality.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["row", "column", "x", "y", "tissue", "unlike", "flags"])
+        for row in range(grid.rows):
+            for column in range(grid.columns):
+                tile = grid.at(row, column)
+                table.writerow([row, column, tile.x, tile.y, 0.9, 0.1, flags.get((row, column), "")])
 
 
 @dataclass(frozen=True)

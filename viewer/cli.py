@@ -1,4 +1,4 @@
-"""The command ``view``."""
+"""The commands ``view``, ``report`` and ``qupath``."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["view"]
+__all__ = ["qupath", "report", "view"]
+
+Results = Annotated[
+    list[Path],
+    typer.Argument(metavar="RESULT...", help="Folders that `stain` wrote, or folders that hold such folders."),
+]
+Slides = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="PATH",
+        help="Where the H&E slides lie now, file or folder; repeat it. (default: where they were stained, and beside "
+        "the result)",
+    ),
+]
 
 
 def view(
-    results: Annotated[
-        list[Path],
-        typer.Argument(metavar="RESULT...", help="Folders that `stain` wrote, or folders that hold such folders."),
-    ],
-    slides: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="PATH",
-            help="Where the H&E slides lie now, file or folder; repeat it. (default: where "
-            "they were stained, and beside the result)",
-        ),
-    ] = None,
+    results: Results,
+    slides: Slides = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; any but loopback needs the token that is printed.")
     ] = "127.0.0.1",
@@ -60,3 +63,41 @@ def view(
         token=token,
         say=lambda line: typer.echo(line, err=True),
     )
+
+
+def report(results: Results, slides: Slides = None) -> None:
+    """Write report.html into each result, on two printed pages; and one of the batch into a folder of results.
+
+    Example: staindiffuser report stained/
+    """
+    from staindiffuser.client.run_record import RUN_JSON
+    from staindiffuser.viewer.report import write_reports
+    from staindiffuser.viewer.results import find_results
+
+    for place in results:
+        batch = None if (place / RUN_JSON).is_file() else place
+        for path in write_reports(find_results([place]), tuple(slides or ()), batch):
+            typer.echo(path)
+
+
+def qupath(results: Results, slides: Slides = None) -> None:
+    """Write a script into each result that opens it in QuPath: images with names and types, cells with classes.
+
+    Example: staindiffuser qupath slide-stained
+    """
+    from staindiffuser.client.run_record import read_run
+    from staindiffuser.errors import InputError
+    from staindiffuser.viewer.qupath import write_qupath_script
+    from staindiffuser.viewer.results import find_results, source_slide
+
+    for entry in find_results(results):
+        if entry.error is not None:
+            typer.echo(f"{entry.title} is left out: {entry.error}", err=True)
+            continue
+        run = read_run(entry.folder)
+        slide = None
+        try:
+            slide = source_slide(run, entry.folder, tuple(slides or ()))
+        except (InputError, OSError) as error:
+            typer.echo(f"without its H&E: {error} (--slides)", err=True)
+        typer.echo(write_qupath_script(entry.folder, run, slide))

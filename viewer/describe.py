@@ -8,6 +8,7 @@ from typing import Any
 from staindiffuser.client.names import slide_identity
 from staindiffuser.client.run_record import SYNTHETIC, RunRecord
 from staindiffuser.viewer.cell_index import BLOCK
+from staindiffuser.viewer.flags import REASONS
 from staindiffuser.viewer.fluorescence import NUCLEI_COLOUR, colours_of
 from staindiffuser.viewer.pyramids import Pyramid
 from staindiffuser.viewer.results import Entry, Library, OpenResult
@@ -79,6 +80,7 @@ def about_result(result: OpenResult) -> dict[str, Any]:
         "scores": _scores(run),
         "area_mm2": _area_mm2(run),
         "tissue_fraction": run.tissue_fraction,
+        "flags": _flags(result),
         "warnings": [warning.removeprefix("warning: ") for warning in run.warnings],
         "damaged": len(run.damaged),
         "provenance": {
@@ -92,6 +94,20 @@ def about_result(result: OpenResult) -> dict[str, Any]:
             + (", resampled" if run.result.resampled else ""),
             "StainDiffuser": run.versions.get("staindiffuser", "unknown"),
         },
+    }
+
+
+def _flags(result: OpenResult) -> dict[str, Any] | None:
+    flags = result.flags
+    if flags is None:
+        return None
+    tiles = [[one.x, one.y, one.width, one.height, list(one.reasons)] for one in flags.tiles]
+    return {
+        "summary": flags.summary(),
+        "judged": flags.judged,
+        "share": flags.share,
+        "tiles": tiles,
+        "reasons": REASONS,
     }
 
 

@@ -23,9 +23,10 @@ from staindiffuser.errors import StainDiffuserError
 from staindiffuser.imaging.slides import open_slide
 from staindiffuser.viewer.cell_index import CellIndex, start_building
 from staindiffuser.viewer.errors import NotThereError, ResultGoneError
+from staindiffuser.viewer.flags import read_flags
 from staindiffuser.viewer.pyramids import JpegPyramid, Pyramid, SlidePyramid, TileCache
 
-__all__ = ["Cells", "Entry", "Library", "OpenResult", "find_results"]
+__all__ = ["Cells", "Entry", "Library", "OpenResult", "find_results", "source_slide"]
 
 OPEN_RESULTS = 12
 """Results whose files stay open."""
@@ -145,6 +146,27 @@ class Cells:
             self._folder = None
 
 
+def source_slide(run: RunRecord, folder: Path, places: Sequence[Path]) -> Path:
+    """The slide of a result, known by its hash: the H&E beside a stain must never be another one.
+
+    Args:
+        run: the result's record.
+        folder: the result's folder; the slide may lie beside it.
+        places: files and folders to search as well.
+
+    Raises:
+        InputError: it is nowhere.
+        OSError: the folder cannot be listed.
+    """
+    recorded = [] if run.input.path is None else [Path(run.input.path)]
+    beside = [
+        path
+        for path in folder.absolute().parent.iterdir()
+        if path.is_file() and (path.stat().st_size == run.input.bytes or path.suffix.lower() in SEVERAL_FILES)
+    ]
+    return find_slide(run, [path for path in recorded if path.is_file()] + sorted(beside) + list(places))
+
+
 class OpenResult:
     """A result whose files are open; they are closed when this object is gone."""
 
@@ -167,26 +189,16 @@ class OpenResult:
             stain.name: (stain, self._stain(stain, cache)) for stain in self.run.stains
         }
         self.cells = Cells(entry.folder / CELLS_FILE, self.run.input.size)
+        self.flags = read_flags(entry.folder, self.run)
         self.source: Pyramid | None = None
         self.source_problem = ""
         """Why the H&E is not shown."""
         try:
-            path = self._find_slide(places)
+            path = source_slide(self.run, entry.folder, places)
             slide = open_slide(path, allow_damaged=self.run.request.allow_damaged)
             self.source = SlidePyramid(slide, cache, (self.version, "he"))
         except (StainDiffuserError, OSError) as error:
             self.source_problem = f"{error} (--slides FOLDER)"
-
-    def _find_slide(self, places: Sequence[Path]) -> Path:
-        """The slide itself, known by its hash: the H&E beside a stain must never be another one."""
-        recorded = [] if self.run.input.path is None else [Path(self.run.input.path)]
-        size = self.run.input.bytes
-        beside = [
-            path
-            for path in self.entry.folder.absolute().parent.iterdir()
-            if path.is_file() and (path.stat().st_size == size or path.suffix.lower() in SEVERAL_FILES)
-        ]
-        return find_slide(self.run, [path for path in recorded if path.is_file()] + sorted(beside) + list(places))
 
     def stain(self, name: str) -> Pyramid:
         """A stain's image.

@@ -24,7 +24,7 @@ from staindiffuser.training.distill.cli import distill
 from staindiffuser.training.evaluation.cli import evaluate
 from staindiffuser.training.prepare.cli import app as prepare_app
 from staindiffuser.training.simulate.cli import app as simulate_app
-from staindiffuser.viewer.cli import view
+from staindiffuser.viewer.cli import qupath, report, view
 
 __all__ = ["app", "main"]
 
@@ -71,6 +71,8 @@ def _root(
 
 app.command(rich_help_panel="Use")(stain)
 app.command(rich_help_panel="Use")(view)
+app.command(rich_help_panel="Use")(report)
+app.command(rich_help_panel="Use")(qupath)
 app.command(rich_help_panel="Use")(info)
 app.command(rich_help_panel="Use")(check)
 app.command(rich_help_panel="Use")(serve)

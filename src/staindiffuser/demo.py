@@ -1,8 +1,12 @@
-"""``python -m staindiffuser.demo``, which ``make demo`` runs: stain a sample slide with the demonstration model."""
+"""``python -m staindiffuser.demo``, which ``make demo`` runs: stain a sample slide with the demonstration model.
+
+On a terminal it ends by showing the result in a browser, until Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -53,8 +57,27 @@ def _demonstrate(slide: Path | None, mpp: float | None, output: Path) -> int:
     sample = choose_slide(slide, output, reporter.say)
     reporter.say(f"staining {sample.what}")
     code = run_command([sample.path], output, Target(), options)
-    reporter.say(f"look at {output / PREVIEW_FILE}, then open {output} in QuPath or another slide viewer")
+    if code == 0 and sys.stdout.isatty() and sys.stderr.isatty() and not os.environ.get("CI"):
+        return _show(output, sample.path)
+    reporter.say(f"look at {output / PREVIEW_FILE}, then: staindiffuser view {output}")
     return code
+
+
+def _show(output: Path, slide: Path) -> int:
+    """Show the result in a browser until Ctrl-C."""
+    from staindiffuser.errors import DependencyError
+    from staindiffuser.viewer.server import require_openseadragon, view_results
+
+    def say(line: str) -> None:
+        sys.stderr.write(f"{line}\n")
+
+    try:
+        require_openseadragon()
+    except DependencyError as error:
+        say(str(error))
+        return 0
+    view_results([output], slides=(slide,), host="127.0.0.1", port=None, token=None, say=say)
+    return 0
 
 
 if __name__ == "__main__":

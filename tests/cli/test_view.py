@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from staindiffuser import demo
 from staindiffuser.errors import DependencyError
+from staindiffuser.sample_slide import Sample
 from staindiffuser.viewer import server
 from tests.viewer_results import stain, write_slide
 
@@ -110,3 +112,23 @@ def test_without_openseadragon_it_says_how_to_get_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(server, "OPENSEADRAGON", tmp_path / "openseadragon.min.js")
     with pytest.raises(DependencyError, match=r"lacks OpenSeadragon.*npm"):
         server.require_openseadragon()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_demonstration_ends_at_the_page_on_a_terminal_only(
+    result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    shown = []
+    sample = Sample(path=result.parent / "slide.ome.tiff", what="a slide")
+    monkeypatch.setattr("staindiffuser.sample_slide.choose_slide", lambda *_: sample)
+    monkeypatch.setattr("staindiffuser.client.command.run_command", lambda *_: 0)
+    monkeypatch.setattr(server, "view_results", lambda results, **_: shown.append(results))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.delenv("CI", raising=False)
+    assert demo.main(["--output", str(tmp_path / "out")]) == 0
+    assert shown == ([[tmp_path / "out"]] if terminal else [])
+    if terminal:
+        monkeypatch.setenv("CI", "1")
+        demo.main(["--output", str(tmp_path / "out")])
+        assert len(shown) == 1

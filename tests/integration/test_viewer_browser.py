@@ -13,8 +13,10 @@ from urllib.parse import parse_qs
 import pytest
 
 from staindiffuser.client.run_record import read_run
+from staindiffuser.viewer.report import write_reports
+from staindiffuser.viewer.results import find_results
 from staindiffuser.viewer.server import OPENSEADRAGON
-from tests.viewer_results import Viewer, stain, viewing, write_slide
+from tests.viewer_results import Viewer, stain, viewing, write_quality, write_slide
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -263,6 +265,21 @@ def test_cells_by_class_and_probability(open_page: Open) -> None:
     assert drawn(page, 1) > 100
 
 
+def test_flagged_tiles_are_hatched_and_said_first(open_page: Open, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "first-stained", tmp_path / "flagged-stained")
+    write_quality(tmp_path / "flagged-stained", {(2, column): "unlike blur" for column in range(3, 6)})
+    with viewing(tmp_path, slides=(folder / "slide.ome.tiff",)) as running:
+        page = open_page("#cells=off", at=running)
+        assert "3 of" in page.locator("#alerts p").first.inner_text()
+        assert page.locator("#flag-reasons li").count() == 2
+        assert drawn(page, 0) > 100
+        assert drawn(page, 1) > 100
+        page.get_by_label(re.compile("Hatch the flagged")).uncheck()
+        assert drawn(page, 0) == 0
+        page.keyboard.press("f")
+        assert drawn(page, 0) > 100
+
+
 def test_regions_are_drawn_and_scored(open_page: Open) -> None:
     page = open_page()
     box = page.locator(".panel").nth(0).bounding_box()
@@ -353,6 +370,25 @@ def test_axe_finds_nothing_serious_and_nothing_is_cut(open_page: Open, size: tup
     assert [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in ("serious", "critical")] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
     assert page.locator("#notice strong").is_visible()
+
+
+def test_the_report_opens_offline_and_prints_on_two_pages(browser: Any, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "first-stained", tmp_path / "printed-stained")
+    write_quality(tmp_path / "printed-stained", {(2, 3): "blur"})
+    written = write_reports(find_results([tmp_path]), (folder / "slide.ome.tiff",), tmp_path)
+    assert [path.parent.name for path in written] == ["printed-stained", tmp_path.name]
+    context = browser.new_context(offline=True)
+    page = context.new_page()
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    for path, most in zip(written, (2, 1), strict=True):
+        page.goto(path.as_uri())
+        assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+        assert len(re.findall(rb"/Type\s*/Page\b", page.pdf(prefer_css_page_size=True))) <= most
+    page.get_by_role("link", name="printed").click()
+    page.wait_for_selector("figure")
+    assert not problems
+    context.close()
 
 
 def test_a_server_that_ends_is_said_so(browser: Any, folder: Path) -> None:

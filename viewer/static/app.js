@@ -3,6 +3,7 @@
 import { fetchJson, slidePath } from "./api.js";
 import { Cells } from "./cells.js";
 import { say, showCells, showList, showRegion, showSlide, showStains } from "./controls.js";
+import { drawFlags } from "./flags.js";
 import { scaleBar } from "./format.js";
 import { bindKeys } from "./keys.js";
 import { Panels } from "./panels.js";
@@ -44,7 +45,7 @@ async function openSlide() {
   cells.forget();
   showSlide(slide);
   showLayers();
-  showCells(aboutCells, redrawCells);
+  showCells(aboutCells, redrawMarks);
   regionChanged();
   attempt(readCells);
 }
@@ -54,7 +55,7 @@ async function readCells() {
   const about = await fetchJson(`/api${slidePath(wanted.name)}/cells`);
   if (slide !== wanted) return;
   aboutCells = about;
-  showCells(about, redrawCells);
+  showCells(about, redrawMarks);
   if (about.state === "reading") setTimeout(() => slide === wanted && attempt(readCells), READING_AGAIN);
   if (about.state !== "ready") return;
   cells.open(slide, about);
@@ -74,11 +75,12 @@ function showPanels() {
 }
 
 function cellsChanged() {
-  showCells(aboutCells, redrawCells);
-  redrawCells();
+  showCells(aboutCells, redrawMarks);
+  redrawMarks();
 }
 
-function redrawCells() {
+// Draws again what lies over the images.
+function redrawMarks() {
   panels.redraw();
   remember();
 }
@@ -118,6 +120,7 @@ function drawMarks(panel) {
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   context.clearRect(0, 0, panel.marks.width, panel.marks.height);
   const projection = panels.projection(panel);
+  drawFlags(context, projection, slide.flags);
   cells.draw(context, projection, panel);
   tool.draw(context, projection);
   const [text, bar] = panel.scale.children;
@@ -190,6 +193,7 @@ const actions = {
     if (state.cells) state.hiddenClasses.clear();
     cellsChanged();
   },
+  toggleFlags: () => setFlags(!state.flags),
   toggleSwipe: () => {
     if (state.mode !== "overlay") {
       state.mode = "overlay";
@@ -209,6 +213,12 @@ const actions = {
   copyLink: () => attempt(copyLink),
   help: () => $("help").showModal(),
 };
+
+function setFlags(shown) {
+  state.flags = shown;
+  $("flags-on").checked = shown;
+  redrawMarks();
+}
 
 function setSwipe(position) {
   state.swipe = position;
@@ -236,12 +246,13 @@ function connect() {
     panels.styleAll();
     remember();
   });
+  on("flags-on", "change", () => setFlags($("flags-on").checked));
   on("swipe-on", "change", () => setSwipe($("swipe-on").checked ? 0.5 : null));
   on("swipe", "input", () => setSwipe($("swipe").value / 100));
   on("threshold", "input", () => {
     state.threshold = Number($("threshold").value);
     $("threshold-value").textContent = state.threshold.toFixed(2);
-    redrawCells();
+    redrawMarks();
   });
   on("threshold", "change", () => state.region && scoreRegion());
   bindKeys(actions);

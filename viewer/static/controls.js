@@ -32,6 +32,8 @@ export function showSlide(slide) {
   const alerts = [...slide.warnings];
   if (slide.he_problem) alerts.unshift(`H&E is not shown: ${slide.he_problem}`);
   if (slide.damaged) alerts.push(`${slide.damaged} damaged regions of the slide were left out and are white.`);
+  if (slide.flags?.summary) alerts.unshift(slide.flags.summary);
+  showFlags(slide.flags);
   $("alerts").replaceChildren(...alerts.map((text) => element("p", {}, text)));
   $("slide-scores").replaceChildren(
     table(["", "cells", "per mm²"], slide.scores.map((one) => [one.label, number(one.cells), number(one.cells_per_mm2)])),
@@ -40,6 +42,17 @@ export function showSlide(slide) {
   const facts = { Model: `${model.name} ${model.version}`, ...slide.provenance };
   $("provenance").replaceChildren(
     ...Object.entries(facts).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, String(value))]),
+  );
+}
+
+function showFlags(flags) {
+  const found = flags?.tiles.length > 0;
+  $("flags").hidden = !found;
+  if (!found) return;
+  const counts = new Map();
+  for (const [, , , , reasons] of flags.tiles) for (const one of reasons) counts.set(one, (counts.get(one) ?? 0) + 1);
+  $("flag-reasons").replaceChildren(
+    ...[...counts].map(([one, count]) => element("li", {}, `${number(count)} ${flags.reasons[one] ?? one}`)),
   );
 }
 
@@ -55,6 +68,7 @@ export function showStains(slide, onChange) {
     ),
   );
   $("stains").replaceChildren(...boxes);
+  $("flags-on").checked = state.flags;
   $("overlay-controls").hidden = state.mode !== "overlay" || !slide.he;
   $("opacity").value = Math.round(100 * state.opacity);
   $("swipe-on").checked = state.swipe !== null;

@@ -13,6 +13,7 @@ export function bindKeys(actions) {
     "-": () => actions.zoom(1 / 1.5),
     0: actions.home,
     m: actions.nextMode,
+    f: actions.toggleFlags,
     c: actions.toggleCells,
     s: actions.toggleSwipe,
     ",": () => actions.moveSwipe(-0.05),

@@ -8,6 +8,7 @@ export const state = {
   hidden: new Set(), // names of stains that are switched off
   opacity: 1,
   swipe: null, // position of the swipe line, 0 … 1; null: off
+  flags: true, // flagged tiles are hatched
   cells: true,
   hiddenClasses: new Set(), // names of classes of cells that are switched off
   threshold: 0.5,
@@ -28,6 +29,7 @@ export function readAddress(hash = location.hash) {
   state.opacity = number("opacity", 0, 1, 1);
   state.swipe = number("swipe", 0, 1, null);
   state.cells = given.get("cells") !== "off";
+  state.flags = given.get("flags") !== "off";
   state.hiddenClasses = names("classes-off");
   state.threshold = number("p", 0, 1, 0.5);
   const x = number("x", -1e9, 1e9, null);
@@ -49,6 +51,7 @@ export function address() {
   if (state.hidden.size) given.set("off", [...state.hidden].join("~"));
   if (state.opacity !== 1) given.set("opacity", state.opacity.toString());
   if (state.swipe !== null) given.set("swipe", state.swipe.toFixed(3));
+  if (!state.flags) given.set("flags", "off");
   if (!state.cells) given.set("cells", "off");
   if (state.hiddenClasses.size) given.set("classes-off", [...state.hiddenClasses].join("~"));
   if (state.threshold !== 0.5) given.set("p", state.threshold.toString());

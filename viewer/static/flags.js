@@ -1,0 +1,29 @@
+// Tiles that should not be believed: hatched, on by default.
+
+import { state } from "./state.js";
+
+const STEP = 9; // screen pixels between the lines
+
+export function drawFlags(context, { x, y, scale, width, height }, flags) {
+  if (!flags || !state.flags || !flags.tiles.length) return;
+  context.save();
+  context.beginPath();
+  for (const [left, top, w, h] of flags.tiles) {
+    const [px, py, pw, ph] = [x + left * scale, y + top * scale, w * scale, h * scale];
+    if (px < width && py < height && px + pw > 0 && py + ph > 0) context.rect(px, py, pw, ph);
+  }
+  context.clip();
+  context.beginPath();
+  // The lines move with the image.
+  const offset = ((((x + y) % STEP) + STEP) % STEP) - STEP;
+  for (let at = offset; at < width + height; at += STEP) {
+    context.moveTo(at, 0);
+    context.lineTo(at - height, height);
+  }
+  for (const [colour, line] of [["rgb(255 255 255 / .6)", 3], ["rgb(179 38 30 / .9)", 1.4]]) {
+    context.strokeStyle = colour;
+    context.lineWidth = line;
+    context.stroke();
+  }
+  context.restore();
+}

@@ -142,9 +142,11 @@ class Viewer:
 
 
 @contextmanager
-def viewing(*results: Path, slides: tuple[Path, ...] = (), token: str | None = None) -> Iterator[Viewer]:
+def viewing(
+    *results: Path, slides: tuple[Path, ...] = (), token: str | None = None, truth: tuple[str, ...] = ()
+) -> Iterator[Viewer]:
     """A viewer of these results in a thread of this process."""
-    library = Library(find_results(results), slides)
+    library = Library(find_results(results), slides, truth)
     app = Guard(make_app(library), names=LOOPBACK, token=token)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))

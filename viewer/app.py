@@ -17,6 +17,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from staindiffuser.errors import StainDiffuserError
+from staindiffuser.viewer.comparison import difference
 from staindiffuser.viewer.describe import about_cells, about_result, list_entries
 from staindiffuser.viewer.errors import NotThereError, RequestError, ResultGoneError
 from staindiffuser.viewer.fluorescence import NUCLEI_COLOUR, colours_of, fluorescent
@@ -55,6 +56,8 @@ def make_app(library: Library) -> Starlette:
         Route(slide + "/thumbnail.jpg", views.thumbnail),
         Route(slide + "/stain/{stain}/{level}/{place}.jpg", views.stain),
         Route(slide + "/fluorescence/{stain}/{level}/{place}.jpg", views.fluorescence),
+        Route(slide + "/reference/{reference}/{stain}/{level}/{place}.jpg", views.reference),
+        Route(slide + "/difference/{reference}/{stain}/{level}/{place}.jpg", views.difference),
         Route(slide + "/cells/{zoom}/{place}.json", views.cell_block),
         Mount("/static", StaticFiles(directory=STATIC)),
     ]
@@ -91,7 +94,8 @@ class _Views:
         return JSONResponse({"slides": list_entries(self._library)}, headers=LIVE)
 
     def slide(self, request: Request) -> Response:
-        return JSONResponse(about_result(self._result(request)), headers=LIVE)
+        result = self._result(request)
+        return JSONResponse(about_result(result, self._library.references(result)), headers=LIVE)
 
     def cells(self, request: Request) -> Response:
         return JSONResponse(about_cells(self._result(request)), headers=LIVE)
@@ -104,7 +108,13 @@ class _Views:
         result = self._result(request)
         polygon = parse_polygon(data.get("polygon"), result.run.input.size)
         threshold = _threshold(data.get("threshold", 0.0))
-        return JSONResponse(region_scores(result, polygon, threshold), headers=LIVE)
+        compared = {}
+        if (name := data.get("reference")) is not None:
+            found = [one for one in self._library.references(result) if one.name == name]
+            if not found:
+                raise RequestError("reference: there is no such image to compare with")
+            compared = {stain: self._library.reference(result, name, stain) for stain in found[0].stains}
+        return JSONResponse(region_scores(result, polygon, threshold, compared), headers=LIVE)
 
     def he(self, request: Request) -> Response:
         result = self._result(request)
@@ -124,6 +134,20 @@ class _Views:
         key = (result.version, "fluorescence", name, level, column, row)
         data = self._library.cache.get(
             key, lambda: encode(fluorescent(image.pixels(level, column, row), colour, nuclei=nuclei))
+        )
+        return Response(data, media_type="image/jpeg", headers=KEEP)
+
+    def reference(self, request: Request) -> Response:
+        path = request.path_params
+        return _tile(self._library.reference(self._result(request), path["reference"], path["stain"]), request)
+
+    def difference(self, request: Request) -> Response:
+        result, path = self._result(request), request.path_params
+        virtual, other = result.stain(path["stain"]), self._library.reference(result, path["reference"], path["stain"])
+        level, (column, row) = _level(request), _place(request)
+        key = (result.version, "difference", path["reference"], path["stain"], level, column, row)
+        data = self._library.cache.get(
+            key, lambda: encode(difference(virtual.pixels(level, column, row), other.pixels(level, column, row)))
         )
         return Response(data, media_type="image/jpeg", headers=KEEP)
 

@@ -26,6 +26,12 @@ Slides = Annotated[
 def view(
     results: Results,
     slides: Slides = None,
+    truth: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[STAIN=]FILE", help="A real stain that is registered to the H&E, to compare with; repeat it."
+        ),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; any but loopback needs the token that is printed.")
     ] = "127.0.0.1",
@@ -43,6 +49,8 @@ def view(
     staindiffuser view slide-stained
 
     staindiffuser view stained/ --slides /scans
+
+    staindiffuser view slide-stained --truth cd3=cd3-registered.ome.tiff
     """
     from staindiffuser.viewer.errors import ViewerUsageError
     from staindiffuser.viewer.server import view_results
@@ -61,6 +69,7 @@ def view(
         host=host,
         port=port,
         token=token,
+        truth=tuple(truth or ()),
         say=lambda line: typer.echo(line, err=True),
     )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from staindiffuser.client.names import slide_identity
 from staindiffuser.client.run_record import SYNTHETIC, RunRecord
 from staindiffuser.viewer.cell_index import BLOCK
+from staindiffuser.viewer.comparison import Reference
 from staindiffuser.viewer.flags import REASONS
 from staindiffuser.viewer.fluorescence import NUCLEI_COLOUR, colours_of
 from staindiffuser.viewer.pyramids import Pyramid
@@ -35,19 +37,13 @@ def _line(library: Library, entry: Entry) -> dict[str, Any]:
 
 
 def _scores(run: RunRecord) -> list[dict[str, Any]]:
-    area = _area_mm2(run) * run.tissue_fraction
-    scores = []
-    for stain in run.stains:
-        cells = run.cells.get(stain.label, 0) if run.request.cells else None
-        scores.append(
-            {
-                "name": stain.name,
-                "label": stain.label,
-                "cells": cells,
-                "cells_per_mm2": cells / area if cells is not None and area else None,
-            }
-        )
-    return scores
+    """The numbers of ``scores.csv``, per stain; None where there are none."""
+    known = {one.stain: one for one in run.scores.stains} if run.scores is not None else {}
+    names = ("cells", "cells_per_mm2", "positive_share", "positive_area_share")
+    return [
+        {"label": stain.label, **{name: getattr(known.get(stain.label), name, None) for name in names}}
+        for stain in run.stains
+    ]
 
 
 def _area_mm2(run: RunRecord) -> float:
@@ -55,8 +51,8 @@ def _area_mm2(run: RunRecord) -> float:
     return width * mpp[0] * height * mpp[1] / 1e6
 
 
-def about_result(result: OpenResult) -> dict[str, Any]:
-    """Everything that the page shows of one result, apart from pixels and cells."""
+def about_result(result: OpenResult, references: Sequence[Reference] = ()) -> dict[str, Any]:
+    """Everything that the page shows of one result, apart from pixels and cells; with what it can be compared with."""
     run = result.run
     stains = []
     for number, (stain, image) in enumerate(result.stains.values()):
@@ -76,10 +72,11 @@ def about_result(result: OpenResult) -> dict[str, Any]:
         "he": _pyramid(result.source) if result.source else None,
         "he_problem": result.source_problem,
         "stains": stains,
+        "references": [{"name": one.name, "label": one.label, "stains": one.stains} for one in references],
         "nuclei_colour": NUCLEI_COLOUR,
         "scores": _scores(run),
         "area_mm2": _area_mm2(run),
-        "tissue_fraction": run.tissue_fraction,
+        "tissue_mm2": run.scores.tissue_area_mm2 if run.scores else _area_mm2(run) * run.tissue_fraction,
         "flags": _flags(result),
         "warnings": [warning.removeprefix("warning: ") for warning in run.warnings],
         "damaged": len(run.damaged),

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import simplejpeg
@@ -25,7 +25,7 @@ from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.slides import Slide
 from staindiffuser.viewer.errors import NotThereError, ResultGoneError
 
-__all__ = ["SIDE", "JpegPyramid", "Pyramid", "SlidePyramid", "TileCache", "encode", "halvings"]
+__all__ = ["SIDE", "JpegPyramid", "MapPyramid", "Pyramid", "SlidePyramid", "TileCache", "encode", "halvings"]
 
 SIDE = 512
 """Side of a tile, pixels."""
@@ -91,62 +91,44 @@ def tile_size(levels: Sizes, level: int, column: int, row: int) -> tuple[int, in
     return min(SIDE, width - x), min(SIDE, height - y)
 
 
-class JpegPyramid:
-    """An OME-TIFF that this package wrote: its tiles are JPEG files of their own."""
+class _TileFile:
+    """The encoded tiles of an OME-TIFF that this package wrote; open as long as this object lives. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
-        """Read where the tiles lie; the file stays open as long as this object lives.
-
-        Raises:
-            ResultGoneError: the file is missing or damaged.
-            ValueError: its tiles cannot be sent as they are.
-        """
-        self._path = path
+        """Read where the tiles lie; raises ResultGoneError if that cannot be done."""
+        self.path = path
         try:
             with tifffile.TiffFile(path) as tiff:
-                pages = [level.keyframe for level in tiff.series[0].levels]
-                self.levels: Sizes = tuple((int(page.imagewidth), int(page.imagelength)) for page in pages)
-                for page in pages:
-                    if (page.tilewidth, page.tilelength, int(page.compression)) != (SIDE, SIDE, _JPEG):
-                        raise ValueError(f"{path.name} is not made of JPEG tiles of {SIDE} pixels")
-                    if page.jpegtables is not None or page.samplesperpixel != 3:
-                        raise ValueError(f"the JPEG tiles of {path.name} are not files of their own")
-                for (width, height), lower in itertools.pairwise(self.levels):
-                    if lower != ((width + 1) // 2, (height + 1) // 2):
-                        raise ValueError(f"the levels of {path.name} are not halves of one another")
-                self._offsets = [np.asarray(page.dataoffsets, np.int64) for page in pages]
-                self._counts = [np.asarray(page.databytecounts, np.int64) for page in pages]
+                self.pages: list[Any] = [level.keyframe for level in tiff.series[0].levels]
+                self.levels: Sizes = tuple((int(page.imagewidth), int(page.imagelength)) for page in self.pages)
+                self._offsets = [np.asarray(page.dataoffsets, np.int64) for page in self.pages]
+                self._counts = [np.asarray(page.databytecounts, np.int64) for page in self.pages]
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except (OSError, tifffile.TiffFileError, IndexError) as error:
+        except (OSError, tifffile.TiffFileError, IndexError, ValueError) as error:
             raise ResultGoneError(f"{path} cannot be read: {error}") from error
         weakref.finalize(self, os.close, self._fd)
         self._lock = threading.Lock()
 
-    def tile(self, level: int, column: int, row: int) -> bytes:
-        """See :meth:`Pyramid.tile`."""
-        if tile_size(self.levels, level, column, row) == (SIDE, SIDE):
-            return self._stored(level, column, row)
-        return encode(self.pixels(level, column, row))
+    def misfit(self) -> str | None:
+        """Why these are not tiles of :data:`SIDE` on levels that are halves of one another; None if they are."""
+        if any((page.tilewidth, page.tilelength) != (SIDE, SIDE) for page in self.pages):
+            return f"{self.path.name} is not made of tiles of {SIDE} pixels"
+        for (width, height), lower in itertools.pairwise(self.levels):
+            if lower != ((width + 1) // 2, (height + 1) // 2):
+                return f"the levels of {self.path.name} are not halves of one another"
+        return None
 
-    def pixels(self, level: int, column: int, row: int) -> UInt8Array:
-        """See :meth:`Pyramid.pixels`."""
-        width, height = tile_size(self.levels, level, column, row)
-        try:
-            decoded: UInt8Array = simplejpeg.decode_jpeg(self._stored(level, column, row), colorspace="RGB")
-        except ValueError as error:
-            raise ResultGoneError(f"{self._path} is damaged: {error}") from error
-        return decoded[:height, :width]
-
-    def _stored(self, level: int, column: int, row: int) -> bytes:
+    def stored(self, level: int, column: int, row: int) -> tuple[bytes, int]:
+        """A tile that is known to exist, as it lies in the file, and its number; raises ResultGoneError."""
         index = row * -(-self.levels[level][0] // SIDE) + column
         offset, count = int(self._offsets[level][index]), int(self._counts[level][index])
         try:
             data = self._read(offset, count)
         except OSError as error:
-            raise ResultGoneError(f"{self._path} cannot be read: {error.strerror or error}") from error
+            raise ResultGoneError(f"{self.path} cannot be read: {error.strerror or error}") from error
         if len(data) != count:
-            raise ResultGoneError(f"{self._path} is shorter than it was")
-        return data
+            raise ResultGoneError(f"{self.path} is shorter than it was")
+        return data, index
 
     def _read(self, offset: int, count: int) -> bytes:
         if hasattr(os, "pread"):
@@ -156,19 +138,85 @@ class JpegPyramid:
             return os.read(self._fd, count)
 
 
+class JpegPyramid:
+    """A stain's image that this package wrote: its tiles are JPEG files of their own."""
+
+    def __init__(self, path: Path) -> None:
+        """Read where the tiles lie; the file stays open as long as this object lives.
+
+        Raises:
+            ResultGoneError: the file is missing or damaged.
+            ValueError: its tiles cannot be sent as they are.
+        """
+        self._file = _TileFile(path)
+        if (problem := self._file.misfit()) is not None:
+            raise ValueError(problem)
+        for page in self._file.pages:
+            if int(page.compression) != _JPEG or page.jpegtables is not None or page.samplesperpixel != 3:
+                raise ValueError(f"the tiles of {path.name} are not JPEG files of their own")
+        self.levels = self._file.levels
+
+    def tile(self, level: int, column: int, row: int) -> bytes:
+        """See :meth:`Pyramid.tile`."""
+        if tile_size(self.levels, level, column, row) == (SIDE, SIDE):
+            return self._file.stored(level, column, row)[0]
+        return encode(self.pixels(level, column, row))
+
+    def pixels(self, level: int, column: int, row: int) -> UInt8Array:
+        """See :meth:`Pyramid.pixels`."""
+        width, height = tile_size(self.levels, level, column, row)
+        data, _ = self._file.stored(level, column, row)
+        try:
+            decoded: UInt8Array = simplejpeg.decode_jpeg(data, colorspace="RGB")
+        except ValueError as error:
+            raise ResultGoneError(f"{self._file.path} is damaged: {error}") from error
+        return decoded[:height, :width]
+
+
+class MapPyramid:
+    """A cell map that this package wrote: one lossless plane."""
+
+    def __init__(self, path: Path) -> None:
+        """Read where the tiles lie; the file stays open as long as this object lives.
+
+        Raises:
+            ResultGoneError: the file is missing, damaged, or not a cell map.
+        """
+        self._file = _TileFile(path)
+        if self._file.misfit() is not None or any(page.samplesperpixel != 1 for page in self._file.pages):
+            raise ResultGoneError(f"{path} is not a cell map")
+        self.levels = self._file.levels
+
+    def values(self, level: int, column: int, row: int) -> UInt8Array:
+        """A tile, uint8 [h, w], probability × 255, cut at the image's edge.
+
+        Raises:
+            NotThereError: there is no such tile.
+            ResultGoneError: the file cannot be read.
+        """
+        width, height = tile_size(self.levels, level, column, row)
+        data, index = self._file.stored(level, column, row)
+        try:
+            decoded: UInt8Array = self._file.pages[level].decode(data, index)[0]
+        except Exception as error:  # what a codec raises is its own
+            raise ResultGoneError(f"{self._file.path} is damaged: {error}") from error
+        return decoded.reshape(SIDE, SIDE)[:height, :width]
+
+
 class SlidePyramid:
     """A slide of any format, in tiles that are made when they are asked for."""
 
-    def __init__(self, slide: Slide, cache: TileCache, name: Hashable) -> None:
+    def __init__(self, slide: Slide, cache: TileCache, name: Hashable, *, size: tuple[int, int] | None = None) -> None:
         """Take over the slide, which is closed when this object is gone.
 
         Args:
             slide: an open slide.
             cache: keeps the tiles of which others are made.
             name: of the slide in the cache.
+            size: (width, height) to show it at, by default its own.
         """
         self._slide, self._cache, self._name = slide, cache, name
-        self.levels: Sizes = halvings(*slide.size)
+        self.levels: Sizes = halvings(*(size or slide.size))
         weakref.finalize(self, slide.close)
 
     def tile(self, level: int, column: int, row: int) -> bytes:
@@ -184,7 +232,7 @@ class SlidePyramid:
 
     def _make(self, level: int, column: int, row: int) -> UInt8Array:
         size = tile_size(self.levels, level, column, row)
-        whole = self._slide.size
+        whole = self.levels[0]
         # The tile in level-0 pixels; the last column and row of a halved level may stand for less than a whole pixel.
         x0, y0 = column * SIDE << level, row * SIDE << level
         x1, y1 = min(whole[0], x0 + (size[0] << level)), min(whole[1], y0 + (size[1] << level))

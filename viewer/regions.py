@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from skimage.measure import points_in_poly
 
-from staindiffuser.imaging.optical_density import dab_mask
+from staindiffuser.imaging.instances import PROBABILITY
+from staindiffuser.viewer.comparison import agreement
 from staindiffuser.viewer.errors import RequestError
-from staindiffuser.viewer.pyramids import SIDE, Pyramid
+from staindiffuser.viewer.pyramids import SIDE, MapPyramid, Pyramid
 from staindiffuser.viewer.results import OpenResult
 
-__all__ = ["MAX_CORNERS", "brown_share", "parse_polygon", "region_scores"]
+__all__ = ["MAX_CORNERS", "parse_polygon", "positive_share", "region_scores"]
 
 MAX_CORNERS = 1000
 MAX_PIXELS = 4_000_000
-"""Of a stain that are looked at for the brown share; larger regions are measured at a reduced level."""
+"""Of a cell map that are looked at for the positive area; larger regions are measured on a reduced level."""
 
 Polygon = NDArray[np.float64]
 
@@ -41,56 +42,71 @@ def parse_polygon(data: object, size: tuple[int, int]) -> Polygon:
     return corners
 
 
-def region_scores(result: OpenResult, polygon: Polygon, threshold: float) -> dict[str, Any]:
-    """Cells, density and brown share of each stain in a region.
+def region_scores(
+    result: OpenResult, polygon: Polygon, threshold: float, compared: Mapping[str, Pyramid]
+) -> dict[str, Any]:
+    """Cells, density and positive area of each stain in a region.
 
     Args:
         result: the result.
         polygon: corners [N, 2], level-0 pixels.
         threshold: mean probability from which a cell counts.
+        compared: other images of the same stains, by the stain's name.
 
     Returns:
         ``area_mm2``, and per stain label ``cells``, ``cells_per_mm2`` (None while cells are being read, or without
-        any) and ``brown_share``.
+        any) and ``positive_area_share`` (None without cell maps),
+        and ``agreement`` with the other image.
     """
     mpp = result.run.input.mpp
     area = _area(polygon) * mpp[0] * mpp[1] / 1e6
     counts = _cells_within(result, polygon, threshold)
     stains = []
     for stain, image in result.stains.values():
+        cell_map = result.maps.get(stain.name)
         cells = None if counts is None else counts.get(stain.label, 0)
         stains.append(
             {
                 "label": stain.label,
                 "cells": cells,
                 "cells_per_mm2": None if cells is None else cells / area,
-                "brown_share": brown_share(image, polygon * _scale(result, image)),
+                "positive_area_share": positive_share(cell_map, polygon * _scale(result, cell_map))
+                if cell_map
+                else None,
+                "agreement": agreement(image, compared[stain.name], polygon * _scale(result, image), _mask, MAX_PIXELS)
+                if stain.name in compared
+                else None,
             }
         )
     return {"area_mm2": area, "stains": stains}
 
 
-def brown_share(image: Pyramid, polygon: Polygon) -> float:
-    """Share of a polygon's pixels that are DAB-positive (``dab_mask``); corners in level-0 pixels of the image."""
+def positive_share(cell_map: MapPyramid, polygon: Polygon) -> float:
+    """Share of a polygon where a cell map is at least one half.
+
+    Args:
+        cell_map: the map.
+        polygon: corners [N, 2], pixels of the map. More than ``MAX_PIXELS`` are looked at on a reduced level.
+    """
     (x0, y0), (x1, y1) = polygon.min(axis=0), polygon.max(axis=0)
     level = 0
-    while level + 1 < len(image.levels) and (x1 - x0) * (y1 - y0) / 4**level > MAX_PIXELS:
+    while level + 1 < len(cell_map.levels) and (x1 - x0) * (y1 - y0) / 4**level > MAX_PIXELS:
         level += 1
     corners = polygon / 2**level
-    width, height = image.levels[level]
+    width, height = cell_map.levels[level]
     left, top = max(0, int(x0 / 2**level)), max(0, int(y0 / 2**level))
     right, bottom = min(width, math.ceil(x1 / 2**level)), min(height, math.ceil(y1 / 2**level))
-    brown = total = 0
+    positive = total = 0
     for row in range(top // SIDE, -(-bottom // SIDE)):
         for column in range(left // SIDE, -(-right // SIDE)):
             inside = _mask(corners - np.array([column * SIDE, row * SIDE]))
             if not inside.any():
                 continue
-            pixels = image.pixels(level, column, row)
-            inside = inside[: pixels.shape[0], : pixels.shape[1]]
-            brown += int((dab_mask(pixels) & inside).sum())
+            values = cell_map.values(level, column, row)
+            inside = inside[: values.shape[0], : values.shape[1]]
+            positive += int(((values >= PROBABILITY) & inside).sum())
             total += int(inside.sum())
-    return brown / total if total else 0.0
+    return positive / total if total else 0.0
 
 
 def _cells_within(result: OpenResult, polygon: Polygon, threshold: float) -> dict[str, int] | None:
@@ -107,7 +123,7 @@ def _cells_within(result: OpenResult, polygon: Polygon, threshold: float) -> dic
     return {one.name: int(count) for one, count in zip(index.classes, counts, strict=True)}
 
 
-def _scale(result: OpenResult, image: Pyramid) -> NDArray[np.float64]:
+def _scale(result: OpenResult, image: MapPyramid | Pyramid) -> NDArray[np.float64]:
     """Pixels of the image per level-0 pixel of the slide."""
     return np.array(image.levels[0], np.float64) / np.array(result.run.input.size, np.float64)
 

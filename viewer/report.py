@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from staindiffuser.client.result_files import CELLS_FILE
+from staindiffuser.client.scores import SCORES_FILE
 from staindiffuser.errors import StainDiffuserError
 from staindiffuser.files import replacing
 from staindiffuser.viewer.cell_index import CellIndex, build_index
@@ -30,7 +31,6 @@ from staindiffuser.viewer.results import Entry, OpenResult
 __all__ = ["REPORT_FILE", "BatchLine", "batch_report", "slide_report", "write_reports"]
 
 REPORT_FILE = "report.html"
-SCORES_FILE = "scores.csv"
 LIMITS = (
     "The stains were computed from the H&E alone by a neural network. No antibody was used, and no real stain of this "
     "slide was seen.",
@@ -55,6 +55,13 @@ td.wide{overflow-wrap:anywhere;text-align:left}
 .second{break-before:page}figure{flex-basis:150px}figure img{max-height:250px}a{color:inherit}
 .notice,.alert,.out,figure img{print-color-adjust:exact;-webkit-print-color-adjust:exact}@page{size:A4;margin:14mm}}
 """
+_COLUMNS = (
+    ("cells", "cells", 1),
+    ("cells_per_mm2", "per mm²", 1),
+    ("positive_share", "positive %", 100),
+    ("positive_area_share", "area %", 100),
+)
+"""Scores in the table of a batch: name, heading, factor."""
 _OUTLIER = 3.5
 """Distance from the median in (scaled) median absolute deviations from which a slide is called an outlier (Iglewicz and
 Hoaglin 1993)."""
@@ -173,10 +180,9 @@ def write_reports(entries: Sequence[Entry], places: Sequence[Path], batch: Path 
         written.append(_write(entry.folder / REPORT_FILE, slide_report(result)))
         scores = {}
         for one in about["scores"]:
-            if one["cells"] is not None:
-                scores[f"{one['label']}: cells"] = float(one["cells"])
-            if one["cells_per_mm2"] is not None:
-                scores[f"{one['label']}: per mm²"] = float(one["cells_per_mm2"])
+            for name, heading, factor in _COLUMNS:
+                if one[name] is not None:
+                    scores[f"{one['label']}: {heading}"] = factor * float(one[name])
         lines.append(
             BatchLine(
                 title=entry.title,
@@ -215,12 +221,11 @@ def _scores(result: OpenResult, about: dict[str, Any]) -> tuple[list[list[str]],
             rows = [row for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error):
         rows = []
-    if len(rows) > 1:  # as they stand in the file
-        return rows, f"All of the slide's tissue; as in {SCORES_FILE}."
-    table = [["stain", "cells", "cells per mm² of tissue"]]
-    table += [[one["label"], _number(one["cells"]), _number(one["cells_per_mm2"])] for one in about["scores"]]
-    share, area = about["tissue_fraction"], about["area_mm2"]
-    return table, f"All of the slide's tissue: {share * area:.2f} mm², {100 * share:.1f} % of {area:.2f} mm²."
+    if len(rows) > 1:  # as they stand in the file, one column per stain
+        return [list(row) for row in zip(*rows, strict=False)], f"All of the slide's tissue, as in {SCORES_FILE}."
+    table = [["", *(one["label"] for one in about["scores"])]]
+    table += [["cells", *(_number(one["cells"]) for one in about["scores"])]]
+    return table, "The result has no scores.csv."
 
 
 def _model_facts(about: dict[str, Any]) -> dict[str, str]:
@@ -312,7 +317,9 @@ def _table(rows: Sequence[Sequence[str]], *, wide: bool = False) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"
+    return (
+        "–" if value is None else f"{value:,.0f}" if abs(value) >= 100 or float(value).is_integer() else f"{value:.1f}"
+    )
 
 
 def _outliers(values: Sequence[float | None]) -> list[bool]:

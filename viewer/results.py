@@ -16,15 +16,16 @@ from subprocess import Popen
 from staindiffuser.client.contract import ServedStain
 from staindiffuser.client.errors import RunRecordError
 from staindiffuser.client.names import find_slide
-from staindiffuser.client.result_files import CELLS_FILE, image_file
+from staindiffuser.client.result_files import CELLS_FILE, cell_map_file, image_file
 from staindiffuser.client.run_record import RUN_JSON, RunRecord, read_run
 from staindiffuser.client.summary import SUMMARY_FILE
 from staindiffuser.errors import StainDiffuserError
 from staindiffuser.imaging.slides import open_slide
 from staindiffuser.viewer.cell_index import CellIndex, start_building
-from staindiffuser.viewer.errors import NotThereError, ResultGoneError
+from staindiffuser.viewer.comparison import TRUTH, Reference, open_truth, parse_truth
+from staindiffuser.viewer.errors import NotThereError, ResultGoneError, ViewerUsageError
 from staindiffuser.viewer.flags import read_flags
-from staindiffuser.viewer.pyramids import JpegPyramid, Pyramid, SlidePyramid, TileCache
+from staindiffuser.viewer.pyramids import JpegPyramid, MapPyramid, Pyramid, SlidePyramid, TileCache
 
 __all__ = ["Cells", "Entry", "Library", "OpenResult", "find_results", "source_slide"]
 
@@ -45,6 +46,8 @@ class Entry:
     folder: Path
     error: str | None = None
     """Why there is nothing to show."""
+    slide: str | None = None
+    """SHA-256 of the H&E: results of the same slide can be compared."""
 
 
 def find_results(paths: Sequence[Path]) -> list[Entry]:
@@ -54,6 +57,7 @@ def find_results(paths: Sequence[Path]) -> list[Entry]:
         ResultGoneError: a folder does not exist or holds no result.
     """
     found: dict[Path, str | None] = {}
+    slides: dict[Path, str] = {}
     for path in paths:
         if not path.is_dir():
             raise ResultGoneError(f"{path} is not a folder: name the folder that `staindiffuser stain` wrote")
@@ -65,7 +69,7 @@ def find_results(paths: Sequence[Path]) -> list[Entry]:
             )
         for folder in folders:
             try:
-                read_run(folder)
+                slides[folder] = read_run(folder).input.sha256
                 found[folder] = None
             except RunRecordError as error:
                 found[folder] = str(error)
@@ -79,7 +83,7 @@ def find_results(paths: Sequence[Path]) -> list[Entry]:
         if name in taken:  # the same name in another folder, or one that differs in letters that addresses lack
             name += "-" + hashlib.sha256(str(folder.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:8]
         taken.add(name)
-        entries.append(Entry(name=name, title=title, folder=folder, error=problem))
+        entries.append(Entry(name=name, title=title, folder=folder, error=problem, slide=slides.get(folder)))
     return entries
 
 
@@ -170,16 +174,18 @@ def source_slide(run: RunRecord, folder: Path, places: Sequence[Path]) -> Path:
 class OpenResult:
     """A result whose files are open; they are closed when this object is gone."""
 
-    def __init__(self, entry: Entry, places: Sequence[Path], cache: TileCache) -> None:
+    def __init__(self, entry: Entry, places: Sequence[Path], cache: TileCache, truth: Sequence[str] = ()) -> None:
         """Open the result.
 
         Args:
             entry: where it is.
             places: files, and folders of files, among which its H&E slide is looked for.
             cache: of tiles.
+            truth: registered real stains, ``STAIN=FILE``.
 
         Raises:
             ResultGoneError, RunRecordError, SlideError: it cannot be read.
+            ViewerUsageError: a real stain does not fit.
         """
         self.entry = entry
         self.run: RunRecord = read_run(entry.folder)
@@ -188,6 +194,15 @@ class OpenResult:
         self.stains: dict[str, tuple[ServedStain, Pyramid]] = {
             stain.name: (stain, self._stain(stain, cache)) for stain in self.run.stains
         }
+        self.truth: dict[str, Pyramid] = {
+            name: open_truth(path, self.run, self.stain(name), cache)
+            for name, path in parse_truth(truth, self.run.stains).items()
+        }
+        """Real stains, by the stain's name."""
+        self.maps: dict[str, MapPyramid] = {}
+        """The cell maps, by the stain's name; empty if there are none."""
+        for stain in self.run.stains if self.run.request.cells else ():
+            self.maps[stain.name] = MapPyramid(entry.folder / cell_map_file(stain))
         self.cells = Cells(entry.folder / CELLS_FILE, self.run.input.size)
         self.flags = read_flags(entry.folder, self.run)
         self.source: Pyramid | None = None
@@ -221,11 +236,22 @@ class OpenResult:
 class Library:
     """All results that are shown; opens them as they are asked for. Thread-safe."""
 
-    def __init__(self, entries: Sequence[Entry], places: Sequence[Path] = ()) -> None:
-        """Show these results; ``places`` are files and folders that may hold their H&E slides."""
+    def __init__(self, entries: Sequence[Entry], places: Sequence[Path] = (), truth: Sequence[str] = ()) -> None:
+        """Show these results.
+
+        Args:
+            entries: the results.
+            places: files and folders that may hold their H&E slides.
+            truth: registered real stains of the only result, ``STAIN=FILE``.
+
+        Raises:
+            ViewerUsageError: there are real stains and several results.
+        """
+        if truth and sum(entry.error is None for entry in entries) != 1:
+            raise ViewerUsageError("--truth is of one slide: name one result")
         self.entries = {entry.name: entry for entry in entries}
         self.cache = TileCache(CACHE_BYTES)
-        self._places = places
+        self._places, self._truth = places, truth
         self._open: OrderedDict[str, tuple[tuple[int, ...], OpenResult]] = OrderedDict()
         self._lock = threading.Lock()
         self._opening = {name: threading.Lock() for name in self.entries}
@@ -252,12 +278,42 @@ class Library:
                 if kept is not None and kept[0] == state:
                     self._open.move_to_end(name)
                     return kept[1]
-            opened = OpenResult(entry, self._places, self.cache)
+            opened = OpenResult(entry, self._places, self.cache, self._truth)
             with self._lock:
                 self._open[name] = (state, opened)
                 while len(self._open) > OPEN_RESULTS:
                     self._open.popitem(last=False)
             return opened
+
+    def references(self, result: OpenResult) -> list[Reference]:
+        """What a result's stains can be compared with: real ones, and results of the same slide and size."""
+        found = []
+        if result.truth:
+            found.append(Reference(name=TRUTH, label="real", stains=tuple(result.truth)))
+        for other in self.entries.values():
+            if other.name == result.entry.name or other.slide is None or other.slide != result.run.input.sha256:
+                continue
+            try:
+                run = read_run(other.folder)
+            except RunRecordError:
+                continue
+            stains = tuple(stain.name for stain in run.stains if stain.name in result.stains)
+            if stains and run.result.size == result.run.result.size:
+                label = f"{other.title}, {run.model.name} {run.model.version[:6]}, seed {run.seed}"
+                found.append(Reference(name=other.name, label=label, stains=stains))
+        return found
+
+    def reference(self, result: OpenResult, name: str, stain: str) -> Pyramid:
+        """The image that a stain is compared with.
+
+        Raises:
+            NotThereError: there is none.
+            ResultGoneError: it cannot be read.
+        """
+        for one in self.references(result):
+            if one.name == name and stain in one.stains:
+                return result.truth[stain] if name == TRUTH else self.open(name).stain(stain)
+        raise NotThereError(f"there is no {stain!r} of {name!r} to compare with")
 
     def close(self) -> None:
         """Forget every result."""

@@ -44,6 +44,7 @@ def view_results(
     host: str,
     port: int | None,
     token: str | None,
+    truth: Sequence[str] = (),
     say: Callable[[str], None],
 ) -> None:
     """Serve the page until Ctrl-C or SIGTERM.
@@ -54,21 +55,24 @@ def view_results(
         host: address or name to listen on.
         port: 0 for a free one; None for the usual one, or a free one if that is taken.
         token: what visitors must bring; by default none on loopback, and a random one elsewhere.
+        truth: registered real stains of the only result, ``STAIN=FILE``.
         say: receives the address.
 
     Raises:
         ResultGoneError: there is no result.
-        ViewerUsageError: the address cannot be used.
+        ViewerUsageError: the address cannot be used, or a real stain does not fit.
         DependencyError: OpenSeadragon is missing.
     """
     require_openseadragon()
     entries = find_results(results)
+    library = Library(entries, slides, truth)
+    if truth:  # refuse one that does not fit before a page is opened
+        library.open(next(entry.name for entry in entries if entry.error is None))
     listening = _listen(host, port)
     with listening:
         local = _is_loopback(host)
         if not local and token is None:
             token = secrets.token_urlsafe(24)
-        library = Library(entries, slides)
         names = (*LOOPBACK, host.lower(), f"[{host.lower()}]") if local or not _is_any(host) else None
         app = Guard(make_app(library), names=names, token=token)
         config = uvicorn.Config(

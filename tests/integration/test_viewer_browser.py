@@ -280,6 +280,22 @@ def test_flagged_tiles_are_hatched_and_said_first(open_page: Open, folder: Path,
         assert drawn(page, 0) > 100
 
 
+def test_two_results_of_one_slide_are_shown_with_their_difference(open_page: Open) -> None:
+    page = open_page()
+    page.get_by_label("Compare with").select_option("second")
+    assert [title.partition(" (")[0] for title in panels(page)] == [
+        "H&E", "CD3", "CD3", "CD3: difference", "CK8/18", "CK8/18", "CK8/18: difference",
+    ]  # fmt: skip
+    assert address(page)["compare"] == "second"
+    assert page.locator("#compare-legend").is_visible()
+    page.keyboard.press("Tab")
+    page.get_by_role("button", name="This view").click()
+    page.wait_for_selector("#region-scores table:nth-of-type(2) td")
+    assert "1.00" in page.locator("#region-scores table").nth(1).inner_text()
+    page.get_by_label("Compare with").select_option("")
+    assert len(panels(page)) == 3
+
+
 def test_regions_are_drawn_and_scored(open_page: Open) -> None:
     page = open_page()
     box = page.locator(".panel").nth(0).bounding_box()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import shutil
@@ -15,9 +16,10 @@ import tifffile
 from PIL import Image
 
 from staindiffuser.client.run_record import read_run
+from staindiffuser.errors import StainDiffuserError
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.viewer.errors import ResultGoneError
-from staindiffuser.viewer.results import find_results
+from staindiffuser.viewer.results import Library, find_results
 from tests.viewer_results import Viewer, stain, viewing, write_slide
 
 PNG_OR_JPEG = "image/jpeg"
@@ -71,6 +73,10 @@ def test_the_page_and_the_slide_say_what_the_image_is(viewer: Viewer, folder: Pa
     assert about["notice"] == run.model.notice
     assert about["size"] == [1700, 1300]
     assert {one["label"]: one["cells"] for one in about["scores"]} == run.cells
+    with (folder / "slide-stained" / "scores.csv").open(encoding="utf-8", newline="") as file:
+        for row, one in zip(csv.DictReader(file), about["scores"], strict=True):
+            assert float(row["cells_per_mm2"]) == one["cells_per_mm2"]
+            assert float(row["positive_share"]) == one["positive_share"]
 
 
 def test_inner_tiles_are_those_of_the_file_and_edges_are_cut(viewer: Viewer, folder: Path) -> None:
@@ -154,12 +160,16 @@ def test_the_whole_slide_as_a_region_has_the_scores_of_the_run(viewer: Viewer, f
     scores = viewer.post("/api/slides/slide/region", {"polygon": everything, "threshold": 0}).json()
     assert {one["label"]: one["cells"] for one in scores["stains"]} == run.cells
     assert scores["area_mm2"] == pytest.approx(1.7 * 1.3 / 4)
+    assert run.scores is not None
+    for found, known in zip(scores["stains"], run.scores.stains, strict=True):
+        assert found["positive_area_share"] * scores["area_mm2"] == pytest.approx(known.positive_area_mm2, rel=1e-4)
     left, _ = scores["stains"]
     assert left["cells_per_mm2"] == pytest.approx(left["cells"] / scores["area_mm2"])
     half = viewer.post("/api/slides/slide/region", {"polygon": [[0, 0], [800, 0], [800, 1300], [0, 1300]]}).json()
     assert half["stains"][0]["cells"] > 50
     assert half["stains"][1]["cells"] == 0
-    assert half["stains"][0]["brown_share"] > 10 * half["stains"][1]["brown_share"] > -1
+    assert half["stains"][0]["positive_area_share"] > 0.01
+    assert half["stains"][1]["positive_area_share"] == 0
 
 
 def test_a_polygon_counts_what_lies_in_it_and_the_threshold_leaves_out(viewer: Viewer) -> None:
@@ -319,7 +329,7 @@ def test_damaged_cells_leave_the_images_alone(copied: Path) -> None:
         assert viewer.get("/slides/slide/cells/outlines/0_0.json").status == 404
         scores = viewer.post("/api/slides/slide/region", {"polygon": [[0, 0], [900, 0], [900, 900]]}).json()
         assert scores["stains"][0]["cells"] is None
-        assert scores["stains"][0]["brown_share"] > 0
+        assert scores["stains"][0]["positive_area_share"] > 0
 
 
 def test_a_replaced_result_is_opened_anew(copied: Path) -> None:
@@ -402,4 +412,81 @@ def test_many_results_do_not_keep_files_open(folder: Path, tmp_path: Path) -> No
         for number in range(20):
             assert viewer.get(f"/slides/s{number}/thumbnail.jpg").status == 200
         opened = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
-        assert 0 < sum(path.is_relative_to(tmp_path) for path in opened) <= 12 * 3
+        assert 0 < sum(path.is_relative_to(tmp_path) for path in opened) <= 12 * 4
+
+
+def write_real_stain(path: Path, shift: int = 0, size: tuple[int, int] = (850, 650)) -> None:
+    """White but for a brown square from (200, 200) to (600, 600) µm × 2, at half the slide's resolution."""
+    image = np.full((size[1], size[0], 3), 238, np.uint8)
+    image[100:300, 100 + shift : 300 + shift] = (120, 72, 40)
+    tifffile.imwrite(path, image, photometric="rgb", tile=(256, 256), metadata=None)
+
+
+def test_a_real_stain_is_shown_beside_and_compared(folder: Path, tmp_path: Path) -> None:
+    write_real_stain(tmp_path / "real.tif")
+    with viewing(folder / "slide-stained", truth=(f"CD3={tmp_path / 'real.tif'}",)) as viewer:
+        (reference,) = viewer.get("/api/slides/slide").json()["references"]
+        assert (reference["label"], reference["stains"]) == ("real", ["cd3"])
+        name = reference["name"]
+        shown = pixels(viewer.get(f"/slides/slide/reference/{name}/cd3/0/0_0.jpg").body).astype(int)
+        assert np.abs(shown[250:500, 250:500] - (120, 72, 40)).max() < 12
+        assert shown[:150].min() > 225
+        virtual = pixels(viewer.get("/slides/slide/stain/cd3/0/0_0.jpg").body).astype(int)
+        brown = (virtual[..., 0] - virtual[..., 2]) > 60
+        change = pixels(viewer.get(f"/slides/slide/difference/{name}/cd3/0/0_0.jpg").body).astype(int)
+        square = np.zeros((512, 512), bool)
+        square[220:, 220:] = True
+        outside = brown.copy()
+        outside[180:, 180:] = False
+        assert (change[square & ~brown][:, 2] > change[square & ~brown][:, 0] + 60).mean() > 0.6  # only there: blue
+        assert (change[outside][:, 0] > change[outside][:, 2] + 60).mean() > 0.6  # only here: red
+        inside = {"polygon": [[210, 210], [590, 210], [590, 590], [210, 590]], "reference": name}
+        cd3, ck818 = viewer.post("/api/slides/slide/region", inside).json()["stains"]
+        assert ck818["agreement"] is None
+        found = cd3["agreement"]
+        assert found["other_share"] == pytest.approx(1)
+        assert found["dice"] == pytest.approx(2 * found["virtual_share"] / (1 + found["virtual_share"]), abs=1e-6)
+        assert viewer.get(f"/slides/slide/reference/{name}/ck818/0/0_0.jpg").status == 404
+        assert viewer.get("/slides/slide/difference/nothing/cd3/0/0_0.jpg").status == 404
+        assert viewer.post("/api/slides/slide/region", {**inside, "reference": "nothing"}).status == 400
+
+
+@pytest.mark.parametrize(
+    ("truth", "words"),
+    [
+        (("REAL",), "say of which stain"),
+        (("cd3=",), "say of which stain"),
+        (("her2=REAL",), "cd3, ck818"),
+        (("cd3=REAL", "CD3=REAL"), "twice"),
+        (("cd3=WRONG",), "register it"),
+        (("cd3=nowhere.tif",), "does not exist"),
+    ],
+)
+def test_a_real_stain_that_does_not_fit_is_refused(
+    folder: Path, tmp_path: Path, truth: tuple[str, ...], words: str
+) -> None:
+    write_real_stain(tmp_path / "real.tif")
+    write_real_stain(tmp_path / "wrong.tif", size=(850, 600))
+    given = [
+        one.replace("REAL", str(tmp_path / "real.tif")).replace("WRONG", str(tmp_path / "wrong.tif")) for one in truth
+    ]
+    library = Library(find_results([folder / "slide-stained"]), (), given)
+    with pytest.raises(StainDiffuserError, match=words):
+        library.open("slide")
+
+
+def test_two_results_of_one_slide_are_compared(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "slide-stained", tmp_path / "one-stained")
+    stain(folder / "slide.ome.tiff", tmp_path / "two-stained", model_version="e" * 64)
+    with viewing(tmp_path) as viewer:
+        (reference,) = viewer.get("/api/slides/one").json()["references"]
+        assert reference["name"] == "two"
+        assert "eeeeee" in reference["label"]
+        same = viewer.get("/slides/one/reference/two/cd3/0/1_1.jpg").body
+        assert same == viewer.get("/slides/two/stain/cd3/0/1_1.jpg").body
+        everything = {"polygon": [[0, 0], [1700, 0], [1700, 1300], [0, 1300]], "reference": "two"}
+        for one in viewer.post("/api/slides/one/region", everything).json()["stains"]:
+            assert one["agreement"]["dice"] == 1
+            assert one["agreement"]["correlation"] == pytest.approx(1)
+        change = pixels(viewer.get("/slides/one/difference/two/cd3/1/0_0.jpg").body)
+        assert change.min() > 245

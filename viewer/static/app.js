@@ -99,7 +99,11 @@ async function scoreRegion() {
   const question = ++asked;
   try {
     const path = `/api${slidePath(slide.name)}/region`;
-    const scores = await fetchJson(path, { polygon: state.region, threshold: state.threshold });
+    const scores = await fetchJson(path, {
+      polygon: state.region,
+      threshold: state.threshold,
+      reference: slide.references.some((one) => one.name === state.compare) ? state.compare : null,
+    });
     if (question === asked) showRegion(scores);
   } catch (error) {
     if (question === asked) showRegion(null, error.message);
@@ -245,6 +249,11 @@ function connect() {
     state.opacity = $("opacity").value / 100;
     panels.styleAll();
     remember();
+  });
+  on("compare", "change", () => {
+    state.compare = $("compare").value || null;
+    showLayers();
+    if (state.region) scoreRegion();
   });
   on("flags-on", "change", () => setFlags($("flags-on").checked));
   on("swipe-on", "change", () => setSwipe($("swipe-on").checked ? 0.5 : null));

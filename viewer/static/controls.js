@@ -36,8 +36,21 @@ export function showSlide(slide) {
   showFlags(slide.flags);
   $("alerts").replaceChildren(...alerts.map((text) => element("p", {}, text)));
   $("slide-scores").replaceChildren(
-    table(["", "cells", "per mm²"], slide.scores.map((one) => [one.label, number(one.cells), number(one.cells_per_mm2)])),
-    element("p", {}, `Tissue: ${percent(slide.tissue_fraction)} of ${number(slide.area_mm2, 2)} mm²; densities are per mm² of tissue.`),
+    table(
+      ["", "cells", "per mm²", "positive", "area"],
+      slide.scores.map((one) => [
+        one.label,
+        number(one.cells),
+        number(one.cells_per_mm2),
+        percent(one.positive_share),
+        percent(one.positive_area_share),
+      ]),
+    ),
+    element(
+      "p",
+      {},
+      `On ${number(slide.tissue_mm2, 2)} mm² of tissue. Positive: share of the nuclei in the H&E; area: where the cell map is at least one half.`,
+    ),
   );
   const facts = { Model: `${model.name} ${model.version}`, ...slide.provenance };
   $("provenance").replaceChildren(
@@ -68,6 +81,7 @@ export function showStains(slide, onChange) {
     ),
   );
   $("stains").replaceChildren(...boxes);
+  showCompare(slide);
   $("flags-on").checked = state.flags;
   $("overlay-controls").hidden = state.mode !== "overlay" || !slide.he;
   $("opacity").value = Math.round(100 * state.opacity);
@@ -77,6 +91,14 @@ export function showStains(slide, onChange) {
   for (const button of document.querySelectorAll("#modes button")) {
     button.setAttribute("aria-pressed", String(button.dataset.mode === state.mode));
   }
+}
+
+function showCompare(slide) {
+  const usable = slide.references.length > 0 && state.mode === "side";
+  $("compare-controls").hidden = !usable;
+  const options = slide.references.map(({ name, label }) => element("option", { value: name, selected: name === state.compare }, label));
+  $("compare").replaceChildren(element("option", { value: "", selected: !state.compare }, "nothing"), ...options);
+  $("compare-legend").hidden = !state.compare;
 }
 
 export function showCells(about, onChange) {
@@ -113,10 +135,31 @@ export function showRegion(scores, problem) {
     $("region-scores").replaceChildren(
       element("p", {}, `${number(scores.area_mm2, 3)} mm², cells of probability ${state.threshold.toFixed(2)} or more`),
       table(
-        ["", "cells", "per mm²", "brown"],
-        scores.stains.map((one) => [one.label, number(one.cells), number(one.cells_per_mm2), percent(one.brown_share)]),
+        ["", "cells", "per mm²", "area"],
+        scores.stains.map((one) => [
+          one.label,
+          number(one.cells),
+          number(one.cells_per_mm2),
+          percent(one.positive_area_share),
+        ]),
       ),
     );
+    const compared = scores.stains.filter((one) => one.agreement);
+    if (compared.length) {
+      $("region-scores").append(
+        table(
+          ["", "Dice", "here", "there", "corr."],
+          compared.map(({ label, agreement: found }) => [
+            label,
+            number(found.dice, 2),
+            percent(found.virtual_share),
+            percent(found.other_share),
+            number(found.correlation, 2),
+          ]),
+        ),
+        element("p", {}, "Brown (DAB) pixels: Dice of both, share of the region here and there, correlation of density."),
+      );
+    }
   } else $("region-scores").replaceChildren(element("p", {}, "Counting …"));
 }
 

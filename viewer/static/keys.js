@@ -32,6 +32,7 @@ export function bindKeys(actions) {
 
   addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+    if (event.target.matches?.("select")) return;
     // Sliders move by arrow keys, and Enter presses what has the focus.
     if (event.key.startsWith("Arrow") && event.target.matches?.("input")) return;
     if (event.key === "Enter" && event.target.matches?.("button, a, summary, input")) return;

@@ -76,9 +76,15 @@ export class Panels {
       return [{ title, images: [...he, ...pictures], classes: null, layered: he.length > 0 }];
     }
     const panels = he.length ? [{ title: "H&E (input)", images: he, classes: null }] : [];
-    stains.forEach((stain, i) =>
-      panels.push({ title: `${stain.label} (virtual)`, images: [pictures[i]], classes: [stain.label] }),
-    );
+    const other = slide.references.find((one) => one.name === state.compare);
+    stains.forEach((stain, i) => {
+      panels.push({ title: `${stain.label} (virtual)`, images: [pictures[i]], classes: [stain.label] });
+      if (!other?.stains.includes(stain.name)) return;
+      for (const [kind, title] of [["reference", `${stain.label} (${other.label})`], ["difference", `${stain.label}: difference`]]) {
+        const image = { kind: `${kind}/${encodeURIComponent(other.name)}`, name: stain.name, levels: stain.levels };
+        panels.push({ title, images: [image], classes: [] });
+      }
+    });
     return panels;
   }
 

@@ -6,6 +6,7 @@ export const state = {
   slide: null, // name of the slide
   mode: "side",
   hidden: new Set(), // names of stains that are switched off
+  compare: null, // name of what the stains are compared with
   opacity: 1,
   swipe: null, // position of the swipe line, 0 … 1; null: off
   flags: true, // flagged tiles are hatched
@@ -26,6 +27,7 @@ export function readAddress(hash = location.hash) {
   state.slide = given.get("slide");
   state.mode = MODES.includes(given.get("view")) ? given.get("view") : "side";
   state.hidden = names("off");
+  state.compare = given.get("compare");
   state.opacity = number("opacity", 0, 1, 1);
   state.swipe = number("swipe", 0, 1, null);
   state.cells = given.get("cells") !== "off";
@@ -49,6 +51,7 @@ export function address() {
   }
   if (state.mode !== "side") given.set("view", state.mode);
   if (state.hidden.size) given.set("off", [...state.hidden].join("~"));
+  if (state.compare) given.set("compare", state.compare);
   if (state.opacity !== 1) given.set("opacity", state.opacity.toString());
   if (state.swipe !== null) given.set("swipe", state.swipe.toFixed(3));
   if (!state.flags) given.set("flags", "off");

@@ -13,10 +13,12 @@ TWO_AT_A_TIME := -n 2 --dist worksteal
 # CI measures coverage, against the floor in pyproject.toml: make test COVERAGE=--cov
 COVERAGE ?=
 SLIDE ?=
+# Names the file of `make bench`: one a kind of machine.
+MACHINE ?= reference
 OUTPUT ?= demo-output
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-timing test-numpy2 lint format types docs demo-weights graphs verify-gpu clean
+.PHONY: help install demo test test-all test-timing test-numpy2 lint format types docs demo-weights graphs bench bench-full bench-compare verify-gpu clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -95,6 +97,17 @@ demo-weights: install  ## train the demonstration model again (hours on two core
 
 graphs: install  ## export the demonstration model's graphs from its weights
 	$(VENV)/bin/staindiffuser export graphs checkpoints/demo --output checkpoints/demo/graphs
+
+bench: install  ## measure this machine's engines (minutes), into benchmarks/results; write the page and its charts
+	$(VENV)/bin/staindiffuser bench engines --batch 1 --rounds 5 --json benchmarks/results/engines-$(MACHINE).json
+	$(VENV)/bin/staindiffuser bench report
+
+bench-full: install  ## the same at batch 1 to 32, with torch.compile (an hour)
+	$(VENV)/bin/staindiffuser bench engines --batch 1,2,4,8,16,32 --rounds 9 --compile --json benchmarks/results/engines-$(MACHINE).json
+	$(VENV)/bin/staindiffuser bench report
+
+bench-compare: install  ## this checkout against commit BASE, tile by tile in turns
+	$(VENV)/bin/staindiffuser bench compare '$(or $(BASE),$(error name the commit: make bench-compare BASE=HEAD~1))'
 
 verify-gpu:  ## check and measure everything on this NVIDIA GPU, eight minutes; PYTHON has torch with CUDA; ARGS, see docs/gpu.md
 	PYTHONPATH=src $(PYTHON) -m staindiffuser.benchmarks.verify_gpu $(ARGS)

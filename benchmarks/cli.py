@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from staindiffuser.benchmarks.ablations_cli import ablations
+from staindiffuser.benchmarks.engines_cli import engines
 from staindiffuser.benchmarks.loader import loader
 from staindiffuser.benchmarks.slide import slide
 from staindiffuser.files import check_file
@@ -142,72 +143,61 @@ def registration(
         typer.echo(line)
 
 
-@app.command(epilog="Example: staindiffuser bench engines --rounds 5 --json engines.json")
-def engines(
-    checkpoint: Annotated[
-        Path | None, typer.Argument(help="Checkpoint folder; the shipped demonstration if absent.")
-    ] = None,
+@app.command(epilog="Example: staindiffuser bench report --output docs/explanation/benchmarks")
+def report(
+    results: Annotated[Path, typer.Option(help="Folder of engines-*.json, one a machine.")] = Path(
+        "benchmarks/results"
+    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for benchmarks.md and its charts.")] = Path(
+        "docs/explanation/benchmarks"
+    ),
+) -> None:
+    """Write the page and the charts of what `bench engines --json` measured (needs matplotlib)."""
+    from staindiffuser.benchmarks.report import write_report
+
+    typer.echo(write_report(results, output))
+
+
+@app.command(epilog="Example: staindiffuser bench compare HEAD~1 --rounds 11 --threads 1")
+def compare(
+    base: Annotated[str, typer.Argument(help="Commit, branch or tag to compare this checkout with.")],
     graphs: Annotated[
-        Path | None, typer.Option(help="What `export graphs` wrote from it; the folder graphs/ inside it if absent.")
+        Path | None, typer.Option(help="Graphs that both run; by default each those of its own commit.")
     ] = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes to compare at.")] = "1,8",
-    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds.")] = 5,
-    threads: Annotated[int, typer.Option(min=0, help="Threads of either side; 0 for all cores.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Tiles at a time.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted turns of either side.")] = 11,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of each engine; 0 for all cores.")] = 0,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", callback=check_file, help="Write the report here as JSON; - for the screen."),
+        typer.Option("--json", callback=check_file, help="Write the comparison here as JSON."),
     ] = None,
 ) -> None:
-    """ONNX Runtime against torch eager and the machine's convolution peak, for the whole multiplex (needs torch)."""
+    """This checkout against a commit of it, tile by tile in turns: ratios of time, with 90 % intervals."""
     import dataclasses
-    import json
 
-    from staindiffuser.benchmarks.engines import bench_engines
-    from staindiffuser.errors import UsageError
+    from staindiffuser.benchmarks.compare import compare as measure
     from staindiffuser.files import write_json
-    from staindiffuser.serving.demo import demo_graphs
 
-    try:
-        batches = tuple(int(part) for part in batch.split(","))
-    except ValueError:
-        raise UsageError(f"--batch {batch}: must be numbers with commas between them, such as 1,8") from None
-    if min(batches) < 1:
-        raise UsageError(f"--batch {batch}: must be at least 1")
-    folder = checkpoint or demo_graphs().parent
-    report = bench_engines(
-        graphs or folder / "graphs",
-        folder,
-        batches=batches,
+    result = measure(
+        base,
+        graphs=graphs,
+        batch=batch,
         rounds=rounds,
         threads=threads,
         progress=lambda message: typer.echo(message, err=True),
     )
-    if json_file is not None and str(json_file) == "-":
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
-        return
     if json_file is not None:
-        write_json(json_file, dataclasses.asdict(report))
-    typer.echo(
-        f"model {report.model_name} ({report.model_version[:12]}), {report.stains} stains, "
-        f"sampler steps: {report.steps}, {report.tile} px, {report.precision}: {report.gflop_per_tile:.1f} GFLOP a "
-        f"tile, {report.threads} threads"
-    )
-    typer.echo(f"convolution peak: {report.peak_gflops:.0f} GFLOP/s ({report.peak})")
-    for result in report.batches:
-        typer.echo(
-            f"batch {result.batch}: ONNX Runtime {result.onnxruntime_ms_per_tile:.0f} ms a tile, torch eager "
-            f"{result.eager_ms_per_tile:.0f} (x {result.speed_up:.2f}), folded in torch eager "
-            f"{result.folded_ms_per_tile:.0f} (x {result.speed_up_over_folded:.2f}); {result.gflops:.0f} GFLOP/s, "
-            f"{result.share_of_peak:.0%} of the peak"
-        )
-    for name, milliseconds in report.engine_ms.items():
-        typer.echo(f"{name:>16} {milliseconds:8.1f} ms")
-    typer.echo(
-        f"four stains: {report.four_stains_ms:.0f} ms, encoder + 4 images + 4 cell maps alone "
-        f"{report.four_stains_sum_ms:.0f} ms: x {report.four_stains_ratio:.3f}"
-    )
+        write_json(json_file, dataclasses.asdict(result))
+    typer.echo(f"{result.base}: {result.base_ms.p50:.0f} ms a tile (CPU {result.base_ms.cpu:.0f})")
+    typer.echo(f"here: {result.ms.p50:.0f} ms a tile (CPU {result.ms.cpu:.0f})")
+    for what, ratio in (("wall", result.wall_ratio), ("CPU", result.cpu_ratio)):
+        typer.echo(f"{what} time, here / {result.base}: {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
 
 
 app.command(epilog="Example: staindiffuser bench loader --data tiles --crop 256 --workers 2 --json loader.json")(loader)
 app.command(epilog="Example: staindiffuser bench slide --rounds 3 --json slide.json")(slide)
 app.command()(ablations)
+app.command(
+    epilog="Examples: staindiffuser bench engines --rounds 5 --json engines.json\n\n"
+    "staindiffuser bench engines --batch 1,2,4,8 --no-parts --engine 'onnxruntime fp32' --engine 'openvino bf16'",
+)(engines)

@@ -1,80 +1,104 @@
-"""What the engines reach on this machine's CPU: against torch eager, against the convolution peak, and per stain.
+"""Every engine that this machine can run, on the same weights and noise: how fast, and how near to the physical limit.
 
-Everything is interleaved in one run, so that a slow moment of the machine meets all sides; results are medians over the
-rounds, ratios are taken round by round. Noise is made beforehand on every side.
+The limit is what the machine's fastest library reaches on one large convolution, in float32 and in bfloat16. Everything
+runs in turns in one process; noise is made beforehand on every side.
 """
 
 from __future__ import annotations
 
-import statistics
+import contextlib
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+import psutil
 
-from staindiffuser.export.description import GraphSet
-from staindiffuser.export.errors import ManifestError
+from staindiffuser.benchmarks.limits import PEAK, peak_sides
+from staindiffuser.benchmarks.measuring import Machine, Sample, Spread, Timing, in_turns
+from staindiffuser.benchmarks.one_graph import join
+from staindiffuser.errors import DependencyError, UsageError
+from staindiffuser.export import builders
+from staindiffuser.export.builders import BuildOptions, Engine
+from staindiffuser.export.description import EngineGraph, GraphSet
+from staindiffuser.export.errors import ExportUsageError, ManifestError
 from staindiffuser.files import file_sha256
-from staindiffuser.triton_models.engine.engine_onnxruntime import OnnxRuntimeEngine
 from staindiffuser.triton_models.noise.philox import tile_noise
 from staindiffuser.triton_models.shared.cpus import available_cpus
 
-__all__ = ["BatchReport", "EnginesReport", "bench_engines", "count_flops"]
+if TYPE_CHECKING:
+    from staindiffuser.training.model.network import DualDiffusion
+
+__all__ = ["REFERENCE", "EnginesReport", "Row", "bench_engines", "count_flops"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-PEAK_CHANNELS, PEAK_SIZE, PEAK_BATCH = 256, 64, 4
-"""The convolution whose speed is called the machine's peak: 3 x 3, 256 to 256 channels, 64 x 64 pixels, batch 4."""
-STAINS_IN_CLAIM = 4
+Progress = Callable[[str], None]
+REFERENCE = "onnxruntime fp32"
+"""What the embedded server runs by default; others are compared with it."""
+EAGER, COMPILED = "torch as trained", "torch.compile"
+ONE_GRAPH = "one graph"
+STEPS = (1, 2, 4)
+STAINS = (1, 2, 4)
+_PRECISIONS = ("", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchReport:
-    """The whole multiplex at one batch size."""
+class Row:
+    """One engine on one part of the work at one batch size."""
 
+    engine: str
+    """Target and precision, such as ``openvino bf16``; ``torch as trained`` is the network before export."""
+    what: str
+    """``2 stains`` (encoder, image and cell map of each), ``2 stains, one graph``, ``encoder``, ``image, 1 step``, …"""
     batch: int
-    onnxruntime_ms_per_tile: float
-    eager_ms_per_tile: float
-    """The network as it was trained, torch eager, float32."""
-    folded_ms_per_tile: float
-    """The folded modules that the graphs were traced from, torch eager, float32."""
-    speed_up: float
-    """Eager's time over ONNX Runtime's."""
-    speed_up_over_folded: float
+    ms: Timing
+    """A tile."""
+    tiles_per_second: float
+    mm2_per_second: float
+    """Tissue: what is kept of a tile, without its margins."""
     gflops: float
-    """Reached by ONNX Runtime, 10⁹ floating-point operations a second (convolutions only)."""
-    share_of_peak: float
+    """Reached, 10⁹ floating-point operations a second: of convolutions, multiply and add counted as two."""
+    share_of_peak: float | None
+    """Of the machine's convolution peak in this precision, wall time on both sides; None where there is no peak."""
+    share_of_peak_cpu: float | None
+    """The same of CPU time, which other programs hardly change."""
+    relative: Spread | None
+    """Wall time over the reference's, round by round; None for the reference, and where it did not run."""
+    relative_cpu: Spread | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnginesReport:
     """What was measured."""
 
+    machine: Machine
     model_name: str
     model_version: str
-    precision: str
     tile: int
+    mpp: float
     steps: int
     stains: int
     threads: int
     rounds: int
-    gflop_per_tile: float
-    """Multiply and add counted as two, convolutions only, from the ONNX graphs."""
-    peak_gflops: float
-    """The better of ONNX Runtime and torch at the convolution named in ``peak``."""
+    gflop: Mapping[str, float]
+    """Of one tile, by part of the work."""
     peak: str
-    batches: tuple[BatchReport, ...]
-    engine_ms: Mapping[str, float]
-    """Each engine alone, batch 1."""
-    four_stains_ms: float
-    four_stains_sum_ms: float
-    """t_encoder + 4 t_image + 4 t_cells."""
-    four_stains_ratio: float
+    peaks: Mapping[str, float]
+    """GFLOP/s by operation and precision: ``convolution fp32``, ``matrix bf16``, …"""
+    rows: tuple[Row, ...]
+    memory_mib: Mapping[str, float]
+    """Growth of the process while an engine's graphs were loaded and run once at batch 1, each run before the others'
+    were freed; approximate."""
+    absent: Mapping[str, str]
+    """Engines that cannot run here, and why."""
+
+    @property
+    def headline(self) -> str:
+        """The part that is the whole work of this model."""
+        return f"{self.stains} stains"
 
 
 def bench_engines(
@@ -84,20 +108,27 @@ def bench_engines(
     batches: Sequence[int] = (1, 8),
     rounds: int = 5,
     threads: int = 0,
-    progress: Callable[[str], None] = lambda message: None,
+    only: Sequence[str] = (),
+    parts: bool = True,
+    compiled: bool = False,
+    progress: Progress = lambda message: None,
 ) -> EnginesReport:
-    """Measure graphs against the checkpoint that they came from.
+    """Measure graphs and the checkpoint that they came from (needs torch).
 
     Args:
         graphs_dir: what ``export graphs`` wrote.
         checkpoint: the checkpoint folder.
-        batches: sizes at which the multiplex is compared.
+        batches: batch sizes.
         rounds: counted rounds, after one that is not.
-        threads: of either side; 0 for all that the process may use.
-        progress: told after each round.
+        threads: of every engine; 0 for all that the process may use.
+        only: engines to measure, such as ``openvino bf16``; empty for all.
+        parts: also encoder, image of 1, 2 and 4 steps, cell map, and other numbers of stains than the model's.
+        compiled: also torch.compile, which takes minutes before it runs.
+        progress: called with one line per step.
 
     Raises:
         ManifestError: the graphs come from another checkpoint.
+        UsageError: ``only`` names an engine that is not there.
     """
     import torch
 
@@ -106,48 +137,51 @@ def bench_engines(
         raise ManifestError(f"{graphs_dir} was exported from another checkpoint than {checkpoint}: export it again")
     threads = threads or available_cpus()
     torch.set_num_threads(threads)
-    engines = {name: OnnxRuntimeEngine(graphs_dir / e.file, threads=threads) for name, e in graphs.engines.items()}
-    four = _four_stains(graphs, graphs_dir, threads)
-    inputs = {batch: _inputs(graphs, batch) for batch in batches}
-    features = _encode(engines, graphs, inputs[batches[0]] if batches[0] == 1 else _inputs(graphs, 1))
-    one: Arrays = {**features, **(inputs[1] if 1 in inputs else _inputs(graphs, 1))}
-    eager, folded = _torch_sides(checkpoint, graphs)
-    sides: dict[str, Callable[[], object]] = {}
-    for batch in batches:
-        sides[f"onnxruntime {batch}"] = lambda b=batch: _multiplex(engines, graphs, inputs[b])  # type: ignore[misc]
-        sides[f"eager {batch}"] = lambda b=batch: eager(inputs[b])  # type: ignore[misc]
-        sides[f"folded {batch}"] = lambda b=batch: folded(inputs[b])  # type: ignore[misc]
-    for name in engines:
-        sides[f"engine {name}"] = lambda n=name: _run(engines[n], graphs, n, one)  # type: ignore[misc]
-    for name, (engine, like) in four.items():
-        sides[f"four {name}"] = lambda e=engine, n=like: _run(e, graphs, n, one)  # type: ignore[misc]
-    sides["four stains"] = lambda: [_run(engine, graphs, like, one) for engine, like in four.values()]
-    with tempfile.TemporaryDirectory() as folder:
-        peaks, peak_flops = _peaks(Path(folder), threads)
-        sides.update(peaks)
-        seconds = _measure(sides, rounds, progress)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    peak = peak_flops / min(median[name] for name in peaks) / 1e9
-    flops = sum(count_flops(graphs_dir / engine.file) for engine in graphs.engines.values())
-    alone = [seconds[f"four {name}"] for name in four]
-    ratios = [whole / sum(parts) for whole, *parts in zip(seconds["four stains"], *alone, strict=True)]
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        sources = {engine: (graphs_dir / graph.file, graph) for engine, graph in graphs.engines.items()}
+        if parts:
+            sources |= _other_steps(checkpoint, graphs, folder, progress)
+            joined = [name for name in graphs.engines if name == "he_encoder"]
+            joined += [name for name in graphs.engines if name != "he_encoder"]
+            path = folder / "one_graph.onnx"
+            sources[ONE_GRAPH] = (path, join(sources, joined, path))
+        work = _work(graphs, parts)
+        inputs = {batch: _inputs(graphs, batch, max(STEPS) if parts else graphs.steps) for batch in {1, *batches}}
+        sets, memory, absent = _engine_sets(sources, folder, batches, threads, only, inputs[1], stack, progress)
+        torch_sides = _torch_sides(checkpoint, graphs, only, compiled)
+        encoded = dict(inputs)
+        for loaded in list(sets.values())[:1]:  # parts of the work begin with the same features on every engine
+            encoded = {batch: _run(loaded, sources, ["he_encoder"], arrays) for batch, arrays in inputs.items()}
+        sides: dict[str, Callable[[], object]] = {}
+        whole = f"{len(graphs.stains)} stains"
+        for batch in batches:
+            for what, names in work.items():
+                for engine, loaded in sets.items():
+                    sides[f"{engine}|{what}|{batch}"] = _side(loaded, sources, names, encoded[batch])
+            for engine, run in torch_sides.items():
+                sides[f"{engine}|{whole}|{batch}"] = lambda run=run, batch=batch: run(inputs[batch])  # type: ignore[misc]
+        limits, operations = peak_sides(folder, threads)
+        samples = in_turns({**sides, **limits}, rounds, progress)
+        gflop = {engine: count_flops(path) / 1e9 for engine, (path, _) in sources.items()}
+    amounts = {what: sum(gflop[name] for name in names) for what, names in work.items()}
+    peaks = _peaks(samples, operations)
     return EnginesReport(
+        machine=Machine.here(),
         model_name=graphs.name,
         model_version=graphs.model_version,
-        precision=graphs.precision,
         tile=graphs.tile,
+        mpp=graphs.mpp,
         steps=graphs.steps,
         stains=len(graphs.stains),
         threads=threads,
         rounds=rounds,
-        gflop_per_tile=flops / 1e9,
-        peak_gflops=peak,
-        peak=f"3x3 convolution, {PEAK_CHANNELS} to {PEAK_CHANNELS} channels, {PEAK_SIZE} px, batch {PEAK_BATCH}, fp32",
-        batches=tuple(_batch_report(batch, seconds, flops, peak) for batch in batches),
-        engine_ms={name: median[f"engine {name}"] * 1e3 for name in engines},
-        four_stains_ms=median["four stains"] * 1e3,
-        four_stains_sum_ms=sum(median[f"four {name}"] for name in four) * 1e3,
-        four_stains_ratio=statistics.median(ratios),
+        gflop=amounts,
+        peak=PEAK,
+        peaks={name: wall for name, (wall, _) in peaks.items()},
+        rows=tuple(_row(key, samples, graphs, amounts, peaks) for key in sides),
+        memory_mib=memory,
+        absent=absent,
     )
 
 
@@ -170,42 +204,136 @@ def count_flops(path: Path) -> float:
     return total
 
 
-def _measure(
-    sides: Mapping[str, Callable[[], object]], rounds: int, progress: Callable[[str], None]
-) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    order = list(sides)
-    for index in range(rounds + 1):
-        for name in order if index % 2 else reversed(order):
-            start = time.perf_counter()
-            sides[name]()
-            if index:
-                seconds[name].append(time.perf_counter() - start)
-        progress(f"round {index} of {rounds}" + ("" if index else " (not counted)"))
-    return seconds
+Sources = Mapping[str, tuple[Path, EngineGraph]]
+"""File and description of each graph."""
 
 
-def _batch_report(batch: int, seconds: Mapping[str, Sequence[float]], flops: float, peak: float) -> BatchReport:
-    ours, eager, folded = (seconds[f"{side} {batch}"] for side in ("onnxruntime", "eager", "folded"))
-    gflops = flops * batch / statistics.median(ours) / 1e9
-    return BatchReport(
-        batch=batch,
-        onnxruntime_ms_per_tile=statistics.median(ours) * 1e3 / batch,
-        eager_ms_per_tile=statistics.median(eager) * 1e3 / batch,
-        folded_ms_per_tile=statistics.median(folded) * 1e3 / batch,
-        speed_up=statistics.median(b / a for a, b in zip(ours, eager, strict=True)),
-        speed_up_over_folded=statistics.median(b / a for a, b in zip(ours, folded, strict=True)),
-        gflops=gflops,
-        share_of_peak=gflops / peak,
-    )
+def _work(graphs: GraphSet, parts: bool) -> dict[str, list[str]]:
+    """Parts of the work, and the graphs that each runs; stains that the model lacks are those it has, once more."""
+
+    def stains(count: int) -> list[str]:
+        names = [graphs.stains[index % len(graphs.stains)].name for index in range(count)]
+        return ["he_encoder", *(f"{kind}_{name}" for name in names for kind in ("stain", "cells"))]
+
+    count = len(graphs.stains)
+    if not parts:
+        return {f"{count} stains": stains(count)}
+    work = {f"{n} stain{'s' if n > 1 else ''}": stains(n) for n in sorted({*STAINS, count})}
+    work[f"{count} stains, {ONE_GRAPH}"] = [ONE_GRAPH]
+    work["encoder"] = ["he_encoder"]
+    first = graphs.stains[0].name
+    for steps in STEPS:
+        name = f"stain_{first}" if steps == graphs.steps else f"{steps} steps"
+        work[f"image, {steps} step{'s' if steps > 1 else ''}"] = [name]
+    work["cell map"] = [f"cells_{first}"]
+    return work
 
 
-def _inputs(graphs: GraphSet, batch: int) -> Arrays:
+def _other_steps(
+    checkpoint: Path, graphs: GraphSet, folder: Path, progress: Progress
+) -> dict[str, tuple[Path, EngineGraph]]:
+    """Graphs of the first stain's image with the numbers of steps that the exported graphs do not have."""
+    import torch
+
+    from staindiffuser.export.graphs import write_engines
+    from staindiffuser.training.checkpoint import Checkpoint
+
+    loaded = Checkpoint.load(checkpoint)
+    only = f"stain_{graphs.stains[0].name}"
+    sources = {}
+    for steps in STEPS:
+        if steps != graphs.steps:
+            progress(f"exporting an image of {steps} steps")
+            # Speed does not depend on the noise levels, which a checkpoint of one step lacks for others.
+            sigmas = np.geomspace(graphs.sigmas[0], min(0.3, graphs.sigmas[0] / 2), steps).tolist()
+            target = folder / f"steps-{steps}"
+            target.mkdir()
+            written = write_engines(
+                loaded.network, target, sigmas=sigmas, tile=graphs.tile, trunk=torch.float32, only=only
+            )
+            sources[f"{steps} steps"] = (target / written[only].file, written[only])
+    return sources
+
+
+def _engine_sets(
+    sources: Sources,
+    folder: Path,
+    batches: Sequence[int],
+    threads: int,
+    only: Sequence[str],
+    inputs: Arrays,
+    stack: contextlib.ExitStack,
+    progress: Progress,
+) -> tuple[dict[str, dict[str, Engine]], dict[str, float], dict[str, str]]:
+    """The engines of every target and precision that works here, what each set takes of memory, and what is absent."""
+    sets: dict[str, dict[str, Engine]] = {}
+    memory: dict[str, float] = {}
+    absent: dict[str, str] = {}
+    candidates = list(_candidates(batches, absent))
+    known = [*(name for name, _, _ in candidates), EAGER, COMPILED]
+    for name in only:
+        if name not in known:
+            raise UsageError(f"--engine {name}: there is {', '.join(known)} here")
+    for name, builder, options in candidates:
+        if only and name not in only:
+            continue
+        progress(f"loading {name}")
+        before = psutil.Process().memory_info().rss
+        loaded: dict[str, Engine] = {}
+        for engine, (path, graph) in sources.items():
+            target = folder / f"{name} {engine}{builder.suffix}"
+            builder.build(path, graph, target, options)
+            loaded[engine] = builder.load(target, threads=threads)
+            stack.callback(loaded[engine].close)
+        _run(loaded, sources, list(sources), inputs)
+        sets[name] = loaded
+        memory[name] = (psutil.Process().memory_info().rss - before) / 2**20
+    return sets, memory, absent
+
+
+def _candidates(batches: Sequence[int], absent: dict[str, str]) -> Iterator[tuple[str, builders.Builder, BuildOptions]]:
+    for target in builders.TARGETS:
+        builder = builders.get(target)
+        for precision in _PRECISIONS:
+            options = BuildOptions(max_batch=max(batches), precision=precision)
+            name = f"{target} {precision or 'fp32'}"
+            try:
+                builder.version()
+                builder.device()
+                builder.check(options)
+            except DependencyError as error:
+                absent[name] = str(error).partition("; targets that work here")[0].removeprefix(f"target {target}: ")
+            except ExportUsageError:  # a target without this precision
+                absent.pop(name, None)
+            else:
+                yield name, builder, options
+
+
+def _run(engines: Mapping[str, Engine], sources: Sources, names: Sequence[str], inputs: Arrays) -> Arrays:
+    """Run graphs one after another; a graph finds its tensors among the inputs and the earlier graphs' outputs."""
+    tensors = dict(inputs)
+    for name in names:
+        graph = sources[name][1]
+        arguments = {}
+        for tensor in graph.inputs:
+            array = tensors[tensor.name]
+            arguments[tensor.name] = array[:, : tensor.shape[0]] if tensor.name == "NOISE" else array
+        tensors.update(engines[name].run(arguments, [tensor.name for tensor in graph.outputs]))
+    return tensors
+
+
+def _side(
+    engines: Mapping[str, Engine], sources: Sources, names: Sequence[str], inputs: Arrays
+) -> Callable[[], object]:
+    return lambda: _run(engines, sources, names, inputs)
+
+
+def _inputs(graphs: GraphSet, batch: int, steps: int) -> Arrays:
     rng = np.random.default_rng(batch)
     image, cells = tile_noise(
         np.arange(batch, dtype=np.int64)[:, None],
         np.zeros((batch, 2), np.int64),
-        steps=graphs.steps,
+        steps=steps,
         height=graphs.tile,
         width=graphs.tile,
     )
@@ -213,40 +341,12 @@ def _inputs(graphs: GraphSet, batch: int) -> Arrays:
     return {"HE": he, "NOISE": image, "NOISE_CELLS": cells}
 
 
-def _run(engine: OnnxRuntimeEngine, graphs: GraphSet, name: str, tensors: Arrays) -> Arrays:
-    graph = graphs.engines[name]
-    return engine.run({t.name: tensors[t.name] for t in graph.inputs}, [t.name for t in graph.outputs])
-
-
-def _encode(engines: Mapping[str, OnnxRuntimeEngine], graphs: GraphSet, inputs: Arrays) -> Arrays:
-    return _run(engines["he_encoder"], graphs, "he_encoder", inputs)
-
-
-def _multiplex(engines: Mapping[str, OnnxRuntimeEngine], graphs: GraphSet, inputs: Arrays) -> None:
-    tensors = {**inputs, **_encode(engines, graphs, inputs)}
-    for name, engine in engines.items():
-        if name != "he_encoder":
-            _run(engine, graphs, name, tensors)
-
-
-def _four_stains(graphs: GraphSet, folder: Path, threads: int) -> dict[str, tuple[OnnxRuntimeEngine, str]]:
-    """The encoder and four pairs of branches, each in a session of its own; the stains there are take turns."""
-    engines = {"he_encoder": "he_encoder"}
-    for index in range(STAINS_IN_CLAIM):
-        stain = graphs.stains[index % len(graphs.stains)].name
-        for kind in ("stain", "cells"):
-            engines[f"{kind} {index}"] = f"{kind}_{stain}"
-    return {
-        name: (OnnxRuntimeEngine(folder / graphs.engines[like].file, threads=threads), like)
-        for name, like in engines.items()
-    }
-
-
-def _torch_sides(checkpoint: Path, graphs: GraphSet) -> tuple[Callable[[Arrays], object], Callable[[Arrays], object]]:
-    """The multiplex in torch eager: the network as trained, and the folded modules."""
+def _torch_sides(
+    checkpoint: Path, graphs: GraphSet, only: Sequence[str], compiled: bool
+) -> dict[str, Callable[[Arrays], object]]:
+    """The whole work in torch: the network as it was trained, and compiled."""
     import torch
 
-    from staindiffuser.export.modules import BranchEngine, EncoderEngine
     from staindiffuser.training.checkpoint import Checkpoint
     from staindiffuser.training.diffusion.samplers import few_step
     from staindiffuser.training.model.network import he_to_network, unstandardize
@@ -257,7 +357,7 @@ def _torch_sides(checkpoint: Path, graphs: GraphSet) -> tuple[Callable[[Arrays],
     @torch.inference_mode()
     def eager(inputs: Arrays) -> None:
         features = network.encoder(he_to_network(torch.from_numpy(inputs["HE"])))
-        noise = torch.from_numpy(inputs["NOISE"]).float().unbind(1)
+        noise = torch.from_numpy(inputs["NOISE"][:, : graphs.steps]).float().unbind(1)
         for stain in config.stains:
             y = few_step(network.denoiser("images", stain.name, features), list(noise), graphs.sigmas)
             unstandardize(y, stain, "images", config.sigma_data).clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -265,40 +365,77 @@ def _torch_sides(checkpoint: Path, graphs: GraphSet) -> tuple[Callable[[Arrays],
             y = few_step(network.denoiser("cells", stain.name, features), cell_noise, [config.sigma_max])
             unstandardize(y, stain, "cells", config.sigma_data).clamp(0, 1).mul(255).round().to(torch.uint8)
 
-    encoder = EncoderEngine(network).eval()
-    branches = []
-    for stain in config.stains:
-        branches.append((BranchEngine(network, "images", stain, graphs.sigmas).eval(), "NOISE"))
-        branches.append((BranchEngine(network, "cells", stain, [config.sigma_max]).eval(), "NOISE_CELLS"))
-
-    @torch.inference_mode()
-    def folded(inputs: Arrays) -> None:
-        features = encoder(torch.from_numpy(inputs["HE"]))
-        for branch, noise in branches:
-            branch(*features, torch.from_numpy(inputs[noise]))
-
-    return eager, folded
+    sides: dict[str, Callable[[Arrays], object]] = {EAGER: eager}
+    if compiled:
+        sides[COMPILED] = _compiled_side(network, graphs)
+    return {name: run for name, run in sides.items() if not only or name in only}
 
 
-def _peaks(folder: Path, threads: int) -> tuple[dict[str, Callable[[], object]], float]:
-    """One large convolution in ONNX Runtime and in torch, and its floating-point operations."""
+def _compiled_side(network: DualDiffusion, graphs: GraphSet) -> Callable[[Arrays], object]:
+    """The modules that the graphs were traced from, behind torch.compile."""
     import torch
 
-    shape = (PEAK_BATCH, PEAK_CHANNELS, PEAK_SIZE, PEAK_SIZE)
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal(shape, dtype=np.float32)
-    weight = rng.standard_normal((PEAK_CHANNELS, PEAK_CHANNELS, 3, 3), dtype=np.float32)
-    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
-    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])
-    graph = helper.make_graph([node], "peak", tensors[:1], tensors[1:], [numpy_helper.from_array(weight, "w")])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    onnx.save(model, folder / "peak.onnx")
-    engine = OnnxRuntimeEngine(folder / "peak.onnx", threads=threads)
-    torch_x, torch_weight = torch.from_numpy(x), torch.from_numpy(weight)
+    from staindiffuser.export.modules import BranchEngine, EncoderEngine
+
+    config = network.config
+    encoder: Any = torch.compile(EncoderEngine(network).eval())
+    branches: list[tuple[Any, str]] = []
+    for stain in config.stains:
+        image = BranchEngine(network, "images", stain, graphs.sigmas).eval()
+        cells = BranchEngine(network, "cells", stain, [config.sigma_max]).eval()
+        branches += [(torch.compile(image), "NOISE"), (torch.compile(cells), "NOISE_CELLS")]
 
     @torch.inference_mode()
-    def in_torch() -> object:
-        return torch.nn.functional.conv2d(torch_x, torch_weight, padding=1)
+    def run(inputs: Arrays) -> None:
+        features = encoder(torch.from_numpy(inputs["HE"]))
+        for branch, name in branches:
+            noise = inputs[name][:, : graphs.steps] if name == "NOISE" else inputs[name]
+            branch(*features, torch.from_numpy(noise))
 
-    flops = 2.0 * weight.size * PEAK_SIZE**2 * PEAK_BATCH
-    return {"peak onnxruntime": lambda: engine.run({"x": x}, ["y"]), "peak torch": in_torch}, flops
+    return run
+
+
+def _peaks(
+    samples: Mapping[str, Sequence[Sample]], operations: Mapping[str, tuple[str, float]]
+) -> dict[str, tuple[float, float]]:
+    """The best GFLOP/s of each operation and precision, by wall and by CPU time."""
+    peaks: dict[str, tuple[float, float]] = {}
+    for side, (name, flops) in operations.items():
+        timing = Timing.of(samples[side])
+        wall, cpu = peaks.get(name, (0.0, 0.0))
+        peaks[name] = (max(wall, flops / timing.p50 / 1e6), max(cpu, flops / timing.cpu / 1e6))
+    return peaks
+
+
+def _row(
+    key: str,
+    samples: Mapping[str, Sequence[Sample]],
+    graphs: GraphSet,
+    gflop: Mapping[str, float],
+    peaks: Mapping[str, tuple[float, float]],
+) -> Row:
+    engine, what, batch_text = key.split("|")
+    batch = int(batch_text)
+    timing = Timing.of(samples[key], batch)
+    kept_mm = (graphs.tile - 2 * graphs.margin) * graphs.mpp / 1000
+    wall_peak, cpu_peak = peaks.get(f"convolution {'bf16' if engine.endswith('bf16') else 'fp32'}", (None, None))
+    reference = samples.get(f"{REFERENCE}|{what}|{batch}") if engine != REFERENCE else None
+
+    def relative(of: Callable[[Sample], float]) -> Spread | None:
+        if reference is None:
+            return None
+        return Spread.of([of(ours) / of(theirs) for ours, theirs in zip(samples[key], reference, strict=True)])
+
+    return Row(
+        engine=engine,
+        what=what,
+        batch=batch,
+        ms=timing,
+        tiles_per_second=1e3 / timing.p50,
+        mm2_per_second=kept_mm**2 * 1e3 / timing.p50,
+        gflops=gflop[what] * 1e3 / timing.p50,
+        share_of_peak=None if wall_peak is None else gflop[what] * 1e3 / timing.p50 / wall_peak,
+        share_of_peak_cpu=None if cpu_peak is None else gflop[what] * 1e3 / timing.cpu / cpu_peak,
+        relative=relative(lambda sample: sample.wall),
+        relative_cpu=relative(lambda sample: sample.cpu),
+    )

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from staindiffuser.benchmarks.measuring import Spread
 from staindiffuser.export import builders
 from staindiffuser.export.builders import Engine
 from staindiffuser.export.manifest import Manifest, verify
@@ -26,37 +27,12 @@ from staindiffuser.serving.server import TritonServer
 from staindiffuser.triton_models.noise import philox
 from staindiffuser.triton_models.shared.cpus import available_cpus
 
-__all__ = ["ServingReport", "Spread", "bench_serving"]
+__all__ = ["ServingReport", "bench_serving"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 IN_FLIGHT = 2
 """Requests in flight: one is computed while the other is received, noised and encoded."""
 _MESSAGE_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Values of the rounds, summarised."""
-
-    median: float
-    low: float
-    high: float
-    """``low`` and ``high``: 90 % bootstrap interval of the median."""
-    smallest: float
-    largest: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise."""
-        drawn = np.random.default_rng(0).choice(np.asarray(values), size=(2000, len(values)))
-        low, high = np.quantile(np.median(drawn, axis=1), [0.05, 0.95])
-        return cls(
-            median=statistics.median(values),
-            low=float(low),
-            high=float(high),
-            smallest=min(values),
-            largest=max(values),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

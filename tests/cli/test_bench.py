@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from staindiffuser.benchmarks.serving import Spread
+from staindiffuser.benchmarks.measuring import Spread
 from staindiffuser.export.repository import build_repository
 from tests.synthetic_graphs import write_graphs
 

@@ -3,33 +3,92 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from staindiffuser.benchmarks.engines import bench_engines, count_flops
+from staindiffuser.benchmarks.measuring import Sample, Timing, in_turns
+from staindiffuser.benchmarks.one_graph import join
+from staindiffuser.cli import app
+from staindiffuser.errors import UsageError
+from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import ManifestError
+from staindiffuser.export.parity import Golden, run_pipeline
+from staindiffuser.triton_models.engine.engine_onnxruntime import OnnxRuntimeEngine
+from staindiffuser.triton_models.noise.philox import tile_noise
+from tests.synthetic_graphs import write_graphs
 
 
-def test_report(tiny_checkpoint: Path, tiny_graphs: Path, tmp_path: Path) -> None:
+def test_report(tiny_checkpoint: Path, tiny_graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("staindiffuser.benchmarks.engines.STEPS", (1, 2))  # exporting takes seconds
+    for name in ("_CHANNELS", "_MATRIX"):  # and so do the peaks
+        monkeypatch.setattr(f"staindiffuser.benchmarks.limits.{name}", 16)
     file = tmp_path / "report.json"
-    command = [sys.executable, "-c", "from staindiffuser.cli import main; main()", "bench", "engines"]
     options = ["--graphs", str(tiny_graphs), "--batch", "1,2", "--rounds", "2", "--threads", "1", "--json", str(file)]
-    result = subprocess.run(
-        [*command, str(tiny_checkpoint), *options], capture_output=True, text=True, timeout=200, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    report = json.loads(file.read_text())
-    assert [entry["batch"] for entry in report["batches"]] == [1, 2]
-    for entry in report["batches"]:
-        assert entry["speed_up"] > 0
-        assert 0 < entry["share_of_peak"] < 1.5
-    assert 0.2 < report["four_stains_ratio"] < 5
-    assert set(report["engine_ms"]) == {"he_encoder", "stain_cd3", "cells_cd3", "stain_ck818", "cells_ck818"}
-    assert "convolution peak:" in result.stdout
-    assert "four stains:" in result.stdout
+    result = CliRunner().invoke(app, ["bench", "engines", str(tiny_checkpoint), *options])
+    assert result.exit_code == 0, result.output
+    report = json.loads(file.read_text(encoding="utf-8"))
+    graphs = GraphSet.load(tiny_graphs)
+    rows = {(row["engine"], row["what"], row["batch"]): row for row in report["rows"]}
+    parts = {"1 stain", "2 stains", "4 stains", "encoder", "image, 1 step", "image, 2 steps"}
+    whole = {"cell map", "2 stains, one graph"}
+    assert {what for engine, what, _ in rows if engine == "onnxruntime fp32"} == {*parts, *whole}
+    assert report["gflop"]["2 stains, one graph"] == report["gflop"]["2 stains"]
+    assert {batch for _, _, batch in rows} == {1, 2}
+    assert ("torch as trained", "2 stains", 2) in rows
+    assert ("torch fp32", "encoder", 1) in rows
+    assert report["gflop"]["4 stains"] == pytest.approx(2 * report["gflop"]["2 stains"] - report["gflop"]["encoder"])
+    assert report["gflop"]["image, 2 steps"] > 1.5 * report["gflop"]["image, 1 step"]
+    kept_mm2 = ((graphs.tile - 2 * graphs.margin) * graphs.mpp / 1000) ** 2
+    for (engine, what, _), row in rows.items():
+        ms = row["ms"]
+        assert 0 < ms["p50"] <= ms["p95"] <= ms["p99"]
+        assert ms["cpu"] > 0
+        assert row["tiles_per_second"] == pytest.approx(1000 / ms["p50"])
+        assert row["mm2_per_second"] == pytest.approx(kept_mm2 * row["tiles_per_second"])
+        assert row["gflops"] == pytest.approx(report["gflop"][what] * row["tiles_per_second"])
+        assert row["share_of_peak_cpu"] > 0
+        assert (row["relative"] is None) == (engine == "onnxruntime fp32")
+    assert report["peaks"]["convolution fp32"] > 0
+    assert report["machine"]["packages"]["onnxruntime"]
+    assert set(report["memory_mib"]) == {engine for engine, _, _ in rows} - {"torch as trained"}
+    assert "convolution fp32 peak:" in result.stdout
+    assert "tensorrt fp32: not here: " in result.stdout
+
+
+def test_an_engine_that_is_not_there_is_refused(tiny_checkpoint: Path, tiny_graphs: Path) -> None:
+    with pytest.raises(UsageError, match="--engine openvino int1: there is onnxruntime fp32"):
+        bench_engines(tiny_graphs, tiny_checkpoint, only=["openvino int1"], parts=False)
+
+
+def test_one_thread_takes_as_much_cpu_as_wall_time() -> None:
+    def work() -> None:
+        end = time.thread_time() + 0.02
+        while time.thread_time() < end:
+            pass
+
+    sides = {"work": work, "sleep": lambda: time.sleep(0.02)}
+    samples = in_turns(sides, 4)
+    assert len(samples["work"]) == 4
+    work_timing, sleep_timing = Timing.of(samples["work"], tiles=2), Timing.of(samples["sleep"])
+    assert work_timing.p50 >= work_timing.cpu >= 10
+    assert sleep_timing.cpu < 5 < sleep_timing.p50
+
+
+def test_wide_quartiles_are_not_trusted() -> None:
+    steady = [Sample(wall=1 + 0.001 * i, cpu=1) for i in range(9)]
+    assert Timing.of(steady).trusted
+    assert not Timing.of([*steady[:4], *(Sample(wall=2, cpu=1) for _ in range(5))]).trusted
+
+
+def test_the_order_changes_from_round_to_round() -> None:
+    order: list[str] = []
+    in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    assert order == ["b", "a", "a", "b", "b", "a"]
 
 
 def test_operations_are_counted_from_the_graph(tiny_graphs: Path) -> None:
@@ -46,3 +105,19 @@ def test_graphs_of_another_checkpoint_are_refused(tiny_graphs: Path, tmp_path: P
     (tmp_path / "model.safetensors").write_bytes(b"others")
     with pytest.raises(ManifestError, match="was exported from another checkpoint"):
         bench_engines(tiny_graphs, tmp_path)
+
+
+def test_one_graph_computes_what_the_engines_do(tmp_path: Path) -> None:
+    graphs = write_graphs(tmp_path, tile=32)
+    sources = {name: (tmp_path / engine.file, engine) for name, engine in graphs.engines.items()}
+    joined = join(sources, list(sources), tmp_path / "joined.onnx")
+    golden = Golden.load(tmp_path / graphs.golden)
+    engines = {name: OnnxRuntimeEngine(path, threads=1) for name, (path, _) in sources.items()}
+    _, expected = run_pipeline(engines, graphs.engines, steps=graphs.steps, tile=32, inputs=golden.inputs)
+    image, cells = tile_noise(golden.inputs["SEED"], golden.inputs["ORIGIN"], steps=graphs.steps, height=32, width=32)
+    inputs = {"HE": golden.inputs["HE"], "NOISE": image, "NOISE_CELLS": cells}
+    names = [tensor.name for tensor in joined.outputs]
+    assert {tensor.name for tensor in joined.inputs} == set(inputs)
+    found = OnnxRuntimeEngine(tmp_path / "joined.onnx", threads=1).run(inputs, names)
+    assert sorted(found) == sorted(expected)
+    assert all(np.abs(found[name].astype(int) - expected[name]).max() <= 1 for name in found)

@@ -1,0 +1,235 @@
+"""The page and the charts of what ``bench engines`` measured, from its JSON files alone.
+
+One file a machine, in ``benchmarks/results``. Where a machine was not idle, the page quotes CPU time, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from staindiffuser.benchmarks.engines import REFERENCE, EnginesReport, Row
+from staindiffuser.errors import InputError, UsageError
+
+__all__ = ["PATTERN", "headline", "read_results", "write_report"]
+
+PATTERN = "engines-*.json"
+_PARTS = ("encoder", "image, 1 step", "image, 2 steps", "image, 4 steps", "cell map")
+_COLOURS = {"fp32": "#4a6fa5", "bf16": "#c8553d", "trained": "#8a8a8a"}
+
+
+def read_results(folder: Path) -> dict[str, EnginesReport]:
+    """Every machine's report, by file name.
+
+    Raises:
+        UsageError: there is none.
+        InputError: a file is not one.
+    """
+    files = sorted(folder.glob(PATTERN))
+    if not files:
+        raise UsageError(f"{folder} holds no {PATTERN}: write one with `staindiffuser bench engines --json`")
+    adapter = TypeAdapter(EnginesReport, config=ConfigDict(extra="forbid"))
+    reports = {}
+    for file in files:
+        try:
+            reports[file.name] = adapter.validate_json(file.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise InputError(f"{file} is no report of `bench engines`: {where}: {first['msg']}") from error
+    return reports
+
+
+def headline(report: EnginesReport) -> tuple[str, float]:
+    """The engine that needs least CPU time for the whole work of a tile, and its share of the reference's."""
+    rows = [row for row in report.rows if row.what == report.headline and row.batch == report.rows[0].batch]
+    best = min((row for row in rows if row.relative_cpu is not None), key=lambda row: row.ms.cpu)
+    assert best.relative_cpu is not None
+    return best.engine, best.relative_cpu.median
+
+
+def write_report(results: Path, output: Path) -> Path:
+    """Write ``benchmarks.md`` and its charts into a folder; returns the page.
+
+    Raises:
+        UsageError, InputError: see :func:`read_results`.
+    """
+    reports = read_results(results)
+    output.mkdir(parents=True, exist_ok=True)
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `make bench` from `benchmarks/results`: change nothing here by hand. Every engine that the machine",
+        "can run, in turns in one process, on the same weights and noise. A *share of the peak* is that of the",
+        "machine's fastest library on one large convolution of the same precision.",
+        "",
+    ]
+    for name, report in reports.items():
+        stem = Path(name).stem
+        lines += _section(name, report)
+        _chart_engines(report, output / f"{stem}.png")
+        lines += ["", f"![Time of the whole work by engine]({stem}.png)"]
+        if any(row.what == "encoder" for row in report.rows):
+            _chart_parts(report, output / f"{stem}-parts.png")
+            lines += ["", f"![Where the time goes, by engine]({stem}-parts.png)"]
+        if len({row.batch for row in report.rows}) > 1:
+            _chart_batches(report, output / f"{stem}-batches.png")
+            lines += ["", f"![Throughput against batch size]({stem}-batches.png)"]
+        lines += [""]
+    page = output / "benchmarks.md"
+    page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return page
+
+
+def _section(name: str, report: EnginesReport) -> list[str]:
+    machine = report.machine
+    packages = ", ".join(f"{package} {version}" for package, version in machine.packages.items())
+    busy = machine.load > machine.cores * 0.75
+    lines = [
+        f"## {machine.gpu or machine.processor}",
+        "",
+        f"{machine.cores} cores ({', '.join(machine.instructions)}), {machine.memory_gib:g} GiB, Python "
+        f"{machine.python}, {packages}; {machine.date}, commit `{machine.commit}`, `{name}`. Model {report.model_name} "
+        f"`{report.model_version[:12]}`, tiles of {report.tile} px at {report.mpp:g} µm, {report.steps} sampler "
+        f"step(s); {report.threads} thread(s) an engine, {report.rounds} rounds.",
+        "",
+    ]
+    if busy:
+        lines += [
+            f"**The machine was not idle**: {machine.load:g} runnable processes on {machine.cores} cores. Wall times "
+            "are what its other users left over; only CPU times and their ratios mean something.",
+            "",
+        ]
+    lines += [f"Peaks, GFLOP/s of wall time: {', '.join(f'{n} {v:.0f}' for n, v in report.peaks.items())}.", ""]
+    lines += [
+        "| work | batch | engine | p50 / p95 / p99, ms a tile | tiles/s | mm²/s | CPU, ms a tile | × of the default's "
+        "CPU time (90 %) | share of peak, CPU time |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|",
+        *(_line(row) for row in _sorted(report.rows)),
+        "",
+        "A `?` marks a wall time whose quartiles are more than 15 % apart: do not quote it.",
+        "",
+        "Memory while loaded: " + ", ".join(f"{n} {v:.0f} MiB" for n, v in report.memory_mib.items()) + ".",
+    ]
+    if report.absent:
+        lines += ["Not here: " + "; ".join(f"{n} ({why})" for n, why in report.absent.items()) + "."]
+    return lines
+
+
+def _line(row: Row) -> str:
+    relative = (
+        ""
+        if row.relative_cpu is None
+        else (f"{row.relative_cpu.median:.2f} ({row.relative_cpu.low:.2f} to {row.relative_cpu.high:.2f})")
+    )
+    share = "" if row.share_of_peak_cpu is None else f"{row.share_of_peak_cpu:.0%}"
+    doubt = "" if row.ms.trusted else " ?"
+    return (
+        f"| {row.what} | {row.batch} | {row.engine} | {row.ms.p50:.0f} / {row.ms.p95:.0f} / {row.ms.p99:.0f}{doubt} | "
+        f"{row.tiles_per_second:.2f} | {row.mm2_per_second:.3f} | {row.ms.cpu:.0f} | {relative} | {share} |"
+    )
+
+
+def _sorted(rows: Sequence[Row]) -> list[Row]:
+    order = {what: index for index, what in enumerate(_PARTS)}
+    return sorted(rows, key=lambda row: (order.get(row.what, -1), row.what, row.batch, row.ms.cpu))
+
+
+def _colour(engine: str) -> str:
+    return _COLOURS.get(engine.split()[-1], "#6d9c6d")
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def _of(report: EnginesReport, what: str, batch: int) -> Mapping[str, Row]:
+    rows = [row for row in report.rows if row.what == what and row.batch == batch]
+    return {row.engine: row for row in sorted(rows, key=lambda row: -row.ms.cpu)}
+
+
+def _chart_engines(report: EnginesReport, path: Path) -> None:
+    """Bars of CPU time, longest first, each with its ratio to the default."""
+    plt = _pyplot()
+    batch = report.rows[0].batch
+    rows = _of(report, report.headline, batch)
+    figure, axis = plt.subplots(figsize=(8, 0.7 + 0.5 * len(rows)), layout="constrained")
+    bars = axis.barh(list(rows), [row.ms.cpu for row in rows.values()], color=[_colour(engine) for engine in rows])
+    labels = []
+    for engine, row in rows.items():
+        ratio = "the default" if engine == REFERENCE else f"× {row.relative_cpu.median:.2f}" if row.relative_cpu else ""
+        share = "" if row.share_of_peak_cpu is None else f", {row.share_of_peak_cpu:.0%} of the peak"
+        labels.append(f" {row.ms.cpu:.0f} ms  {ratio}{share}")
+    axis.bar_label(bars, labels)
+    axis.set_xlim(0, 1.5 * max(row.ms.cpu for row in rows.values()))
+    axis.set(
+        xlabel="CPU time of a tile, ms (shorter is faster)",
+        title=f"A tile of {report.tile} px with {report.headline} and their cells, batch {batch}",
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _chart_parts(report: EnginesReport, path: Path) -> None:
+    """Groups of bars: what each part of the work costs on each engine."""
+    plt = _pyplot()
+    batch = report.rows[0].batch
+    parts = [part for part in _PARTS if _of(report, part, batch)]
+    engines = [row.engine for row in _of(report, parts[0], batch).values()]
+    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
+    hatches = ("", "//", "..", "xx", "--")
+    for index, engine in enumerate(engines):
+        heights = [_of(report, part, batch)[engine].ms.cpu for part in parts]
+        positions = [i + 0.8 * (index - (len(engines) - 1) / 2) / len(engines) for i in range(len(parts))]
+        bars = axis.bar(
+            positions,
+            heights,
+            0.75 / len(engines),
+            label=engine,
+            color=_colour(engine),
+            hatch=hatches[index % 5],
+            edgecolor="white",
+        )
+        axis.bar_label(bars, [f"{height:.0f}" for height in heights], fontsize=8)
+    axis.set_xticks(range(len(parts)), parts)
+    axis.set(ylabel="CPU time of a tile, ms", title=f"Where the time goes: one part at a time, batch {batch}")
+    axis.legend()
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _chart_batches(report: EnginesReport, path: Path) -> None:
+    """Lines: throughput against batch size."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    markers = "osD^vP"
+    engines = sorted({row.engine for row in report.rows})
+    for index, engine in enumerate(engines):
+        rows = sorted(
+            (row for row in report.rows if row.engine == engine and row.what == report.headline),
+            key=lambda row: row.batch,
+        )
+        axis.plot(
+            [row.batch for row in rows],
+            [1e3 / row.ms.cpu for row in rows],
+            marker=markers[index % 6],
+            color=_colour(engine),
+            label=engine,
+        )
+    axis.set_xticks(sorted({row.batch for row in report.rows}))
+    axis.set_ylim(0)
+    axis.set(xlabel="batch size", ylabel="tiles a second of CPU time", title="Throughput against batch size")
+    axis.legend()
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)

@@ -25,7 +25,10 @@ def join(sources: Mapping[str, tuple[Path, EngineGraph]], names: Sequence[str], 
         names: which, the encoder first. Its features stay inside.
         path: the file to write.
     """
-    nodes, weights, inputs, outputs = [], [], {}, {}
+    nodes: list[onnx.NodeProto] = []
+    weights: list[onnx.TensorProto] = []
+    inputs: dict[str, onnx.ValueInfoProto] = {}
+    outputs: dict[str, onnx.ValueInfoProto] = {}
     models = [_prefixed(onnx.load(sources[name][0]), f"{name}/") for name in names]
     for model in models:
         nodes += model.graph.node

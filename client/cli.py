@@ -42,7 +42,7 @@ def stain(
         bool,
         typer.Option(
             "--fast",
-            help="The demonstration model on the fastest engines of this CPU, measured once; pixels differ by a few "
+            help="A model that ships, on the fastest engines of this CPU, measured once; pixels differ by a few "
             "grey levels from the default's.",
         ),
     ] = False,

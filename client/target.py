@@ -25,7 +25,7 @@ class Target:
     repository: Path | None = None
     """A model repository to serve during the work; without addresses either, the demonstration model is served."""
     fast: bool = False
-    """Serve the demonstration model on the fastest engines of this CPU, measured once; pixels differ by a few grey
+    """Serve a model that ships on the fastest engines of this CPU, measured once; pixels differ by a few grey
     levels from the default's, which are the same on every machine, give or take one."""
     timeout: float = 300.0
     """Seconds to wait for the answer to a request."""
@@ -39,8 +39,8 @@ class Target:
     def __post_init__(self) -> None:
         if self.addresses and self.repository is not None:
             raise ValueError("--server and --repository are mutually exclusive: --server names a running server")
-        if self.fast and (self.addresses or self.repository is not None):
-            raise ValueError("--fast is for the demonstration model: build yours with `export build --target auto`")
+        if self.fast and self.addresses:
+            raise ValueError("--fast is for a model that is served here: start the running server with `serve --fast`")
         for address in self.addresses:
             if not re.fullmatch(r"[^\s/]+:\d{1,5}", address):
                 raise ValueError(f"--server must be HOST:PORT of the server's gRPC endpoint, not {address!r}")

@@ -25,7 +25,7 @@ def serve(
         bool,
         typer.Option(
             "--fast",
-            help="The demonstration model on the fastest engines of this CPU, measured at the first start; pixels "
+            help="A model that ships, on the fastest engines of this CPU, measured at the first start; pixels "
             "differ by a few grey levels from the default's.",
         ),
     ] = False,
@@ -52,7 +52,7 @@ def serve(
     import signal
     from types import FrameType
 
-    from staindiffuser.errors import EXIT_INTERRUPTED, StainDiffuserError, UsageError
+    from staindiffuser.errors import EXIT_INTERRUPTED, StainDiffuserError
     from staindiffuser.serving import systemd
     from staindiffuser.serving.audit import AuditLog
     from staindiffuser.serving.demo import repository_of
@@ -69,8 +69,6 @@ def serve(
         signal.signal(number, stop)
     log_book = AuditLog(audit)
     try:
-        if fast and repository is not None:
-            raise UsageError("--fast is for the demonstration model: build yours with `export build --target auto`")
         chosen = repository_of(repository, say, fast=fast)
         log_book.record("start", repository=str(chosen.absolute()), grpc_port=grpc_port)
         server = TritonServer(

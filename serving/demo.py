@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from staindiffuser.errors import UsageError
 from staindiffuser.export.builders import BuildOptions
 from staindiffuser.export.choosing import AUTO, choice_key
 from staindiffuser.export.description import GraphSet
@@ -56,6 +57,8 @@ def repository_of(asked: Path | None, progress: Progress = lambda message: None,
     if asked is None:
         graphs = demo_graphs()
     elif asked.exists() or str(asked) not in shipped_models():
+        if fast:
+            raise UsageError(f"--fast is for models that ship: build {asked} with `export build --target auto`")
         return asked
     else:
         graphs = shipped_models()[str(asked)]

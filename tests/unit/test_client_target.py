@@ -16,6 +16,7 @@ from staindiffuser.client.testing import FakeTriton
         ({"addresses": ("h:1", "http://host:1")}, "--server"),
         ({"addresses": ("h:1",), "repository": Path("r")}, "--repository"),
         ({"addresses": ("h:1", "h:1")}, "twice"),
+        ({"addresses": ("h:1",), "fast": True}, "--fast"),
         ({"timeout": 0.0}, "--timeout"),
         ({"patience": -1.0}, "--patience"),
     ],

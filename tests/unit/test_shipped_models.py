@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from staindiffuser.errors import UsageError
 from staindiffuser.export.manifest import Manifest
 from staindiffuser.serving import demo
+from tests.synthetic_graphs import write_graphs
 
 
 def test_a_model_that_ships_is_found_by_its_name(
@@ -28,3 +30,24 @@ def test_any_other_name_is_a_folder(tmp_path: Path) -> None:
     assert demo.repository_of(tmp_path / "models") == tmp_path / "models"
     assert "demo" in demo.shipped_models()
     assert demo.demo_graphs() == demo.shipped_models()["demo"]
+
+
+def test_fast_takes_what_was_measured_here_and_does_not_measure_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_graphs(tmp_path / "graphs", tile=32)
+    monkeypatch.setenv("STAINDIFFUSER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo, "shipped_models", lambda: {"demo": tmp_path / "graphs"})
+    said: list[str] = []
+    repository = demo.repository_of(None, said.append, fast=True)
+    manifest = Manifest.load(repository)
+    assert manifest.choice is not None
+    assert f"chosen for {manifest.choice.processor}: {manifest.target} {manifest.precision}" in said
+    times = len([line for line in said if "ms a tile" in line])
+    assert times == (len(manifest.choice.ms_per_tile) if len(manifest.choice.ms_per_tile) > 1 else 0)
+    said.clear()
+    assert demo.repository_of(Path("demo"), said.append, fast=True) == repository
+    assert not any("ms a tile" in line for line in said)
+    assert demo.repository_of(None) != repository
+    with pytest.raises(UsageError, match=r"--fast is for models that ship: build .*models"):
+        demo.repository_of(tmp_path / "models", fast=True)

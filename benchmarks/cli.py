@@ -9,6 +9,7 @@ import typer
 
 from staindiffuser.benchmarks.ablations_cli import ablations
 from staindiffuser.benchmarks.engines_cli import engines
+from staindiffuser.benchmarks.load_cli import load
 from staindiffuser.benchmarks.loader import loader
 from staindiffuser.benchmarks.slide import slide
 from staindiffuser.files import check_file
@@ -201,3 +202,4 @@ app.command(
     epilog="Examples: staindiffuser bench engines --rounds 5 --json engines.json\n\n"
     "staindiffuser bench engines --batch 1,2,4,8 --no-parts --engine 'onnxruntime fp32' --engine 'openvino bf16'",
 )(engines)
+app.command(epilog="Example: staindiffuser bench load models --clients 1,16 --shares 0.25,0.5 --json load.json")(load)

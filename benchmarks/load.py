@@ -1,0 +1,294 @@
+"""A real server under load: how much it can take, and how long people wait at less.
+
+Closed loop: a number of clients, each of which sends its next request once the last is answered. It tells the most that
+a server does. Open loop: requests arrive at random moments (Poisson), whether or not the earlier ones are answered, as
+people's do. Latency counts from the moment at which a request was due, so that a slow server cannot hide its queue by
+slowing its clients down.
+
+The other side is the same engines behind Starlette and uvicorn, see :mod:`~staindiffuser.benchmarks.rival`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from staindiffuser.benchmarks.measuring import Machine
+from staindiffuser.benchmarks.rival import encode, output_names
+from staindiffuser.errors import DependencyError
+from staindiffuser.export.manifest import Manifest, verify
+from staindiffuser.serving.server import TritonServer
+from staindiffuser.triton_models.noise import philox
+
+__all__ = ["LoadReport", "OpenLoop", "bench_load"]
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+Call = Callable[[Arrays], Arrays]
+TRITON, RIVAL = "Triton", "Starlette + uvicorn"
+_MESSAGE_BYTES = 1 << 30
+_MOST_WAITING = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenLoop:
+    """Requests that arrived at random."""
+
+    share: float
+    """Of what this server can take."""
+    offered: float
+    answered: float
+    """Requests a second, until the last was answered."""
+    requests: int
+    failed: int
+    p50: float | None
+    p95: float | None
+    p99: float | None
+    """Milliseconds from when a request was due; None if none was answered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What was measured."""
+
+    machine: Machine
+    model_name: str
+    model_version: str
+    target: str
+    tile: int
+    batch: int
+    threads: int
+    seconds: float
+    clients: tuple[int, ...]
+    closed: Mapping[str, tuple[float, ...]]
+    """Requests a second by server, for each number of clients."""
+    open: Mapping[str, tuple[OpenLoop, ...]]
+    triton_ms: Mapping[str, Mapping[str, float]]
+    """Triton's own account of a request, by model: ``queue``, ``input``, ``compute``, ``output``."""
+    same_bytes: bool
+
+
+def bench_load(
+    repository: Path,
+    *,
+    batch: int = 1,
+    clients: Sequence[int] = (1, 16),
+    shares: Sequence[float] = (0.25, 0.5, 0.75),
+    seconds: float = 10.0,
+    threads: int | None = None,
+    rival: bool = True,
+    progress: Callable[[str], None] = lambda message: None,
+) -> LoadReport:
+    """Measure a model repository behind Triton, and behind what a user would write.
+
+    Args:
+        repository: what ``export build`` wrote.
+        batch: tiles a request.
+        clients: of the closed loop; the last number saturates.
+        shares: of the saturated throughput, at which requests arrive in the open loop.
+        seconds: of each measurement.
+        threads: of each engine; the repository's by default.
+        rival: also the other side.
+        progress: called with one line per step.
+
+    Raises:
+        VerificationError, ServerError, DependencyError: as the server does.
+    """
+    manifest = verify(repository)
+    threads = manifest.threads if threads is None else threads
+    batches = [_random_batch(manifest, batch, seed) for seed in range(4)]
+    closed: dict[str, tuple[float, ...]] = {}
+    opened: dict[str, tuple[OpenLoop, ...]] = {}
+    answers: list[Arrays] = []
+    statistics: Mapping[str, Mapping[str, float]] = {}
+    for name, serve in ((TRITON, _triton), (RIVAL, _rival))[: 2 if rival else 1]:
+        with serve(repository, manifest, threads) as (call, account):
+            answers.append(call(batches[0]))
+            rates = []
+            for count in clients:
+                rates.append(_closed_loop(call, batches, count, seconds))
+                progress(f"{name}: {rates[-1]:.2f} requests/s with {count} clients")
+            closed[name] = tuple(rates)
+            loops = []
+            for share in shares:
+                loops.append(_open_loop(call, batches, share, rates[-1], seconds))
+                last = loops[-1]
+                progress(f"{name} at {share:.0%}: {last.requests} requests, {last.failed} refused")
+            opened[name] = tuple(loops)
+            statistics = statistics or account()
+    return LoadReport(
+        machine=Machine.here(),
+        model_name=manifest.model_name,
+        model_version=manifest.model_version,
+        target=manifest.target,
+        tile=manifest.tile,
+        batch=batch,
+        threads=threads,
+        seconds=seconds,
+        clients=tuple(clients),
+        closed=closed,
+        open=opened,
+        triton_ms=statistics,
+        same_bytes=all(np.array_equal(a[name], answers[0][name]) for a in answers for name in output_names(manifest)),
+    )
+
+
+def _closed_loop(call: Call, batches: Sequence[Arrays], clients: int, seconds: float) -> float:
+    """Requests a second."""
+    begin = time.perf_counter()
+    end = begin + seconds
+    done = [0] * clients
+
+    def client(index: int) -> None:
+        while time.perf_counter() < end:
+            call(batches[done[index] % len(batches)])
+            done[index] += 1
+
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(client, range(clients)))
+    return sum(done) / (time.perf_counter() - begin)  # the last requests end after the time is up
+
+
+def _open_loop(call: Call, batches: Sequence[Arrays], share: float, saturated: float, seconds: float) -> OpenLoop:
+    rate = share * saturated
+    generator = np.random.default_rng(round(1e3 * share))
+    due = np.cumsum(generator.exponential(1 / rate, max(8, int(rate * seconds))))
+    latencies: list[float] = []
+    failed = 0
+    lock = threading.Lock()
+    begin = time.perf_counter()
+
+    def send(index: int) -> None:
+        nonlocal failed
+        try:
+            call(batches[index % len(batches)])
+        except Exception:  # a refusal under load is a result: it is counted
+            with lock:
+                failed += 1
+            return
+        with lock:
+            latencies.append((time.perf_counter() - begin - due[index]) * 1e3)
+
+    with ThreadPoolExecutor(min(_MOST_WAITING, len(due))) as pool:
+        for index, moment in enumerate(due):
+            time.sleep(max(0.0, begin + moment - time.perf_counter()))
+            pool.submit(send, index)
+    elapsed = time.perf_counter() - begin
+    p50, p95, p99 = np.percentile(latencies, [50, 95, 99]).tolist() if latencies else (None, None, None)
+    return OpenLoop(
+        share=share,
+        offered=rate,
+        answered=len(latencies) / elapsed,
+        requests=len(due),
+        failed=failed,
+        p50=p50,
+        p95=p95,
+        p99=p99,
+    )
+
+
+Account = Callable[[], Mapping[str, Mapping[str, float]]]
+"""A server's own account of what took how long."""
+
+
+@contextlib.contextmanager
+def _triton(repository: Path, manifest: Manifest, threads: int) -> Iterator[tuple[Call, Account]]:
+    import tritonclient.grpc as triton
+
+    names = output_names(manifest)
+    options = [
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.max_send_message_length", _MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+    ]
+    with TritonServer(repository, threads=threads) as server:
+        client = triton.InferenceServerClient(server.url, channel_args=options)
+
+        def call(inputs: Arrays) -> Arrays:
+            tensors = []
+            for name, dtype in (("HE", "UINT8"), ("ORIGIN", "INT64"), ("SEED", "INT64")):
+                tensor = triton.InferInput(name, inputs[name].shape, dtype)
+                tensors.append(tensor.set_data_from_numpy(inputs[name]))
+            asked = [triton.InferRequestedOutput(name) for name in names]
+            result = client.infer("staindiffuser", tensors, outputs=asked)
+            return {name: result.as_numpy(name) for name in names}
+
+        def account() -> Mapping[str, Mapping[str, float]]:
+            told = {}
+            for model in client.get_inference_statistics().model_stats:
+                stats, count = model.inference_stats, max(1, int(model.inference_stats.success.count))
+                parts = {
+                    "queue": stats.queue,
+                    "input": stats.compute_input,
+                    "compute": stats.compute_infer,
+                    "output": stats.compute_output,
+                }
+                told[model.name] = {name: int(part.ns) / 1e6 / count for name, part in parts.items()}
+            return told
+
+        try:
+            yield call, account
+        finally:
+            client.close()
+
+
+@contextlib.contextmanager
+def _rival(repository: Path, manifest: Manifest, threads: int) -> Iterator[tuple[Call, Account]]:
+    names = output_names(manifest)
+    command = [sys.executable, "-m", "staindiffuser.benchmarks.rival", os.fspath(repository), str(threads)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, contextlib.ExitStack() as stack:
+        try:
+            assert process.stdout is not None
+            told = process.stdout.readline()
+            if not told:
+                raise DependencyError(f"{RIVAL} did not start: pip install 'staindiffuser[view]', or --no-rival")
+            idle: list[http.client.HTTPConnection] = []
+
+            def call(inputs: Arrays) -> Arrays:
+                try:
+                    connection = idle.pop()
+                except IndexError:
+                    connection = http.client.HTTPConnection("127.0.0.1", int(told))
+                    stack.callback(connection.close)
+                connection.request("POST", "/", encode(inputs))
+                response = connection.getresponse()
+                body = response.read()
+                if response.status != http.HTTPStatus.OK:
+                    raise RuntimeError(f"{RIVAL}: {response.status}")
+                idle.append(connection)
+                return _outputs(body, names, len(inputs["HE"]), manifest.tile)
+
+            yield call, dict
+        finally:
+            process.kill()
+
+
+def _outputs(body: bytes, names: Sequence[str], batch: int, tile: int) -> Arrays:
+    outputs = {}
+    first = 0
+    for name in names:
+        channels = 3 if name.startswith("STAIN_") else 1
+        last = first + batch * tile * tile * channels
+        outputs[name] = np.frombuffer(body[first:last], np.uint8).reshape(batch, tile, tile, channels)
+        first = last
+    return outputs
+
+
+def _random_batch(manifest: Manifest, batch: int, seed: int) -> Arrays:
+    generator = np.random.default_rng(seed)
+    return {
+        "HE": generator.integers(0, 256, (batch, manifest.tile, manifest.tile, 3), dtype=np.uint8),
+        "ORIGIN": generator.integers(-64, 64, (batch, 2)) * philox.ORIGIN_MULTIPLE,
+        "SEED": generator.integers(0, 2**40, (batch, 1)),
+    }

@@ -73,6 +73,14 @@ def stain(
         bool,
         typer.Option("--allow-damaged", help="Leave out damaged tiles instead of refusing the slide."),
     ] = False,
+    mask: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|none|FILE.geojson",
+            help="Stain the tissue that is found, everything, or polygons (QuPath's export, level-0 pixels).",
+        ),
+    ] = "auto",
+    save_mask: Annotated[bool, typer.Option("--save-mask", help="Also write tissue.png: what was found.")] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Also write preview.png.")] = False,
     keep_names: Annotated[
         bool,
@@ -110,6 +118,8 @@ def stain(
     staindiffuser stain slide.svs
 
     staindiffuser stain *.svs --output stained --stains ck818 --server 127.0.0.1:8001
+
+    staindiffuser stain slide.svs --mask tumour.geojson --save-mask
     """
     import shlex
     import sys
@@ -132,6 +142,8 @@ def stain(
             cells=cells,
             nuclei=nuclei,
             allow_damaged=allow_damaged,
+            mask=mask,
+            save_mask=save_mask,
             preview=preview,
             keep_names=keep_names,
             overwrite=overwrite,

@@ -25,7 +25,7 @@ from staindiffuser.client.progress import Reporter, TerminalReporter
 from staindiffuser.client.staining import SlideJob
 from staindiffuser.client.summary import Outcome, write_summary
 from staindiffuser.client.target import Target
-from staindiffuser.errors import EXIT_SOME_FAILED, InputError, StainDiffuserError
+from staindiffuser.errors import EXIT_SOME_FAILED, InputError, StainDiffuserError, UsageError
 
 __all__ = ["run_command"]
 
@@ -70,6 +70,8 @@ def run_command(
         slides = find_inputs(inputs, output)
         batch = _Batch(slides, target, options, reporter, as_json=as_json, dry_run=dry_run, command=command)
         hide = batch.hide
+        if len(slides) > 1 and options.mask not in ("auto", "none"):
+            raise UsageError(f"--mask {options.mask} fits one slide, not {len(slides)}: stain that slide by itself")
         try:
             with _sigterm_like_ctrl_c():
                 batch.run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = ["StainingOptions"]
 
@@ -29,6 +30,10 @@ class StainingOptions:
     """Find the nuclei of the H&E as well, on a sample of a large slide: the scores then say which share is stained."""
     allow_damaged: bool = False
     """Stain a slide some tiles of which cannot be decoded; they are left out and listed in ``run.json``."""
+    mask: str | Path = "auto"
+    """What is stained: the tissue that is found (``auto``), everything (``none``), or the polygons of a GeoJSON."""
+    save_mask: bool = False
+    """Write ``tissue.png``."""
     preview: bool = False
     """Write ``preview.png``."""
     keep_names: bool = False

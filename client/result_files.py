@@ -25,10 +25,11 @@ from staindiffuser.imaging.instances import PROBABILITY
 from staindiffuser.imaging.ome_tiff import ImageInfo, PyramidWriter
 from staindiffuser.imaging.slides import DamagedRegion
 
-__all__ = ["CELLS_FILE", "PREVIEW_FILE", "ResultFiles", "cell_map_file", "image_file", "output_images"]
+__all__ = ["CELLS_FILE", "MASK_FILE", "PREVIEW_FILE", "ResultFiles", "cell_map_file", "image_file", "output_images"]
 
 CELLS_FILE = "cells.geojson.gz"
 PREVIEW_FILE = "preview.png"
+MASK_FILE = "tissue.png"
 THREADS = 2
 """Threads that compose, encode and find cells."""
 

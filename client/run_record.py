@@ -29,6 +29,7 @@ __all__ = [
     "RUN_JSON",
     "SYNTHETIC",
     "InputRecord",
+    "MaskRecord",
     "ModelRecord",
     "Request",
     "ResultRecord",
@@ -112,6 +113,9 @@ class Request:
     preview: bool
     keep_names: bool = False
     nuclei: bool = True
+    mask: str = "auto"
+    """``auto``, ``none``, or the SHA-256 of the GeoJSON file."""
+    save_mask: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -124,6 +128,19 @@ class ResultRecord:
     """µm per pixel."""
     resampled: bool
     """Whether the input was resampled to the model's pixel size."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MaskRecord:
+    """What was found on the slide, as shares of its area; ``tissue_fraction`` is the share of the tissue that shows."""
+
+    shown_fraction: float
+    """What shows in the result: the tissue and what is near it, or the regions that were asked for."""
+    pen_fraction: float
+    """Marker pen, left out."""
+    unscanned_fraction: float
+    mpp: tuple[float, float]
+    """Pixel size of ``tissue.png``, µm."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -177,6 +194,8 @@ class RunRecord:
     damaged: tuple[DamagedRegion, ...]
     """Regions of the input that could not be decoded and are left out, in pixels of the level."""
     tissue_fraction: float
+    mask: MaskRecord | None = None
+    """None in records of earlier versions."""
     cells: dict[str, int]
     """Number of cells per stain label."""
     scores: Scores | None

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from staindiffuser.client.blending import Rectangle
 from staindiffuser.client.contract import ModelContract
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.progress import Stopwatch
 from staindiffuser.client.tiling import GridTile, TileGrid
+from staindiffuser.errors import InputError
+from staindiffuser.imaging.annotations import coverage, read_regions
 from staindiffuser.imaging.errors import PixelSizeError
 from staindiffuser.imaging.ome_tiff import SIDE
 from staindiffuser.imaging.pixel_size import SAME_PIXEL_SIZE, PixelSize
 from staindiffuser.imaging.slides import Slide
-from staindiffuser.imaging.tissue import TissueMask, find_tissue, read_overview
+from staindiffuser.imaging.tissue import Overview, TissueMask, find_tissue, read_overview, restricted
 
 __all__ = ["Estimate", "SlidePlan", "plan_slide"]
 
+PEN_WARNING = 0.002
+"""Share of the slide from which pen is worth a word."""
 COARSE, UPSAMPLING = 1.5, 2.0
 """Input pixels larger than the model's by the first factor cause a warning, by the second a refusal."""
 
@@ -87,7 +94,9 @@ class SlidePlan:
         return rectangles
 
 
-def plan_slide(slide: Slide, mpp: PixelSize, contract: ModelContract, watch: Stopwatch) -> SlidePlan:
+def plan_slide(
+    slide: Slide, mpp: PixelSize, contract: ModelContract, watch: Stopwatch, mask: str | Path = "auto"
+) -> SlidePlan:
     """Find the tissue and choose the tiles.
 
     Args:
@@ -95,9 +104,11 @@ def plan_slide(slide: Slide, mpp: PixelSize, contract: ModelContract, watch: Sto
         mpp: its pixel size at level 0, µm per pixel.
         contract: of the model that will stain it.
         watch: times the stage ``tissue``.
+        mask: see :class:`~staindiffuser.client.options.StainingOptions`.
 
     Raises:
         PixelSizeError: the slide's pixels are too large for the model.
+        InputError: the file of ``mask`` is not GeoJSON, or its polygons lie outside the slide.
         SlideError: part of the slide is damaged.
     """
     if max(mpp) > UPSAMPLING * contract.mpp * (1 + SAME_PIXEL_SIZE):
@@ -108,17 +119,34 @@ def plan_slide(slide: Slide, mpp: PixelSize, contract: ModelContract, watch: Sto
     view = ModelView(slide, mpp, contract.mpp)
     grid = TileGrid.for_model(contract, *view.size)
     with watch.stage("tissue"):
-        mask = find_tissue(read_overview(slide, mpp), view.mpp)
-        tiles = tuple(_tiles_with_tissue(grid, mask))
+        overview = read_overview(slide, mpp)
+        found = _shown_by(mask, find_tissue(overview, view.mpp), slide, mpp, overview)
+        tiles = tuple(_tiles_with_tissue(grid, found))
     warnings = [f"warning: {note}" for note in slide.notes]
     if max(mpp) > COARSE * contract.mpp:
         warnings.append(
             f"warning: {slide.path.name} has pixels of {max(mpp):.2f} µm, but the model was trained at "
             f"{contract.mpp:g} µm and will lack details that it needs"
         )
+    if (pen := found.pen_fraction) > PEN_WARNING and mask == "auto":
+        warnings.append(f"warning: marker pen covers {pen:.1%} of {slide.path.name}: it is left out, over tissue too")
     if not tiles:
         warnings.append(f"warning: no tissue found on {slide.path.name}: the result is empty")
-    return SlidePlan(slide=slide, mpp=mpp, view=view, grid=grid, mask=mask, tiles=tiles, warnings=tuple(warnings))
+    return SlidePlan(slide=slide, mpp=mpp, view=view, grid=grid, mask=found, tiles=tiles, warnings=tuple(warnings))
+
+
+def _shown_by(mask: str | Path, found: TissueMask, slide: Slide, mpp: PixelSize, overview: Overview) -> TissueMask:
+    """The mask that a user asks for."""
+    if mask == "auto":
+        return found
+    height, width = found.shown.shape
+    if mask == "none":
+        return restricted(found, np.ones((height, width), np.float32))
+    scale = (overview.mpp[0] / mpp[0], overview.mpp[1] / mpp[1])
+    shown = coverage(read_regions(Path(mask)), (width, height), scale)
+    if not shown.any():
+        raise InputError(f"{mask}: no part of it lies on {slide.path}; coordinates must be its level-0 pixels")
+    return restricted(found, shown)
 
 
 def _tiles_with_tissue(grid: TileGrid, mask: TissueMask) -> list[GridTile]:

@@ -17,12 +17,13 @@ from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.pipeline import stained_rows
 from staindiffuser.client.preview import PANEL, write_preview
 from staindiffuser.client.progress import Reporter, Stopwatch
-from staindiffuser.client.result_files import PREVIEW_FILE, ResultFiles, output_images
+from staindiffuser.client.result_files import MASK_FILE, PREVIEW_FILE, ResultFiles, output_images
 from staindiffuser.client.result_folder import ResultFolder
 from staindiffuser.client.run_record import RUN_JSON, Request, RunRecord
 from staindiffuser.client.scores import SCORES_FILE, NucleusCounter, Scores, score_stains, write_scores
 from staindiffuser.client.slide_plan import SlidePlan
-from staindiffuser.imaging.tissue import read_overview
+from staindiffuser.imaging.image_files import write_png
+from staindiffuser.imaging.tissue import mask_image, read_overview
 
 __all__ = ["SlideRun"]
 
@@ -69,6 +70,9 @@ class SlideRun:
                 contract = self.stainer.contract
                 write_preview(work, work / PREVIEW_FILE, plan.view, overview, self.stains, contract)
             names.append(PREVIEW_FILE)
+        if self.options.save_mask:
+            write_png(self.folder.work / MASK_FILE, mask_image(self.plan.mask))
+            names.append(MASK_FILE)
         record = self._record(names, cells, scores)
         run_record.write_run(self.folder.work, record)
         self.folder.publish([*names, RUN_JSON])
@@ -201,6 +205,12 @@ class SlideRun:
             resumed_rows=self.resumed_rows,
             damaged=slide.damaged,
             tissue_fraction=round(plan.mask.fraction, 4),
+            mask=run_record.MaskRecord(
+                shown_fraction=round(float(plan.mask.shown.mean()), 4),
+                pen_fraction=round(plan.mask.pen_fraction, 4),
+                unscanned_fraction=round(plan.mask.unscanned_fraction, 4),
+                mpp=(plan.mask.cell[0] * view.mpp[0], plan.mask.cell[1] * view.mpp[1]),
+            ),
             cells=cells,
             scores=scores,
             warnings=tuple(self.names.hidden(line) for line in plan.warnings),

@@ -19,6 +19,8 @@ from staindiffuser.client.run_record import Request, RunRecord
 from staindiffuser.client.slide_plan import SlidePlan, plan_slide
 from staindiffuser.client.slide_run import SlideRun
 from staindiffuser.errors import InputError
+from staindiffuser.files import file_sha256
+from staindiffuser.imaging.annotations import read_regions
 from staindiffuser.imaging.errors import SlideReadError
 from staindiffuser.imaging.slides import open_slide
 
@@ -80,6 +82,7 @@ class SlideJob:
             _require_utf8(self._path, self._output)
             self._slide = self._open.enter_context(open_slide(self._path, allow_damaged=self._options.allow_damaged))
             self._names.files = self._slide.files
+            self._mask = _mask_identity(self._options.mask)
             force = None if self._options.force_mpp else "--force-mpp"
             self._mpp = self._slide.pixel_size(self._options.mpp, force=force)
             self._old = run_record.find_run(self._output) if self._options.resume else None
@@ -107,6 +110,8 @@ class SlideJob:
             preview=options.preview,
             keep_names=options.keep_names,
             nuclei=options.cells and options.nuclei,
+            mask=self._mask,
+            save_mask=options.save_mask,
         )
         if self._old is not None:
             self._require_same(self._old, request)
@@ -127,7 +132,7 @@ class SlideJob:
     def plan(self, contract: ModelContract) -> SlidePlan:
         """What :meth:`stain` would do first; raises the same errors."""
         contract.select(self._options.stains)
-        return plan_slide(self._slide, self._mpp, contract, Stopwatch())
+        return plan_slide(self._slide, self._mpp, contract, Stopwatch(), self._options.mask)
 
     def _stain(
         self, stains: tuple[ServedStain, ...], request: Request, stainer: Stainer, reporter: Reporter
@@ -135,7 +140,7 @@ class SlideJob:
         watch = Stopwatch()
         with ThreadPoolExecutor(1, thread_name_prefix="hash") as hasher:
             hasher.submit(lambda: self._names.sha256)  # while the tissue is found
-            plan = plan_slide(self._slide, self._mpp, stainer.contract, watch)
+            plan = plan_slide(self._slide, self._mpp, stainer.contract, watch, self._options.mask)
             for line in [plan.announcement(), *plan.warnings]:
                 reporter.say(line)
             run = SlideRun(
@@ -165,6 +170,14 @@ class SlideJob:
                 f"{self._output} holds another result ({', '.join(changed)}): use --overwrite to replace it, "
                 "or another --output"
             )
+
+
+def _mask_identity(mask: str | Path) -> str:
+    """What a record calls the mask; raises InputError for a file that holds no polygons."""
+    if mask in ("auto", "none"):
+        return str(mask)
+    read_regions(Path(mask))
+    return file_sha256(Path(mask))
 
 
 def _require_utf8(*paths: Path) -> None:

@@ -7,6 +7,7 @@ nearly as bright as glass, but its membranes are not smooth). Constants are ours
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -16,12 +17,13 @@ from PIL import Image
 from scipy import ndimage
 
 from staindiffuser.imaging.arrays import UInt8Array
-from staindiffuser.imaging.glass import UNSCANNED, glass_colour, texture
+from staindiffuser.imaging.artefacts import find_borders, find_pen
+from staindiffuser.imaging.glass import UNSCANNED, glass_colour, glass_field, texture
 from staindiffuser.imaging.morphology import without_small
 from staindiffuser.imaging.pixel_size import PixelSize
 from staindiffuser.imaging.slides import Slide
 
-__all__ = ["Overview", "TissueMask", "find_tissue", "read_overview"]
+__all__ = ["Overview", "TissueMask", "find_tissue", "mask_image", "read_overview", "restricted"]
 
 OVERVIEW_PIXELS = 4e6
 """Of the overview at most: finding tissue takes about 70 bytes of memory per pixel."""
@@ -31,6 +33,10 @@ ABSORBANCE = 0.06
 """Optical density (natural logarithm) above the glass's from which a channel counts as stained: 14 grey levels."""
 COLOUR = 10
 """Grey levels of (largest − smallest channel) above the glass's from which a pixel counts as coloured."""
+PINK = 4.0
+"""Grey levels by which green lies below the mean of red and blue, in 3 × 3 pixels, from which it counts as eosin."""
+WHITE_LEVEL = 245.0
+"""Grey level to which glass is balanced."""
 TEXTURE = 6.0
 """Standard deviation in 3 × 3 pixels, grey levels, from which it counts as structured."""
 BLACK = 12
@@ -63,11 +69,25 @@ class TissueMask:
     """[H, W], 1 on and near tissue, 0 on glass, a soft edge between: how much of the stained image shows."""
     cell: tuple[float, float]
     """Width and height of a mask pixel in the pixels that are asked about."""
+    pen: NDArray[np.bool_] | None = None
+    """[H, W], true on marker pen, which is left out even over tissue."""
+    unscanned: NDArray[np.bool_] | None = None
+    """[H, W], true where nothing was scanned."""
 
     @property
     def fraction(self) -> float:
         """Share of the slide that is tissue."""
         return float(self.tissue.mean())
+
+    @property
+    def pen_fraction(self) -> float:
+        """Share of the slide that is marker pen."""
+        return float(self.pen.mean()) if self.pen is not None else 0.0
+
+    @property
+    def unscanned_fraction(self) -> float:
+        """Share of the slide that was not scanned."""
+        return float(self.unscanned.mean()) if self.unscanned is not None else 0.0
 
     def touches(self, x: int, y: int, width: int, height: int) -> bool:
         """Whether anything in this region will show."""
@@ -137,19 +157,42 @@ def find_tissue(overview: Overview, pixel: PixelSize) -> TissueMask:
     glass = glass_colour(overview.pixels)
     # What was not scanned is filled with white or black, and its border is no structure: lay glass there.
     unscanned = (image.min(axis=-1) >= UNSCANNED) | (image.max(axis=-1) <= BLACK)
-    image[ndimage.binary_dilation(unscanned, np.ones((3, 3)))] = glass
-    absorbance = np.log((glass + 1) / (image + 1)).max(axis=-1)
-    colour = np.ptp(image, axis=-1) - np.ptp(glass)
-    tissue = (absorbance > ABSORBANCE) | (colour > COLOUR) | (texture(image) > TEXTURE)
+    unscanned = ndimage.binary_dilation(unscanned, np.ones((3, 3))) | find_borders(image, texture(image))
+    image[unscanned] = glass
+    pen = find_pen(image, glass, mpp)
+    image[pen] = glass
+    field = glass_field(image, glass, ~(unscanned | pen))
+    image[unscanned | pen] = field[unscanned | pen]
+    balanced = np.minimum(image / field, 1.2) * WHITE_LEVEL  # glass is one grey level everywhere
+    absorbance = np.log((WHITE_LEVEL + 1) / (balanced + 1)).max(axis=-1)
+    smooth = ndimage.uniform_filter(balanced, (3, 3, 0))
+    pink = (smooth[..., 0] + smooth[..., 2]) / 2 - smooth[..., 1]
+    tissue = (absorbance > ABSORBANCE) | (np.ptp(balanced, axis=-1) > COLOUR) | (pink > PINK)
+    tissue |= texture(balanced) > TEXTURE
     tissue &= ndimage.uniform_filter(tissue.astype(np.float32), 3) > 2.5 / 9  # single pixels are noise
     tissue = without_small(tissue, min(SMALLEST_UM2, 0.02 * tissue.size * mpp * mpp) / (mpp * mpp), diagonal=True)
     tissue |= ~_near(~_near(tissue, CLOSE_UM / mpp), CLOSE_UM / mpp)
-    near = _near(tissue, GROW_UM / mpp)
+    tissue &= ~pen
+    near = _near(tissue, GROW_UM / mpp) & ~pen
     # A soft edge inside what was grown: the step from painted glass to white glass must not draw a line.
     distance = ndimage.distance_transform_edt(near) if not near.all() else np.full(near.shape, np.inf)
     opacity = np.clip(distance * mpp / (GROW_UM / 2), 0, 1).astype(np.float32)
     cell = (overview.mpp[0] / pixel[0], overview.mpp[1] / pixel[1])
-    return TissueMask(tissue=tissue, shown=opacity, cell=cell)
+    return TissueMask(tissue=tissue, shown=opacity, cell=cell, pen=pen, unscanned=unscanned)
+
+
+def restricted(found: TissueMask, shown: NDArray[np.float32]) -> TissueMask:
+    """A mask that shows what ``shown`` says, float32 [H, W] of 0 … 1 on the same grid, pen and all."""
+    return dataclasses.replace(found, tissue=found.tissue & (shown > 0.5), shown=shown)
+
+
+def mask_image(mask: TissueMask) -> UInt8Array:
+    """The mask to look at, uint8 [H, W]: 255 tissue, 170 other that shows, 100 pen, 50 not scanned, 0 glass."""
+    image = np.zeros(mask.tissue.shape, np.uint8)
+    for part, value in ((mask.unscanned, 50), (mask.pen, 100), (mask.shown > 0.5, 170), (mask.tissue, 255)):
+        if part is not None:
+            image[part] = value
+    return image
 
 
 def _near(mask: NDArray[np.bool_], distance: float) -> NDArray[np.bool_]:

@@ -79,6 +79,11 @@ def check_run(config: TrainConfig, options: RunOptions, source: Path | None = No
         raise UsageError(f"--resume {options.resume}: no such snapshot")
     if options.resume is False and any((options.output / "snapshots").glob("*.ckpt")):
         raise UsageError(f"{options.output} holds a run already: choose another --output, or resume it")
+    for option, text in (("--name", options.name), ("--trained-on", options.trained_on)):
+        if text != text.encode(errors="replace").decode():
+            raise UsageError(
+                f"{option} holds bytes that are not UTF-8: type it again in a terminal whose locale is UTF-8"
+            )
     check_writable(options.output, source)
     if options.track and find_spec(options.track) is None:
         raise ModuleNotFoundError(name=options.track)

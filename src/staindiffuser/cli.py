@@ -7,6 +7,7 @@ imported when it runs. This is also the one place where an expected failure beco
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import NoReturn
 
@@ -88,8 +89,19 @@ app.command(rich_help_panel="Make")(evaluate)
 app.add_typer(export_app, name="export", help="Checkpoint → graphs → engines.", rich_help_panel="Make")
 
 
+def _is_text(argument: str) -> bool:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def main() -> None:
     """Run the command line; exits with the code that the README documents."""
+    if sys.getfilesystemencoding() != "utf-8" and not all(map(_is_text, sys.argv)):
+        # A batch job's locale (LC_ALL=C) cannot read what a terminal wrote: take the command as UTF-8, from the beginning.
+        os.execv(sys.executable, [os.fsencode(a) for a in (sys.executable, "-X", "utf8", *sys.orig_argv[1:])])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale that lacks σ or µ is no reason to lose a result
             stream.reconfigure(errors="replace")

@@ -284,9 +284,13 @@ def test_a_full_disk_keeps_the_last_good_snapshot(stopped: Path, own_tiles: Path
 
 def test_a_locale_that_is_not_utf8(own_tiles: Path, tmp_path: Path) -> None:
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    result = command(*arguments(own_tiles, tmp_path / "run", 1), **locale)
+    named = ["--name", "Darm-Färbung", "--trained-on", "Gewebe, 5 µm"]
+    own_tiles = own_tiles.rename(own_tiles.with_name("Gewebeproben-ä"))
+    result = command(*arguments(own_tiles, tmp_path / "run", 1, *named), **locale)
     assert result.returncode == 0, result.stderr
-    assert "µm" in (tmp_path / "run" / "checkpoint" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    card = (tmp_path / "run" / "checkpoint" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "Darm-Färbung" in card
+    assert "Gewebe, 5 µm" in card
     result = command(
         "distill",
         tmp_path / "run/checkpoint",
@@ -302,6 +306,12 @@ def test_a_locale_that_is_not_utf8(own_tiles: Path, tmp_path: Path) -> None:
         **locale,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_text_that_is_not_utf8_is_refused_before_training(own_tiles: Path, tmp_path: Path) -> None:
+    result = command(*arguments(own_tiles, tmp_path / "run", 1, "--name", os.fsdecode(b"Darm-F\xe4rbung")))
+    assert result.returncode == 2
+    assert "--name holds bytes that are not UTF-8" in result.stderr
 
 
 def test_the_umask_holds_for_the_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
-from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 from skimage.segmentation import watershed
 
 from staindiffuser.imaging.arrays import BoolArray, FloatArray, UInt8Array
 from staindiffuser.imaging.outlines import Outlines, follow_outlines
+from staindiffuser.imaging.peaks import distances_to_edge, local_peaks, smoothed
 
 __all__ = ["MATCH_UM", "PROBABILITY", "Cells", "cell_centroids", "count_matches", "find_cells"]
 
@@ -189,7 +189,7 @@ def find_cells(
     if regions.count == 0:
         return Cells.none()
     height = _height(positive, regions)
-    peaks_N = _peaks(height, regions, max(1, round(APART_UM / mpp)))
+    peaks_N = local_peaks(height, max(1, round(APART_UM / mpp)))
     region_N = regions.labels.ravel()[peaks_N]
     peaks_of_region = np.bincount(region_N, minlength=regions.count + 1)
     shared = peaks_of_region[region_N] > 1
@@ -250,7 +250,7 @@ def _regions_of(positive: UInt8Array) -> _Regions:
 def _height(positive: UInt8Array, regions: _Regions) -> FloatArray:
     """Distance to the edge after a Gaussian of 1 px, 0 outside the regions: float32 [H, W]."""
     distance = _distances(positive, regions)
-    height: FloatArray = cv2.GaussianBlur(distance, (9, 9), 1.0, borderType=cv2.BORDER_REFLECT).astype(np.float32)
+    height = smoothed(distance, 1.0)
     return cv2.bitwise_and(height, height, mask=positive).astype(np.float32, copy=False)
 
 
@@ -260,9 +260,9 @@ def _distances(positive: UInt8Array, regions: _Regions) -> FloatArray:
     y0, x0, y1, x1 = regions.boxes[:, 1:]
     tall, wide = y1 - y0, x1 - x0
     if len(regions.pixels.flat) == positive.size:  # without any edge the frame has to be one
-        return _distance(np.pad(positive, 1))[1:-1, 1:-1]
+        return distances_to_edge(np.pad(positive, 1))[1:-1, 1:-1]
     if (tall * wide).sum() > _DENSE * positive.size:
-        return _distance(positive)
+        return distances_to_edge(positive)
     # The nearest edge of a pixel lies in the box of its region, or beside it. So a region needs no more than its box
     # and a margin of one pixel, which also keeps windows apart that are laid above one another.
     computed: list[FloatArray] = []
@@ -277,13 +277,13 @@ def _distances(positive: UInt8Array, regions: _Regions) -> FloatArray:
         left[chosen] = False
         top, start = np.minimum(y0[chosen] - 1, h - side), np.minimum(x0[chosen] - 1, w - side)
         windows = sliding_window_view(positive, (side, side))[top, start]
-        computed.append(_distance(windows.reshape(-1, side)).ravel())
+        computed.append(distances_to_edge(windows.reshape(-1, side)).ravel())
         stride[chosen + 1] = side
         begin[chosen + 1] = total + np.arange(len(chosen)) * side * side - top * side - start
         total += computed[-1].size
     for number in np.flatnonzero(left).tolist():
         top, start = max(0, y0[number] - 1), max(0, x0[number] - 1)
-        box = _distance(positive[top : y1[number] + 1, start : x1[number] + 1])
+        box = distances_to_edge(positive[top : y1[number] + 1, start : x1[number] + 1])
         computed.append(box.ravel())
         stride[number + 1], begin[number + 1] = box.shape[1], total - top * box.shape[1] - start
         total += box.size
@@ -292,39 +292,6 @@ def _distances(positive: UInt8Array, regions: _Regions) -> FloatArray:
     place = begin[pixels.label] + pixels.y * stride[pixels.label] + pixels.x
     distances.ravel()[pixels.flat] = np.concatenate(computed)[place]
     return distances
-
-
-def _distance(positive: UInt8Array) -> FloatArray:
-    distance: FloatArray = cv2.distanceTransform(
-        np.ascontiguousarray(positive), cv2.DIST_L2, cv2.DIST_MASK_PRECISE
-    ).astype(np.float32, copy=False)
-    return distance
-
-
-def _peaks(height: FloatArray, regions: _Regions, apart: int) -> NDArray[np.intp]:
-    """Flat indices of the pixels that no other within ``apart`` exceeds, in reading order.
-
-    Of equal ones that are nearer than ``apart`` to one another, the first in reading order stays.
-    """
-    window = np.ones((2 * apart + 1, 2 * apart + 1), np.uint8)
-    highest = cv2.dilate(height, window, borderType=cv2.BORDER_CONSTANT, borderValue=(0,))
-    flat = height.ravel()
-    peaks = np.flatnonzero((height == highest).ravel() & (flat > 0))
-    values = flat[peaks]
-    order = np.argsort(values, kind="stable")
-    twin = np.zeros(len(peaks), bool)
-    same = np.flatnonzero(values[order][1:] == values[order][:-1])
-    twin[order[same]] = twin[order[same + 1]] = True
-    candidates = np.flatnonzero(twin)
-    if len(candidates) < 2:
-        return peaks
-    points = np.stack(np.divmod(peaks[candidates], height.shape[1]), axis=-1)
-    pairs = cKDTree(points).query_pairs(apart - 0.5, p=np.inf, output_type="ndarray")
-    kept = np.ones(len(peaks), bool)
-    for first, second in candidates[np.unique(np.sort(pairs, axis=1), axis=0)].tolist():
-        if kept[first]:
-            kept[second] = False
-    return np.asarray(peaks[kept])
 
 
 def _shelves(

@@ -7,13 +7,13 @@ Shapes: H and W an image's height and width in pixels.
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
-from skimage.feature import peak_local_max
 from skimage.segmentation import expand_labels, watershed
 
 from staindiffuser.imaging.arrays import FloatArray
+from staindiffuser.imaging.peaks import distances_to_edge, local_peaks, smoothed
 
 __all__ = ["Labels", "find_nuclei", "grown", "label_means", "nuclei_of_he"]
 
@@ -58,28 +58,36 @@ def find_nuclei(density: FloatArray, mpp: float, *, bright: float) -> Labels:
     """
     if bright <= 0 or not density.any():
         return np.zeros(density.shape, np.int32)
-    level = ndimage.gaussian_filter(np.asarray(density, np.float32) / np.float32(bright), BLUR_UM / mpp)
-    around = ndimage.gaussian_filter(level, SURROUNDINGS_UM / mpp)
-    peak = ndimage.maximum_filter(ndimage.gaussian_filter(level, BLUR_UM / mpp), 2 * round(3.0 / mpp) + 1)
+    level = smoothed(np.asarray(density, np.float32) / np.float32(bright), BLUR_UM / mpp)
+    around = smoothed(level, SURROUNDINGS_UM / mpp)
+    peak = _highest(smoothed(level, BLUR_UM / mpp), 2 * round(3.0 / mpp) + 1)
     mask = (level > FAINTEST) & (level > ABOVE_SURROUNDINGS * around) & (level > BELOW_PEAK * peak)
-    mask = ndimage.binary_opening(mask)
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    eroded = cv2.erode(mask.view(np.uint8), cross, borderType=cv2.BORDER_CONSTANT, borderValue=(0,))
+    opened = np.asarray(cv2.dilate(eroded, cross, borderType=cv2.BORDER_CONSTANT, borderValue=(0,)), np.uint8)
+    mask = opened.astype(bool)
     if not mask.any():
         return np.zeros(density.shape, np.int32)
     # Centres: far from the edge, and bright among their neighbours. Touching nuclei often differ in one of the two.
-    smooth = ndimage.gaussian_filter(level, 1.0 / mpp)
-    brightness = smooth / (ndimage.maximum_filter(smooth, 2 * round(5.0 / mpp) + 1) + 1e-3)
-    distance = ndimage.gaussian_filter(ndimage.distance_transform_edt(mask).astype(np.float32), BLUR_UM / mpp) * mpp
-    height = distance / 3.0 + 0.7 * brightness
-    apart = max(1, round(APART_UM / mpp))
-    peaks = peak_local_max(height, min_distance=apart, labels=mask.astype(np.int32), exclude_border=False)
+    smooth = smoothed(level, 1.0 / mpp)
+    brightness = smooth / (_highest(smooth, 2 * round(5.0 / mpp) + 1) + np.float32(1e-3))
+    distance = smoothed(distances_to_edge(opened), BLUR_UM / mpp) * np.float32(mpp)
+    height = distance / np.float32(3.0) + np.float32(0.7) * brightness
+    peaks = local_peaks(np.where(mask, height, np.float32(0)), max(1, round(APART_UM / mpp)))
     seeds = np.zeros(mask.shape, np.int32)
-    seeds[tuple(peaks[np.lexsort((peaks[:, 1], peaks[:, 0]))].T)] = np.arange(1, len(peaks) + 1)
+    seeds.ravel()[peaks] = np.arange(1, len(peaks) + 1)
     labels = watershed(-height, seeds, mask=mask)
     area = np.bincount(labels.ravel(), minlength=len(peaks) + 1) * mpp**2
     kept = (area >= SMALLEST_UM2) & (area < LARGEST_UM2)
     kept[0] = False
     renumbered: Labels = (np.cumsum(kept) * kept).astype(np.int32)[labels]
     return renumbered
+
+
+def _highest(values: FloatArray, side: int) -> FloatArray:
+    """Of the square of ``side`` pixels around each."""
+    highest: FloatArray = cv2.dilate(values, np.ones((side, side), np.uint8)).astype(np.float32, copy=False)
+    return highest
 
 
 def grown(labels: Labels, mpp: float, *, ring_um: float = 1.5) -> Labels:

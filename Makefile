@@ -16,6 +16,7 @@ SLIDE ?=
 # Names the file of `make bench`: one a kind of machine.
 MACHINE ?= reference
 OUTPUT ?= demo-output
+REFERENCE ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-timing test-numpy2 lint format types docs demo-weights graphs bench bench-full bench-compare verify-gpu clean
@@ -95,8 +96,10 @@ demo-weights: install  ## train the demonstration model again (hours on two core
 		--data runs/unseen --split test --gate-tiles 500 --output runs/judged
 	@echo "copy runs/judged/checkpoint to checkpoints/demo, runs/demo-again/checkpoint to checkpoints/demo-teacher, and run make graphs"
 
-graphs: install  ## export the demonstration model's graphs from its weights
+graphs: install  ## export the demonstration model's graphs from its weights; REFERENCE: folders of real tiles that it knows
 	$(VENV)/bin/staindiffuser export graphs checkpoints/demo --output checkpoints/demo/graphs
+	$(VENV)/bin/staindiffuser simulate tiles --output runs/reference --count 800 --seed 31 --val-share 0 --test-share 0
+	$(VENV)/bin/staindiffuser export quality checkpoints/demo/graphs --tiles runs/reference $(addprefix --tiles ,$(REFERENCE))
 
 bench: install  ## measure this machine's engines (minutes), into benchmarks/results; write the page and its charts
 	$(VENV)/bin/staindiffuser bench engines --batch 1 --rounds 5 --json benchmarks/results/engines-$(MACHINE).json

@@ -195,6 +195,41 @@ def compare(
         typer.echo(f"{what} time, here / {result.base}: {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
 
 
+@app.command(
+    epilog="Example: staindiffuser bench quality graphs --tiles tiles --other skin=CMU-1.svs --json quality.json"
+)
+def quality(
+    graphs: Annotated[Path, typer.Argument(help="Graphs with the engines that `export quality` adds.")],
+    tiles: Annotated[
+        list[Path], typer.Option(help="Folder of paired tiles whose test split the model has not seen. Repeatable.")
+    ],
+    other: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=SLIDE or NAME=SLIDE@MPP: other tissue, to be told from that. Repeatable."),
+    ] = None,
+    most: Annotated[int, typer.Option(min=2, help="Fields at most from each folder and slide.")] = 60,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", callback=check_file, help="Write the report here as JSON; - for the screen."),
+    ] = None,
+) -> None:
+    """Whether tiles that a model should not judge are told apart: pen, blur, IHC, broken colours; and abstention."""
+    import dataclasses
+    import json
+
+    from staindiffuser.benchmarks.quality import bench_quality
+    from staindiffuser.files import write_json
+
+    report = bench_quality(graphs, tiles, other or (), most=most, progress=lambda line: typer.echo(line, err=True))
+    if json_file is not None and str(json_file) == "-":
+        typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
+        return
+    if json_file is not None:
+        write_json(json_file, dataclasses.asdict(report))
+    for line in report.lines():
+        typer.echo(line)
+
+
 app.command(epilog="Example: staindiffuser bench loader --data tiles --crop 256 --workers 2 --json loader.json")(loader)
 app.command(epilog="Example: staindiffuser bench slide --rounds 3 --json slide.json")(slide)
 app.command()(ablations)

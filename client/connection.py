@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from staindiffuser.client.contract import ENSEMBLE, ModelContract
+from staindiffuser.client.contract import ENSEMBLE, QUALITY, ModelContract
 from staindiffuser.client.credentials import Credentials
 from staindiffuser.client.errors import ContractError, ModelChangedError, RefusedRequestError, ServerUnreachableError
 from staindiffuser.errors import ServerError, ServerLostError, StainDiffuserError
@@ -138,7 +138,8 @@ class StainClient:
         stains: Sequence[str] | None = None,
         images: bool = True,
         cells: bool = True,
-    ) -> dict[str, UInt8Array]:
+        quality: bool = False,
+    ) -> dict[str, NDArray[Any]]:
         """Stain a batch of tiles.
 
         Args:
@@ -149,6 +150,8 @@ class StainClient:
             stains: names of the stains, None for all; the server computes no others.
             images: request ``STAIN_<NAME>``, uint8 [B,T,T,3].
             cells: request ``CELLS_<NAME>``, uint8 [B,T,T,1], probability × 255.
+            quality: request ``QUALITY``, float32 [B,M] and, with images and cells, ``QUALITY_<NAME>``, float32 [B,N];
+                the contract says what they measure. Nothing is requested of a model that does not judge its tiles.
 
         Returns:
             The output tensors by name.
@@ -172,16 +175,22 @@ class StainClient:
             triton.InferInput("ORIGIN", list(origins_B2.shape), "INT64").set_data_from_numpy(origins_B2),
             triton.InferInput("SEED", list(seeds_B1.shape), "INT64").set_data_from_numpy(seeds_B1),
         ]
-        outputs = [triton.InferRequestedOutput(name) for name in names]
+        shapes = {name: (*tiles_BTT3.shape[:3], 3 if name.startswith("STAIN_") else 1) for name in names}
+        if quality and self.contract.quality is not None:
+            shapes[QUALITY] = (len(tiles_BTT3), len(self.contract.quality.tile))
+            if images and cells and self.contract.quality.stain:
+                of_stain = (len(tiles_BTT3), len(self.contract.quality.stain))
+                shapes |= dict.fromkeys((stain.quality_tensor for stain in selected), of_stain)
+        outputs = [triton.InferRequestedOutput(name) for name in shapes]
         with self._slots, self._lost("while staining"):
             result = self._infer(inputs, outputs)
-        tensors: dict[str, UInt8Array] = {}
-        for name in names:
+        tensors: dict[str, NDArray[Any]] = {}
+        for name, expected in shapes.items():
             tensor = result.as_numpy(name)
-            expected = (*tiles_BTT3.shape[:3], 3 if name.startswith("STAIN_") else 1)
-            if tensor is None or tensor.dtype != np.uint8 or tensor.shape != expected:
+            dtype = "float32" if name.startswith(QUALITY) else "uint8"
+            if tensor is None or tensor.dtype != dtype or tensor.shape != expected:
                 got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-                raise ContractError(f"{self._url} returned {got} for {name}, not uint8 {list(expected)}")
+                raise ContractError(f"{self._url} returned {got} for {name}, not {dtype} {list(expected)}")
             tensors[name] = tensor
         return tensors
 

@@ -2,6 +2,7 @@
 
 Tensors, with batch size B and tile side T: the inputs are ``HE`` uint8 [B,T,T,3], ``ORIGIN`` int64 [B,2] and ``SEED``
 int64 [B,1]; the outputs, per stain, are ``STAIN_<NAME>`` uint8 [B,T,T,3] and ``CELLS_<NAME>`` uint8 [B,T,T,1].
+A model that judges tiles also gives ``QUALITY`` float32 [B,M] and, per stain, ``QUALITY_<NAME>`` float32 [B,N].
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from staindiffuser.client.errors import ContractError, UnknownStainError
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.records import STRICT, RecordError, decode
 
-__all__ = ["ENSEMBLE", "ModelContract", "ServedStain", "Stainer"]
+__all__ = ["ENSEMBLE", "QUALITY", "ModelContract", "QualityContract", "ServedStain", "Stainer"]
 
 ENSEMBLE = "staindiffuser"
-_JSON_PARAMETERS = ("stains", "tile", "margin", "mpp", "steps", "origin_multiple")
+QUALITY = "QUALITY"
+"""The output that judges tiles, and the prefix of those that judge stains."""
+_JSON_PARAMETERS = ("stains", "tile", "margin", "mpp", "steps", "origin_multiple", "quality")
 """Parameters whose text is JSON; the others are plain text. Parameters not listed in the contract are ignored, so that
 a newer server can serve an older client."""
 _TEXT_PARAMETERS = ("model_name", "model_version", "notice")
@@ -46,6 +49,29 @@ class ServedStain:
     def cells_tensor(self) -> str:
         """The output tensor that holds the cell map."""
         return f"CELLS_{self.name.upper()}"
+
+    @property
+    def quality_tensor(self) -> str:
+        """The output tensor that judges image and cell map."""
+        return f"{QUALITY}_{self.name.upper()}"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class QualityContract:
+    """What a model says about the quality of each tile."""
+
+    tile: tuple[str, ...]
+    """Names of the values of ``QUALITY``, in order; ``tissue`` is one of them."""
+    stain: tuple[str, ...]
+    """Names of the values of ``QUALITY_<NAME>``, in order."""
+    limits: Mapping[str, float]
+    """Values of ``tile`` above which a tile is flagged."""
+    reference: str
+    """The tissue that the model knows."""
+
+    def __post_init__(self) -> None:
+        if "tissue" not in self.tile:
+            raise ValueError("quality: tile does not name the share of tissue")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -72,6 +98,8 @@ class ModelContract:
     """Hash of everything that determines the pixels, 64 hex digits."""
     notice: str
     """The statement that accompanies every output."""
+    quality: QualityContract | None = None
+    """None for a model that does not judge its tiles."""
 
     def __post_init__(self) -> None:
         if not self.stains:
@@ -163,7 +191,8 @@ class Stainer(Protocol):
         stains: Sequence[str] | None = None,
         images: bool = True,
         cells: bool = True,
-    ) -> dict[str, UInt8Array]:
+        quality: bool = False,
+    ) -> dict[str, NDArray[Any]]:
         """Stain a batch of tiles; see :meth:`staindiffuser.client.connection.StainClient.stain_tiles`."""
         ...
 

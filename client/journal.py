@@ -15,6 +15,7 @@ from typing import IO, Self
 
 from pydantic.dataclasses import dataclass
 
+from staindiffuser.client.quality import TileScores
 from staindiffuser.client.run_record import Request
 from staindiffuser.imaging.ome_tiff import RowState
 from staindiffuser.imaging.slides import DamagedRegion
@@ -66,6 +67,8 @@ class WorkRow:
     """Regions of the input found damaged so far."""
     nuclei: tuple[int, ...] = ()
     """Nuclei counted in the H&E up to here, and positive ones per stain."""
+    quality: tuple[TileScores, ...] = ()
+    """What the server said about the tiles that were stained since the row before."""
 
 
 class Journal:

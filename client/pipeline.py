@@ -20,6 +20,7 @@ from staindiffuser.client.contract import ServedStain, Stainer
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.progress import Stopwatch
+from staindiffuser.client.quality import QualityMap
 from staindiffuser.client.scores import NucleusCounter
 from staindiffuser.client.tiling import GridTile, TileGrid
 from staindiffuser.errors import ServerError
@@ -50,6 +51,7 @@ def stained_rows(
     advance: Callable[[int], None],
     first_row: int = 0,
     counter: NucleusCounter | None = None,
+    quality: QualityMap | None = None,
 ) -> Iterator[Iterator[int]]:
     """Stain ``tiles`` into ``mosaic``; iterate over the rows of the result as the mosaic becomes able to compose them.
 
@@ -69,6 +71,7 @@ def stained_rows(
         first_row: the row to begin with. Batches are the same as if it were 0, since engines may round differently
             for others; those that only earlier rows need are skipped.
         counter: counts the nuclei of the tiles.
+        quality: receives what the server says about the tiles; None not to ask.
 
     Raises:
         SlideError: part of the slide is damaged.
@@ -94,12 +97,16 @@ def stained_rows(
             raise _Stopped
         origins_B2 = np.array([(tile.x, tile.y) for tile in batch], dtype=np.int64)
         with watch.stage("stain"):
-            outputs = stainer.stain_tiles(pixels_BTT3, origins_B2, options.seed, stains=names, cells=options.cells)
+            outputs = stainer.stain_tiles(
+                pixels_BTT3, origins_B2, options.seed, stains=names, cells=options.cells, quality=quality is not None
+            )
         for index, tile in enumerate(batch):
             of_tile = {name: tensor[index] for name, tensor in outputs.items()}
             if counter is not None:
                 with watch.stage("nuclei"):
                     counter.add(tile, pixels_BTT3[index], of_tile)
+            if quality is not None:
+                quality.add(tile, of_tile)
             mosaic.add(tile, of_tile)
 
     def rows(senders: ThreadPoolExecutor) -> Iterator[int]:

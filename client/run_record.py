@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 import staindiffuser
 from staindiffuser.client.contract import ModelContract, ServedStain
 from staindiffuser.client.errors import RunRecordError
+from staindiffuser.client.quality import QualityRecord
 from staindiffuser.client.scores import Scores
 from staindiffuser.files import file_sha256
 from staindiffuser.imaging.errors import SlideReadError
@@ -209,6 +210,8 @@ class RunRecord:
     """Of Python, this package and the libraries that touch the pixels."""
     outputs: dict[str, int]
     """Size in bytes of each other file of the result, by name."""
+    quality: QualityRecord | None = None
+    """What the server said about the tiles; None for a model that does not judge them."""
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:

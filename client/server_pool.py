@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,7 +117,8 @@ class ServerPool:
         stains: Sequence[str] | None = None,
         images: bool = True,
         cells: bool = True,
-    ) -> dict[str, UInt8Array]:
+        quality: bool = False,
+    ) -> dict[str, NDArray[Any]]:
         """Stain a batch on one of the servers; see :meth:`staindiffuser.client.connection.StainClient.stain_tiles`."""
         give_up: float | None = None
         error: ServerError = ServerLostError(f"the requests to {self.url} were cancelled")
@@ -127,7 +128,7 @@ class ServerPool:
                 if member.client is None:
                     member.client = self._join(member)
                 outputs = member.client.stain_tiles(
-                    tiles_BTT3, origins_B2, seed, stains=stains, images=images, cells=cells
+                    tiles_BTT3, origins_B2, seed, stains=stains, images=images, cells=cells, quality=quality
                 )
             except ContractError:
                 self._release(member)

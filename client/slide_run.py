@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.pipeline import stained_rows
 from staindiffuser.client.preview import PANEL, write_preview
 from staindiffuser.client.progress import Reporter, Stopwatch
+from staindiffuser.client.quality import QualityMap
 from staindiffuser.client.result_files import MASK_FILE, PREVIEW_FILE, ResultFiles, output_images
 from staindiffuser.client.result_folder import ResultFolder
 from staindiffuser.client.run_record import RUN_JSON, Request, RunRecord
@@ -50,6 +52,12 @@ class SlideRun:
     """Rows of the result that are on the disk."""
     resumed_rows: int = 0
     """Those of them that an earlier run has written."""
+    quality: QualityMap | None = field(init=False)
+    """What the server says about the tiles, if it does."""
+
+    def __post_init__(self) -> None:
+        judged = self.stainer.contract.quality
+        self.quality = None if judged is None else QualityMap(judged, self.stains, self.plan.grid)
 
     def finish(self) -> RunRecord:
         """Stain every row that is not saved yet and publish the result.
@@ -73,6 +81,10 @@ class SlideRun:
         if self.options.save_mask:
             write_png(self.folder.work / MASK_FILE, mask_image(self.plan.mask))
             names.append(MASK_FILE)
+        if self.quality is not None:
+            names += self.quality.write(self.folder.work)
+            for line in self.quality.warnings():
+                self.reporter.say(line)
         record = self._record(names, cells, scores)
         run_record.write_run(self.folder.work, record)
         self.folder.publish([*names, RUN_JSON])
@@ -116,12 +128,15 @@ class SlideRun:
             try:
                 with stained_rows(
                     plan.view, plan.grid, plan.tiles, mosaic, self.stainer, self.stains, self.options, self.watch,
-                    self.reporter.advance, first_row=self.saved_rows, counter=counter,
+                    self.reporter.advance, first_row=self.saved_rows, counter=counter, quality=self.quality,
                 ) as rows:  # fmt: skip
                     for row in rows:
                         files.write_row(row, mosaic)
                         nuclei = counter.until(row) if counter is not None else ()
-                        journal.add(files.commit(slide.damaged, nuclei))
+                        saved_row = files.commit(slide.damaged, nuclei)
+                        if self.quality is not None:
+                            saved_row = dataclasses.replace(saved_row, quality=self.quality.take())
+                        journal.add(saved_row)
                         self.saved_rows, self.folder.keep = row + 1, True
                         self._require_space()
             finally:
@@ -158,6 +173,8 @@ class SlideRun:
             return files([])
         self.saved_rows = self.resumed_rows = len(saved)
         self.plan.slide.add_damaged(saved[-1].damaged if saved else ())
+        if self.quality is not None:
+            self.quality.restore(scores for row in saved for scores in row.quality)
         return opened
 
     def _require_space(self) -> None:
@@ -213,7 +230,10 @@ class SlideRun:
             ),
             cells=cells,
             scores=scores,
-            warnings=tuple(self.names.hidden(line) for line in plan.warnings),
+            warnings=(
+                *(self.names.hidden(line) for line in plan.warnings),
+                *(self.quality.warnings() if self.quality is not None else ()),
+            ),
             server=run_record.ServerRecord(
                 url=self.stainer.url, version=self.stainer.server_version, id=self.stainer.server_id
             ),
@@ -223,4 +243,5 @@ class SlideRun:
             ),
             versions=run_record.library_versions(),
             outputs={name: (self.folder.work / name).stat().st_size for name in names},
+            quality=None if self.quality is None else self.quality.record(),
         )

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from staindiffuser.client.contract import ENSEMBLE, ModelContract, ServedStain
+from staindiffuser.client.contract import ENSEMBLE, QUALITY, ModelContract, ServedStain
 from staindiffuser.errors import ServerLostError
 from staindiffuser.imaging.arrays import UInt8Array
 
@@ -36,7 +36,7 @@ FAKE_CONTRACT = ModelContract(
     notice="A substitute without a model.",
 )
 
-Paint = Callable[[str, UInt8Array, NDArray[np.int64]], UInt8Array]
+Paint = Callable[[str, UInt8Array, NDArray[np.int64]], NDArray[Any]]
 """(tensor name, tiles [B,T,T,3], origins [B,2]) → the tensor's value."""
 
 
@@ -80,7 +80,8 @@ class FakeStainer:
         stains: Sequence[str] | None = None,
         images: bool = True,
         cells: bool = True,
-    ) -> dict[str, UInt8Array]:
+        quality: bool = False,
+    ) -> dict[str, NDArray[Any]]:
         """See :meth:`staindiffuser.client.connection.StainClient.stain_tiles`."""
         with self._lock:
             if len(self.batches) == self._fail_after:
@@ -89,6 +90,8 @@ class FakeStainer:
         _check(tiles_BTT3, origins_B2, self.contract)
         selected = self.contract.select(stains)
         names = [s.image_tensor for s in selected] * images + [s.cells_tensor for s in selected] * cells
+        if quality and self.contract.quality is not None:
+            names += [QUALITY] + [s.quality_tensor for s in selected] * (images and cells)
         return {name: self._paint(name, tiles_BTT3, origins_B2) for name in names}
 
     def cancel(self) -> None:
@@ -191,7 +194,8 @@ class FakeTriton:
                 response = service_pb2.ModelInferResponse(model_name=fake.model)
                 for output in request.outputs:
                     value = fake._paint(output.name, tensors["HE"], tensors["ORIGIN"])
-                    response.outputs.add(name=output.name, datatype="UINT8", shape=value.shape)
+                    datatype = "UINT8" if value.dtype == np.uint8 else "FP32"
+                    response.outputs.add(name=output.name, datatype=datatype, shape=value.shape)
                     response.raw_output_contents.append(value.tobytes())
                 return response
 
@@ -208,9 +212,12 @@ def _check(tiles_BTT3: UInt8Array, origins_B2: NDArray[np.int64], contract: Mode
 
 
 def _parameters(contract: ModelContract) -> dict[str, str]:
+    import dataclasses
     import json
 
+    quality = contract.quality
     return {
+        **({} if quality is None else {"quality": json.dumps(dataclasses.asdict(quality))}),
         "stains": json.dumps([{"name": stain.name, "label": stain.label} for stain in contract.stains]),
         "tile": str(contract.tile),
         "margin": str(contract.margin),

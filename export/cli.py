@@ -57,6 +57,35 @@ def graphs(
 
 
 GraphsArgument = Annotated[Path, typer.Argument(help="Folder that `export graphs` wrote.")]
+
+
+@app.command(
+    epilog="Example: staindiffuser export quality graphs --tiles tiles",
+)
+def quality(
+    graphs: GraphsArgument,
+    tiles: Annotated[
+        list[Path],
+        typer.Option(help="Folder of paired tiles; its training split is the tissue that the model knows. Repeatable."),
+    ],
+    most: Annotated[int, typer.Option(min=1, help="Fields of a tile's size at most from each folder.")] = 400,
+    as_json: JsonOption = False,
+) -> None:
+    """Add engines that judge each tile: tissue, blur, likeness to the training tissue, agreement of image and cells."""
+    from dataclasses import asdict
+
+    from staindiffuser.export.quality import add_quality
+
+    found = add_quality(graphs, tiles, most=most).quality
+    assert found is not None
+    if as_json:
+        typer.echo(json.dumps({"graphs": str(graphs), **asdict(found)}))
+    else:
+        limits = ", ".join(f"{name} {value:g}" for name, value in found.limits.items())
+        typer.echo(f"{graphs}: judges tiles by {found.reference}; a tile is flagged above {limits}")
+        typer.echo(f"next: staindiffuser export build {graphs} --output REPO")
+
+
 BatchOption = Annotated[
     str, typer.Option(help="Batch sizes to optimise for, such as 1,8,32; clients may send at most the largest.")
 ]

@@ -19,10 +19,12 @@ from staindiffuser.export.errors import GraphsError, ManifestError
 from staindiffuser.files import file_sha256
 from staindiffuser.records import STRICT, RecordError, decode, read_json
 
-__all__ = ["GRAPHS_JSON", "EngineGraph", "ExportedStain", "GraphSet", "TensorSpec"]
+__all__ = ["GRAPHS_JSON", "QUALITY", "EngineGraph", "ExportedStain", "GraphSet", "Quality", "TensorSpec"]
 
 GRAPHS_JSON = "graphs.json"
 FORMAT = 1
+QUALITY = "quality"
+"""The engine that judges tiles, and the prefix of the ones that judge stains: they decide no pixel."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -62,6 +64,20 @@ class ExportedStain:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Quality:
+    """What the engines ``quality`` and ``quality_<stain>`` measure of each tile."""
+
+    tile: tuple[str, ...]
+    """Names of the values of ``QUALITY``, in order."""
+    stain: tuple[str, ...]
+    """Names of the values of ``QUALITY_<NAME>``, in order."""
+    limits: Mapping[str, float]
+    """Values above which a tile is flagged, by measure: see :mod:`staindiffuser.export.quality`."""
+    reference: str
+    """The tissue that ``unlike`` compares with, and how many tiles of it."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class GraphSet:
     """The contents of ``graphs.json``."""
 
@@ -85,16 +101,20 @@ class GraphSet:
     """Of the trunk: ``fp32``, ``fp16`` or ``bf16``."""
     stains: tuple[ExportedStain, ...]
     engines: Mapping[str, EngineGraph]
-    """``he_encoder``, then ``stain_<name>`` and ``cells_<name>`` per stain."""
+    """``he_encoder``, then ``stain_<name>`` and ``cells_<name>`` per stain, then what judges them."""
     golden_sha256: str
     """Of ``golden.npz``."""
     golden: str = "golden.npz"
+    quality: Quality | None = None
+    """None for graphs without the engines ``quality`` and ``quality_<name>``."""
 
     @property
     def model_version(self) -> str:
         """Hash of what determines the pixels: the engines' weights and graphs, and the sampler; 64 hex digits."""
         parts = [
-            f"{name} {engine.weights_sha256} {engine.graph_sha256}" for name, engine in sorted(self.engines.items())
+            f"{name} {engine.weights_sha256} {engine.graph_sha256}"
+            for name, engine in sorted(self.engines.items())
+            if not name.startswith(QUALITY)
         ]
         parts.append(json.dumps([self.steps, list(self.sigmas), self.precision, self.tile, self.mpp]))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from staindiffuser.export import builders
 from staindiffuser.export.builders import Device, Profile
 from staindiffuser.export.choosing import Choice
-from staindiffuser.export.description import ExportedStain, TensorSpec
+from staindiffuser.export.description import ExportedStain, Quality, TensorSpec
 from staindiffuser.export.errors import ManifestError
 from staindiffuser.export.parity import EngineParity
 from staindiffuser.files import file_sha256
@@ -130,6 +130,8 @@ class Manifest:
     """Every file of the repository except the manifest, by relative path with forward slashes."""
     choice: Choice | None = None
     """What target ``auto`` measured before it chose; None where the target was named."""
+    quality: Quality | None = None
+    """What the server says about the quality of each tile; None if it does not."""
 
     def save(self, repository: Path) -> None:
         """Write ``manifest.json``, sealed with a hash of its own content."""

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic.dataclasses import dataclass
 
 from staindiffuser.export.builders.base import Engine
-from staindiffuser.export.description import GraphSet, TensorSpec
+from staindiffuser.export.description import QUALITY, GraphSet, TensorSpec
 from staindiffuser.export.errors import GraphsError, ParityError
 from staindiffuser.records import STRICT
 from staindiffuser.triton_models.noise import philox
@@ -23,6 +23,7 @@ from staindiffuser.triton_models.noise import philox
 __all__ = [
     "LIMITS",
     "MAX_LEVELS",
+    "MAX_QUALITY",
     "MAX_SHARE_OVER_ONE",
     "EngineParity",
     "Golden",
@@ -35,6 +36,8 @@ MAX_LEVELS = 2
 """Largest difference anywhere, grey levels; of reduced precisions see :data:`LIMITS`."""
 MAX_SHARE_OVER_ONE = 0.001
 """Largest share of values that differ by more than one grey level."""
+MAX_QUALITY = 0.05
+"""Largest difference of a measure of quality, as a share of its value, of 1 if that is more (ours)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,12 +48,14 @@ class Limits:
     """Largest difference anywhere, grey levels."""
     over_one: float = MAX_SHARE_OVER_ONE
     """Largest share of values that differ by more than one grey level."""
+    quality: float = MAX_QUALITY
+    """As :data:`MAX_QUALITY`."""
     dab_dice: float | None = None
     """Smallest Dice of a stain's DAB-positive area with torch's; None: not asked."""
 
 
 EXACT = Limits()
-LIMITS = {"bf16": Limits(levels=8, over_one=0.05, dab_dice=0.995)}
+LIMITS = {"bf16": Limits(levels=8, over_one=0.05, quality=0.2, dab_dice=0.995)}
 """Of reduced precisions (ours); all others are :data:`EXACT`. bfloat16 has eight bits."""
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -81,6 +86,8 @@ class EngineParity:
     """Dice of the DAB-positive area with torch's, over all samples; only of a stain's image in a reduced precision."""
     max_feature: float = 0.0
     """Largest absolute value of the encoder's features (half precision overflows at 65,504)."""
+    max_quality: float = 0.0
+    """Largest difference of a measure of quality, as in :data:`MAX_QUALITY`; of the engines that judge only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +97,7 @@ class Golden:
     inputs: Arrays
     """``HE`` uint8 [N, T, T, 3], ``ORIGIN`` int64 [N, 2], ``SEED`` int64 [N, 1]."""
     outputs: Arrays
-    """``STAIN_<NAME>`` uint8 [N, T, T, 3] and ``CELLS_<NAME>`` uint8 [N, T, T, 1]."""
+    """``STAIN_<NAME>`` uint8 [N, T, T, 3], ``CELLS_<NAME>`` uint8 [N, T, T, 1], ``QUALITY…`` float32 [N, M]."""
 
     @property
     def samples(self) -> int:
@@ -112,7 +119,8 @@ class Golden:
             raise GraphsError(f"{path} holds no golden samples: {error}; export the graphs again") from error
         if len(inputs["HE"]) == 0:
             raise GraphsError(f"{path} holds no golden samples: export the graphs again")
-        return cls(inputs, {name: array for name, array in arrays.items() if name.startswith(("STAIN_", "CELLS_"))})
+        outputs = ("STAIN_", "CELLS_", "QUALITY")
+        return cls(inputs, {name: array for name, array in arrays.items() if name.startswith(outputs)})
 
 
 def run_pipeline(
@@ -121,23 +129,25 @@ def run_pipeline(
     """Compute in this process what the server's ensemble computes for one batch.
 
     Args:
-        engines: by name, ``he_encoder`` and the branches to run.
+        engines: by name, ``he_encoder``, the branches to run, and after them the engines that judge their outputs.
         graphs: their descriptions, by the same names.
         steps, tile: sampler steps k and tile size, pixels.
         inputs: ``HE``, ``ORIGIN``, ``SEED`` of one batch.
 
     Returns:
-        The features and the branches' outputs, by tensor name.
+        The features and the other engines' outputs, by tensor name.
     """
     features = engines["he_encoder"].run({"HE": inputs["HE"]}, [tensor.name for tensor in graphs["he_encoder"].outputs])
     image, cells = philox.tile_noise(inputs["SEED"], inputs["ORIGIN"], steps=steps, height=tile, width=tile)
-    tensors = {**features, "NOISE": image, "NOISE_CELLS": cells}
+    tensors = {"HE": inputs["HE"], **features, "NOISE": image, "NOISE_CELLS": cells}
     outputs: dict[str, np.ndarray[Any, Any]] = {}
     for name, engine in engines.items():
         if name != "he_encoder":
             graph = graphs[name]
             arguments = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
-            outputs.update(engine.run(arguments, [tensor.name for tensor in graph.outputs]))
+            found = engine.run(arguments, [tensor.name for tensor in graph.outputs])
+            outputs.update(found)
+            tensors.update(found)
     return features, outputs
 
 
@@ -166,7 +176,10 @@ def _check_batch(
     limits = LIMITS.get(graphs.precision, EXACT)
     largest_feature = 0.0
     # histograms of the absolute difference, 0..255 grey levels; the last batch wraps around to be full
-    counts = {name: np.zeros(256, dtype=np.int64) for name in engines if name != "he_encoder"}
+    counts = {
+        name: np.zeros(256, dtype=np.int64) for name in engines if name != "he_encoder" and not name.startswith(QUALITY)
+    }
+    judged = {name: 0.0 for name in engines if name.startswith(QUALITY)}
     areas = {name: np.zeros(2) for name in engines if name.startswith("stain_")} if limits.dab_dice is not None else {}
     for first in range(0, samples, batch):
         rows = np.arange(first, first + batch) % samples
@@ -178,11 +191,16 @@ def _check_batch(
                     f"he_encoder returns NaN or infinity in {tensor} at batch {batch}: nothing is published"
                 )
             largest_feature = max(largest_feature, float(np.abs(array).max()))
-        for name in counts:
+        for name in (*counts, *judged):
             for tensor in (spec.name for spec in graphs.engines[name].outputs):
                 if tensor not in golden.outputs:
                     raise ParityError(f"golden samples lack {tensor}: export the graphs again")
-                difference = np.abs(outputs[tensor].astype(np.int16) - golden.outputs[tensor][rows])
+                wanted = golden.outputs[tensor][rows]
+                if name in judged:
+                    apart = np.abs(outputs[tensor] - wanted) / np.maximum(np.abs(wanted), 1.0)
+                    judged[name] = float(np.maximum(judged[name], apart.max()))  # of NaN is NaN, which is refused below
+                    continue
+                difference = np.abs(outputs[tensor].astype(np.int16) - wanted)
                 counts[name] += np.bincount(difference.ravel(), minlength=256)
                 if name in areas:
                     areas[name] += _dab_areas(outputs[tensor], golden.outputs[tensor][rows])
@@ -190,6 +208,13 @@ def _check_batch(
     for name, count in counts.items():
         dice = None if name not in areas else float(areas[name][0] / areas[name][1]) if areas[name][1] else 1.0
         results[name] = _judge(name, count, dice, limits, batch, samples)
+    for name, worst in judged.items():
+        if not worst <= limits.quality:
+            raise ParityError(
+                f"{name} differs from its golden samples by {worst:.3f} at batch {batch} (allowed: {limits.quality}): "
+                "nothing is published"
+            )
+        results[name] = EngineParity(batch=batch, samples=samples, max_quality=worst)
     return results
 
 

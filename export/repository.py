@@ -174,6 +174,8 @@ def prepare_build(
     builder.version()  # refuse a target that is not installed before anything else
     builder.check(options)
     graphs = GraphSet.load(graphs_dir)
+    if flavour == "native":
+        graphs = triton_config.without_stain_measures(graphs)
     if graphs.precision not in builder.precisions:
         accepted = ", ".join(builder.precisions)
         raise ExportUsageError(f"target {target} does not take {graphs.precision} graphs: export them as {accepted}")
@@ -340,7 +342,7 @@ def _manifest(
     engines = {}
     for name, graph in graphs.engines.items():
         file = wanted.engine_path(name)
-        sampled = name != triton_config.ENCODER
+        sampled = name.startswith(("stain_", "cells_"))
         # A cell map takes one step, from the highest noise level.
         steps = 0 if not sampled else 1 if name.startswith("cells_") else graphs.steps
         engines[name] = EngineRecord(
@@ -389,4 +391,5 @@ def _manifest(
         engines=engines,
         files=files,
         choice=wanted.choice,
+        quality=graphs.quality,
     )

@@ -6,11 +6,17 @@ Each text is parsed back, and tensors are checked across the whole ensemble befo
     HE ─► he_encoder ─┬─ FEATURES_0..3 ─────────────────┬──► stain_<name> ─► STAIN_<NAME>
                       └─ AFTER ─► noise ─┬─ NOISE ──────┤
     ORIGIN, SEED ─────────────────►      └─ NOISE_CELLS ┴──► cells_<name> ─► CELLS_<NAME>
+    HE, FEATURES_0..3                    ─► quality          ─► QUALITY
+    HE, JUDGED_STAIN_…, JUDGED_CELLS_…   ─► quality_<name>   ─► QUALITY_<NAME>
 
 The encoder is the ensemble's only first step: ``noise`` takes the coarsest features as an input that it does not read.
 With two first steps, a failure of the one scheduled earlier deadlocks the whole server (24.10): the gRPC thread, still
 scheduling the other step under the request's lock, waits for the ensemble's lock, which the failing step's thread holds
 while it waits for the request's lock to send the error. Later steps are scheduled without the request's lock.
+
+A tensor that clients may ask for must not be another step's input: where it is not asked for, Triton (24.10) leaves out
+its step even if the other one needs it, and where the other one is not asked for, it leaves out both; the request then
+ends with "unexpected deadlock". So a branch hands its output to what judges it under a second name, ``JUDGED_…``.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from staindiffuser.export.builders import Builder, BuildOptions
-from staindiffuser.export.description import ExportedStain, GraphSet, TensorSpec
+from staindiffuser.export.description import QUALITY, ExportedStain, GraphSet, Quality, TensorSpec
 from staindiffuser.export.errors import ExportUsageError, GraphsError
 from staindiffuser.triton_models.noise.philox import IMAGE_CHANNELS, ORIGIN_MULTIPLE
 
@@ -46,11 +52,14 @@ __all__ = [
     "version_folder",
     "wire_inputs",
     "wire_outputs",
+    "without_stain_measures",
 ]
 
 ENSEMBLE = "staindiffuser"
 NOISE_MODEL = "noise"
 ENCODER = "he_encoder"
+JUDGED = "JUDGED_"
+"""Prefix of the second name of an output, under which another model reads it."""
 AFTER = "AFTER"
 """Input of the noise model whose only purpose is to order it after the encoder."""
 _TYPES = {"uint8": pb.TYPE_UINT8, "float16": pb.TYPE_FP16, "float32": pb.TYPE_FP32, "int64": pb.TYPE_INT64}
@@ -88,10 +97,13 @@ class Contract(Protocol):
     def notice(self) -> str: ...
     @property
     def model_version(self) -> str: ...
+    @property
+    def quality(self) -> Quality | None: ...
 
 
 def contract_parameters(contract: Contract, model_name: str) -> dict[str, str]:
     """The ensemble's ``parameters``, from which a client learns everything it needs."""
+    quality = contract.quality
     return {
         "stains": json.dumps([{"name": s.name, "label": s.label} for s in contract.stains], ensure_ascii=False),
         "tile": str(contract.tile),
@@ -102,6 +114,7 @@ def contract_parameters(contract: Contract, model_name: str) -> dict[str, str]:
         "model_version": contract.model_version,
         "model_name": model_name,
         "notice": contract.notice,
+        **({} if quality is None else {"quality": json.dumps(dataclasses.asdict(quality), ensure_ascii=False)}),
     }
 
 
@@ -138,6 +151,11 @@ def wire_outputs(contract: Contract) -> tuple[TensorSpec, ...]:
         name = stain.name.upper()
         specs.append(TensorSpec(name=f"STAIN_{name}", dtype="uint8", shape=(contract.tile, contract.tile, 3)))
         specs.append(TensorSpec(name=f"CELLS_{name}", dtype="uint8", shape=(contract.tile, contract.tile, 1)))
+    if contract.quality is not None:
+        specs.append(TensorSpec(name="QUALITY", dtype="float32", shape=(len(contract.quality.tile),)))
+        shape = (len(contract.quality.stain),)
+        for stain in contract.stains if contract.quality.stain else ():
+            specs.append(TensorSpec(name=f"QUALITY_{stain.name.upper()}", dtype="float32", shape=shape))
     return tuple(specs)
 
 
@@ -148,6 +166,8 @@ def check_ensemble(graphs: GraphSet) -> None:
         GraphsError: names the engine and the tensor.
     """
     expected = [ENCODER] + [f"{kind}_{stain.name}" for stain in graphs.stains for kind in ("stain", "cells")]
+    if graphs.quality is not None:  # after the branches, whose outputs they read
+        expected += [QUALITY, *(f"{QUALITY}_{stain.name}" for stain in graphs.stains if graphs.quality.stain)]
     if sorted(expected) != sorted(graphs.engines):
         raise GraphsError(f"graphs hold the engines {sorted(graphs.engines)}, but the stains need {sorted(expected)}")
     tensors: dict[str, TensorSpec] = {}
@@ -222,9 +242,33 @@ def model_configs(
         parameters = {"engine": file, "runner": builder.runner, "threads": str(options.threads)}
         if name == ENCODER:
             parameters["gate"] = "true"
-        messages.append(_python_model(name, engine.inputs, engine.outputs, options, gpu, parameters))
+        copies = _copies(graphs, name)
+        if copies:
+            parameters["copies"] = json.dumps({spec.name: spec.name.removeprefix(JUDGED) for spec in copies})
+        messages.append(_python_model(name, engine.inputs, (*engine.outputs, *copies), options, gpu, parameters))
     messages.append(_ensemble(graphs, options))
     return {message.name: to_text(message) for message in messages}
+
+
+def without_stain_measures(graphs: GraphSet) -> GraphSet:
+    """The graphs for the native flavour, whose branches cannot hand out their outputs under a second name."""
+    if graphs.quality is None:
+        return graphs
+    engines = {name: e for name, e in graphs.engines.items() if not name.startswith(f"{QUALITY}_")}
+    return dataclasses.replace(graphs, engines=engines, quality=dataclasses.replace(graphs.quality, stain=()))
+
+
+def _copies(graphs: GraphSet, name: str) -> list[TensorSpec]:
+    """The outputs that an engine gives a second time, for what judges them."""
+    read = {spec.name for judge, e in graphs.engines.items() if judge.startswith(f"{QUALITY}_") for spec in e.inputs}
+    outputs = graphs.engines[name].outputs
+    return [dataclasses.replace(spec, name=f"{JUDGED}{spec.name}") for spec in outputs if spec.name in read]
+
+
+def _as_read(name: str, spec: TensorSpec) -> TensorSpec:
+    """An engine's input under the name that it has in the ensemble."""
+    judged = name.startswith(f"{QUALITY}_") and spec.name.startswith(("STAIN_", "CELLS_"))
+    return dataclasses.replace(spec, name=f"{JUDGED}{spec.name}") if judged else spec
 
 
 def to_text(message: ModelConfig) -> str:
@@ -342,7 +386,8 @@ def _ensemble(graphs: GraphSet, options: BuildOptions) -> ModelConfig:
     message = pb.ModelConfig(name=ENSEMBLE, platform="ensemble", max_batch_size=options.max_batch)
     _add_tensors(message, wire_inputs(graphs.tile), wire_outputs(graphs))
     for name, engine in graphs.engines.items():
-        _add_step(message, name, {t.name: t.name for t in engine.inputs}, [t.name for t in engine.outputs])
+        inputs = {t.name: _as_read(name, t).name for t in engine.inputs}
+        _add_step(message, name, inputs, [t.name for t in (*engine.outputs, *_copies(graphs, name))])
     inputs = {"ORIGIN": "ORIGIN", "SEED": "SEED", AFTER: graphs.engines[ENCODER].outputs[-1].name}
     _add_step(message, NOISE_MODEL, inputs, [t.name for t in noise_outputs(graphs.tile, graphs.steps)])
     for key, value in contract_parameters(graphs, graphs.name).items():

@@ -16,7 +16,7 @@ from staindiffuser.export.builders.base import BuildOptions, Device, Engine, ref
 from staindiffuser.export.builders.devices import processor
 from staindiffuser.export.builders.graph_engine import GraphEngineBuilder
 from staindiffuser.export.builders.missing import missing
-from staindiffuser.export.description import EngineGraph
+from staindiffuser.export.description import QUALITY, EngineGraph
 from staindiffuser.export.errors import BuildError, ExportUsageError
 
 __all__ = ["PRECISIONS", "OpenVINOBuilder"]
@@ -78,7 +78,10 @@ class OpenVINOBuilder(GraphEngineBuilder):
 
         super().build(graph, description, output, options)
         model = onnx.load(output)
-        model.metadata_props.add(key=engine_openvino.PRECISION, value=options.precision or "fp32")
+        # Distances and thresholds that judge a tile need all digits, and take no time.
+        judges = description.outputs[0].name.startswith(QUALITY.upper())
+        precision = "fp32" if judges else options.precision or "fp32"
+        model.metadata_props.add(key=engine_openvino.PRECISION, value=precision)
         onnx.save(model, output)
         try:
             engine_openvino.load(output, threads=1).close()

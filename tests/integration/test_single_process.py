@@ -16,9 +16,13 @@ from staindiffuser.export.builders import BuildOptions
 from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import ExportUsageError
 from staindiffuser.export.manifest import verify
+from staindiffuser.export.parity import run_pipeline
+from staindiffuser.export.quality import add_quality
 from staindiffuser.export.repository import build
 from staindiffuser.serving.preflight import require_shared_memory
 from staindiffuser.serving.server import TritonServer
+from staindiffuser.triton_models.engine.engine_onnxruntime import OnnxRuntimeEngine
+from tests.reference_tissue import tissue, write_reference
 from tests.synthetic_graphs import write_graphs
 
 OPTIONS = BuildOptions(max_batch=4, threads=1)
@@ -31,6 +35,7 @@ ORIGINS = RNG.integers(-64, 64, (3, 2)) * 16
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("single")
     write_graphs(folder / "graphs", tile=64)
+    add_quality(folder / "graphs", [write_reference(folder / "reference", size=64, slides=6, tiles_per_slide=6)])
     return folder / "graphs"
 
 
@@ -65,9 +70,10 @@ def test_the_contract_and_the_bytes_are_those_of_the_ensemble(server: TritonServ
     with StainClient(server.url) as one, StainClient(ensemble.url) as many:
         assert one.contract == many.contract
         for batch in (1, 3):
-            expected = many.stain_tiles(TILES[:batch], ORIGINS[:batch], 7)
-            got = one.stain_tiles(TILES[:batch], ORIGINS[:batch], 7)
-            assert list(got) == ["STAIN_CD3", "STAIN_CK818", "CELLS_CD3", "CELLS_CK818"]
+            expected = many.stain_tiles(TILES[:batch], ORIGINS[:batch], 7, quality=True)
+            got = one.stain_tiles(TILES[:batch], ORIGINS[:batch], 7, quality=True)
+            images = ["STAIN_CD3", "STAIN_CK818", "CELLS_CD3", "CELLS_CK818"]
+            assert list(got) == [*images, "QUALITY", "QUALITY_CD3", "QUALITY_CK818"]
             for name, tensor in got.items():
                 np.testing.assert_array_equal(tensor, expected[name])
         whole = one.stain_tiles(TILES, ORIGINS, 7)
@@ -150,11 +156,32 @@ def test_requests_that_are_not_asked_for_run_nothing(
     for output, expected in (
         ("STAIN_CD3", ["he_encoder()", "stain_cd3(NOISE)"]),
         ("CELLS_CK818", ["he_encoder()", "cells_ck818(NOISE_CELLS)"]),
+        ("QUALITY", ["he_encoder()", "quality()"]),
+        ("QUALITY_CD3", ["he_encoder()", "stain_cd3(NOISE)", "cells_cd3(NOISE_CELLS)", "quality_cd3()"]),
     ):
         ran.clear()
         (response,) = model.execute([types.SimpleNamespace(requested_output_names=lambda output=output: [output])])
         assert response == ([output], None)
-        assert ran == expected
+        assert (ran[0], ran[-1], sorted(ran)) == (expected[0], expected[-1], sorted(expected))  # some side by side
+
+
+def test_quality_is_what_the_engines_say_and_runs_only_what_it_reads(graphs: Path, ensemble: TritonServer) -> None:
+    """Through Triton: the values of ONNX Runtime, with any choice of outputs; ``QUALITY`` alone needs no branch."""
+    description = GraphSet.load(graphs)
+    he = np.stack([tissue(RNG, 64) for _ in range(2)])
+    engines = {name: OnnxRuntimeEngine(graphs / e.file, threads=1) for name, e in description.engines.items()}
+    inputs = {"HE": he, "ORIGIN": ORIGINS[:2], "SEED": np.full((2, 1), 7)}
+    wanted = run_pipeline(engines, description.engines, steps=description.steps, tile=64, inputs=inputs)[1]
+    with StainClient(ensemble.url) as client:
+        got = client.stain_tiles(he, ORIGINS[:2], 7, quality=True)
+        for name in ("QUALITY", "QUALITY_CD3", "QUALITY_CK818"):
+            np.testing.assert_allclose(got[name], wanted[name], rtol=1e-5, atol=1e-6)
+        assert got["QUALITY"][:, 0].min() > 0.5
+        before = client.execution_counts()
+        client.stain_tiles(he, ORIGINS[:2], 7, stains=["cd3"], cells=False, quality=True)
+        after = client.execution_counts()
+    ran = {name for name in after if after[name] > before[name]}
+    assert ran - {"staindiffuser"} == {"he_encoder", "noise", "stain_cd3", "quality"}
 
 
 def test_less_shared_memory_is_needed(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +190,7 @@ def test_less_shared_memory_is_needed(repository: Path, monkeypatch: pytest.Monk
     import types
 
     wire = 4 * 64 * 64 * (3 + 2 * 3 + 2 * 1)
-    enough = types.SimpleNamespace(free=int(1.25 * wire) + (6 << 20) + 1000)
+    enough = types.SimpleNamespace(free=int(1.25 * wire) + (9 << 20) + 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: enough)
     require_shared_memory(verify(repository))
 

@@ -86,19 +86,30 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "DepthToSpace": lambda x, blocksize, mode=b"DCR": _shuffle(x, blocksize, mode),
     "Div": torch.div,
     "Gather": lambda x, index, axis=0: x.select(axis, index),
+    "GreaterOrEqual": torch.ge,
     "Identity": lambda x: x,
+    "Log": torch.log,
+    "MatMul": torch.matmul,
+    "Max": torch.maximum,
     "Mul": torch.mul,
+    "ReduceMax": lambda x, axes, keepdims=1: x.amax(axes, bool(keepdims)),
+    "ReduceMin": lambda x, axes, keepdims=1: x.amin(axes, bool(keepdims)),
+    "ReduceSum": lambda x, axes, keepdims=1: x.sum(axes, bool(keepdims)),
     "Relu": torch.relu,
-    "Reshape": lambda x, shape: x.reshape(shape),
+    "Reshape": lambda x, shape: x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(shape)]),
     "Resize": _resize,
     "Round": torch.round,
     "Sigmoid": torch.sigmoid,
     "Split": _split,
     "SpaceToDepth": lambda x, blocksize: _unshuffle(x, blocksize),
+    "Sqrt": torch.sqrt,
     "Sub": torch.sub,
     "Transpose": lambda x, perm: x.permute(perm),
 }
-_CONSTANT_INPUTS = {"Split": (1,), "Reshape": (1,), "Resize": (2,), "Gather": (1,), "Clip": (1, 2)}
+_CONSTANT_INPUTS = {
+    "Split": (1,), "Reshape": (1,), "Resize": (2,), "Gather": (1,), "Clip": (1, 2),
+    "ReduceMax": (1,), "ReduceMin": (1,), "ReduceSum": (1,),
+}  # fmt: skip
 """Inputs that torch needs as Python numbers; they must be constants of the graph."""
 
 

@@ -5,6 +5,7 @@
 - ``runner``: the file beside this one that loads the engine (``engine_onnxruntime``, ``engine_tensorrt``, …);
 - ``engine``: the engine's file name in this folder;
 - ``gate``: ``true`` for the ensemble's first model, which refuses requests while the server stops (``gate.py``);
+- ``copies``: JSON, outputs that are others under a second name (``export/triton_config.py`` says why);
 - ``threads``: threads of a CPU engine, 0 for all available; ``STAINDIFFUSER_THREADS`` overrides it.
 
 Requests that arrive together are concatenated along the batch, run once and split again. If that fails, each request
@@ -54,6 +55,7 @@ class TritonPythonModel:
         self.name = config["name"]
         self.inputs = [tensor["name"] for tensor in config["input"]]
         self.outputs = [tensor["name"] for tensor in config["output"]]
+        self.copies: dict[str, str] = json.loads(parameters.get("copies", "{}"))
         self.gpu = args["model_instance_kind"] == "GPU"
         self.gate = Gate()
         self.guards_gate = parameters.get("gate") == "true"
@@ -97,12 +99,13 @@ class TritonPythonModel:
         parts = [{name: self.engine.receive(_tensor(request, name)) for name in self.inputs} for request in requests]
         batch = {name: self.engine.join([part[name] for part in parts]) for name in self.inputs}
         asked = [list(request.requested_output_names()) for request in requests]
-        results = self.engine.run(batch, [name for name in self.outputs if any(name in names for names in asked)])
+        wanted = {self.copies.get(name, name) for names in asked for name in names}
+        results = self.engine.run(batch, [name for name in self.outputs if name in wanted])
         responses = []
         first = 0
         for part, names in zip(parts, asked, strict=True):
             last = first + len(part[self.inputs[0]])
-            tensors = [self._response(name, results[name][first:last]) for name in names]
+            tensors = [self._response(name, results[self.copies.get(name, name)][first:last]) for name in names]
             responses.append(pb_utils.InferenceResponse(tensors))
             first = last
         return responses

@@ -2,12 +2,14 @@
 
 It has the name, inputs, outputs and parameters of the ensemble, and computes the same bytes. The features stay in this
 process, or on its GPU, instead of passing through shared memory between processes. Only what the requested outputs need
-is computed: the encoder once, each requested branch, and the noise that these branches read.
+is computed: the encoder once, each branch that is requested or whose outputs a requested engine judges, and the noise
+that these branches read.
 
 ``config.pbtxt`` configures it by ``parameters``:
 
 - ``runner``: the file beside this one that loads engines (``engine_onnxruntime``, ``engine_tensorrt``, …);
-- ``engines``: JSON, per engine its file in this folder, its inputs and its outputs, the encoder first;
+- ``engines``: JSON, per engine its file in this folder, its inputs and its outputs, the encoder first, and an engine
+  after those whose outputs it reads;
 - ``steps``: sampler steps of the image branches;
 - ``threads``: threads of a CPU engine, 0 for all available; ``STAINDIFFUSER_THREADS`` overrides it.
 """
@@ -50,7 +52,9 @@ class TritonPythonModel:
             name: runner.load(Path(__file__).with_name(signature["file"]), threads=threads, device=device)
             for name, signature in self.signatures.items()
         }
-        self.branches = {signature["outputs"][0]: name for name, signature in self.signatures.items()}
+        self.branches = {
+            signature["outputs"][0]: name for name, signature in self.signatures.items() if name != self.encoder
+        }
         self.pool = ThreadPoolExecutor(len(self.branches))
         self.make_noise: Any = tile_noise
         if self.gpu:
@@ -85,8 +89,9 @@ class TritonPythonModel:
 
     def _run(self, he: Any, origins: Any, seeds: Any, names: list[str]) -> dict[str, Any]:
         encoder = self.engines[self.encoder]
-        tensors = encoder.run({"HE": encoder.receive(he)}, self.signatures[self.encoder]["outputs"])
-        read = {name for output in names for name in self.signatures[self.branches[output]]["inputs"]}
+        tensors = {"HE": he, **encoder.run({"HE": encoder.receive(he)}, self.signatures[self.encoder]["outputs"])}
+        needed = self._needed(names)
+        read = {name for output in needed for name in self.signatures[self.branches[output]]["inputs"]}
         if read & {IMAGE_NOISE, CELL_NOISE}:
             tensors[IMAGE_NOISE], tensors[CELL_NOISE] = self.make_noise(
                 seeds,
@@ -103,8 +108,20 @@ class TritonPythonModel:
             inputs = {name: engine.receive(tensors[name]) for name in self.signatures[branch]["inputs"]}
             return engine.run(inputs, [output])[output]
 
-        # Side by side on a CPU, whose cores one engine does not fill; in turn on a GPU, where they would only wait.
-        return dict(zip(names, (map if self.gpu else self.pool.map)(run_branch, names), strict=True))
+        while needed:
+            # Side by side on a CPU, whose cores one engine does not fill; in turn on a GPU, where they would only wait.
+            ready = [name for name in needed if set(self.signatures[self.branches[name]]["inputs"]) <= tensors.keys()]
+            tensors.update(zip(ready, (map if self.gpu else self.pool.map)(run_branch, ready), strict=True))
+            needed = [name for name in needed if name not in ready]
+        return {name: tensors[name] for name in names}
+
+    def _needed(self, names: list[str]) -> list[str]:
+        """The outputs of all engines that must run, apart from the encoder."""
+        needed = list(names)
+        for output in needed:  # grows
+            inputs = self.signatures[self.branches[output]]["inputs"]
+            needed += [name for name in inputs if name in self.branches and name not in needed]
+        return needed
 
     def _tensor(self, name: str, array: Any) -> Any:
         return pb_utils.Tensor.from_dlpack(name, array) if self.gpu or _DLPACK else pb_utils.Tensor(name, array)

@@ -62,6 +62,9 @@ def stain(
     patience: Annotated[
         float, typer.Option(help="Seconds to wait for a lost server to come back with the same model.")
     ] = 30.0,
+    urgent: Annotated[
+        bool, typer.Option("--urgent", help="Go before all other work that waits on the server.")
+    ] = False,
     cells: Annotated[
         bool, typer.Option("--cells/--no-cells", help="Write cell maps, cells.geojson.gz, scores.csv.")
     ] = True,
@@ -156,6 +159,7 @@ def stain(
             fast=fast,
             timeout=timeout,
             patience=patience,
+            urgent=urgent,
             use_proxy=proxy,
             credentials=credentials,
         )

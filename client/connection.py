@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,13 @@ from numpy.typing import NDArray
 
 from staindiffuser.client.contract import ENSEMBLE, QUALITY, ModelContract
 from staindiffuser.client.credentials import Credentials
-from staindiffuser.client.errors import ContractError, ModelChangedError, RefusedRequestError, ServerUnreachableError
+from staindiffuser.client.errors import (
+    ContractError,
+    ModelChangedError,
+    RefusedRequestError,
+    ServerBusyError,
+    ServerUnreachableError,
+)
 from staindiffuser.errors import ServerError, ServerLostError, StainDiffuserError
 from staindiffuser.imaging.arrays import UInt8Array
 
@@ -28,6 +35,14 @@ PATIENCE = 30.0
 """Seconds to wait for a lost server to return."""
 RETRY_SECONDS = 0.5
 """Pause between attempts to reach a lost server."""
+BUSY_PATIENCE = 900.0
+"""Seconds to send a request again and again to a server that refuses it because it has too much to do."""
+BUSY_PAUSE, LONGEST_BUSY_PAUSE = 0.5, 10.0
+"""Seconds between those attempts: at first, and at most; half of each is random: clients must not come all at once."""
+_BUSY = ("Exceeds maximum queue size", "Request timeout expired")
+"""What Triton says, as UNAVAILABLE, of a request that finds a queue full or has waited too long."""
+URGENT, ORDINARY = 1, 2
+"""Priority levels of the server's queues."""
 _LOST = ("UNAVAILABLE", "CANCELLED", "NOT_FOUND")
 """Statuses of a server that is gone, stopping, overloaded, or replaced by one with another model."""
 
@@ -65,6 +80,8 @@ class StainClient:
         deadline: float = 300.0,
         connect_timeout: float = 10.0,
         patience: float = PATIENCE,
+        busy_patience: float = BUSY_PATIENCE,
+        urgent: bool = False,
         use_proxy: bool = False,
         credentials: Credentials | None = None,
     ) -> None:
@@ -76,6 +93,8 @@ class StainClient:
             deadline: seconds to wait for the answer to a request before the server counts as lost.
             connect_timeout: seconds to wait for the first answer.
             patience: seconds to wait for a lost server to return with the same model.
+            busy_patience: seconds to send a request again that the server refuses because it has too much to do.
+            urgent: requests go before all ordinary ones that wait on the server.
             use_proxy: obey ``http_proxy``, as gRPC does by default. Off here, because a proxy meant for the web
                 intercepts even requests to the loopback address.
             credentials: for a server that is offered on a network; None for plain text.
@@ -86,7 +105,8 @@ class StainClient:
             raise ValueError(f"in_flight must be at least 1, not {in_flight}")
         self._url = url
         self._deadline = deadline
-        self._patience = patience
+        self._patience, self._busy_patience = patience, busy_patience
+        self._priority = URGENT if urgent else ORDINARY
         self._slots = threading.BoundedSemaphore(in_flight)
         self._cancelled = threading.Event()
         self._triton = triton
@@ -160,6 +180,7 @@ class StainClient:
             UnknownStainError: the model does not have a requested stain.
             RefusedRequestError: the server rejects the request, for example an origin that is not a multiple of 16.
             ServerLostError: the server went away and did not return, or did not answer within the deadline.
+            ServerBusyError: it refused the request for too long because it has too much to do.
             ModelChangedError: the server was replaced by one with another model.
         """
         triton = self._triton
@@ -219,6 +240,7 @@ class StainClient:
     def _infer(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
         """Send a request; if the server is lost, send it again once the same model is served again."""
         give_up: float | None = None
+        busy_until, pause = time.monotonic() + self._busy_patience, BUSY_PAUSE
         while True:
             if self._cancelled.is_set():
                 raise ServerLostError(f"the requests to {self._url} were cancelled")
@@ -228,10 +250,17 @@ class StainClient:
                     inputs,
                     model_version=self._served.ensemble_version,
                     outputs=outputs,
+                    priority=self._priority,
                     headers=self._headers,
                     client_timeout=self._deadline,
                 )
             except self._triton.InferenceServerException as error:
+                if _is_busy(error):
+                    if time.monotonic() > busy_until:
+                        raise
+                    self._cancelled.wait(pause * random.uniform(0.5, 1.0))
+                    pause = min(2 * pause, LONGEST_BUSY_PAUSE)
+                    continue
                 give_up = give_up or time.monotonic() + self._patience
                 # Triton says "not healthy" of an engine's process that has died, or that a busy machine lets starve.
                 lost = any(status in str(error.status()) for status in _LOST) or "is not healthy" in str(
@@ -310,6 +339,11 @@ class StainClient:
                 f"the server at {self._url} did not answer within {self._deadline:g} s: raise --timeout, "
                 "or send smaller batches with --batch"
             )
+        if _is_busy(error):
+            return ServerBusyError(
+                f"the server at {self._url} has more to do than it can ({_reason(error)}): try later, send less at a "
+                "time with --in-flight, or add servers"
+            )
         if any(lost in status for lost in _LOST):
             return ServerLostError(
                 f"the server at {self._url} was lost {when} ({_reason(error)}) and did not return within "
@@ -329,6 +363,10 @@ def _change(url: str, before: ModelContract, after: ModelContract) -> str:
         ]
         change = f"the same model with another {', '.join(different)}"
     return f"the server at {url} was replaced while staining: it now serves {change}; serve the first model again"
+
+
+def _is_busy(error: Any) -> bool:
+    return "UNAVAILABLE" in str(error.status()) and any(text in str(error.message()) for text in _BUSY)
 
 
 def _reason(error: Exception) -> str:

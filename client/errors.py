@@ -9,6 +9,7 @@ StainDiffuserError
 ├── ServerError
 │   ├── ServerUnreachableError 3  no gRPC server answers at the address, or it is not ready
 │   ├── ServerLostError        3  the server went away, or did not answer in time, during the work
+│   ├── ServerBusyError        3  the server refused a request for too long because it has more than it can do
 │   ├── ModelChangedError      3  the server was replaced by one with another model during the work
 │   └── ContractError          3  the server has no ensemble that this client understands
 └── InputError
@@ -24,6 +25,7 @@ __all__ = [
     "OutputError",
     "RefusedRequestError",
     "RunRecordError",
+    "ServerBusyError",
     "ServerUnreachableError",
     "UnknownStainError",
 ]
@@ -47,6 +49,10 @@ class RefusedRequestError(UsageError):
 
 class ServerUnreachableError(ServerError):
     """No gRPC server answers at the address, or it is not ready."""
+
+
+class ServerBusyError(ServerError):
+    """The server refused a request for too long because it has more work than it can do."""
 
 
 class ModelChangedError(ServerError):

@@ -13,9 +13,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from staindiffuser.client.connection import StainClient
+from staindiffuser.client.connection import BUSY_PATIENCE, StainClient
 from staindiffuser.client.contract import ModelContract
-from staindiffuser.client.errors import ContractError, ServerUnreachableError
+from staindiffuser.client.errors import ContractError, ServerBusyError, ServerUnreachableError
 from staindiffuser.errors import ServerError, ServerLostError
 from staindiffuser.imaging.arrays import UInt8Array
 
@@ -133,9 +133,12 @@ class ServerPool:
             except ContractError:
                 self._release(member)
                 raise
+            except ServerBusyError as busy:  # the others may have time; if none has, wait longer than for a lost one
+                error, give_up = busy, give_up or time.monotonic() + BUSY_PATIENCE
+                self._release(member, trouble="busy")
             except ServerError as lost:  # gone, or broken: Triton answers even if a process of its own has died
                 error, give_up = lost, give_up or time.monotonic() + self._patience
-                self._release(member, lost=True)
+                self._release(member, trouble="lost")
             except BaseException:
                 self._release(member)
                 raise
@@ -182,14 +185,14 @@ class ServerPool:
                     raise error
                 self._change.wait(FIRST_PAUSE)
 
-    def _release(self, member: _Member, *, lost: bool = False) -> None:
+    def _release(self, member: _Member, *, trouble: str = "") -> None:
         with self._change:
             member.busy -= 1
-            if not lost:
+            if not trouble:
                 member.pause = FIRST_PAUSE
             elif member.retry_at <= time.monotonic():  # the first of the requests that were lost together
                 if member.pause == FIRST_PAUSE and not self._cancelled:
-                    self._say(f"{member.address} is lost; its tiles go to the other servers until it is back")
+                    self._say(f"{member.address} is {trouble}; its tiles go to the other servers until it is back")
                 member.retry_at = time.monotonic() + member.pause
                 member.pause = min(2 * member.pause, LONGEST_PAUSE)
             self._change.notify_all()

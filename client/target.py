@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from staindiffuser.client.connection import PATIENCE, StainClient
+from staindiffuser.client.connection import BUSY_PATIENCE, PATIENCE, StainClient
 from staindiffuser.client.contract import Stainer
 from staindiffuser.client.credentials import Credentials
 from staindiffuser.client.server_pool import ServerPool
@@ -31,6 +31,8 @@ class Target:
     """Seconds to wait for the answer to a request."""
     patience: float = PATIENCE
     """Seconds to wait for a lost server to return with the same model."""
+    urgent: bool = False
+    """Requests go before all ordinary ones that wait on the server."""
     use_proxy: bool = False
     """Obey ``http_proxy``."""
     credentials: Credentials = field(default_factory=Credentials)
@@ -73,7 +75,8 @@ class Target:
         if self.addresses:
 
             def connect(address: str) -> StainClient:
-                return self._client(address, in_flight, patience=0, credentials=self.credentials)
+                # The pool waits itself, and asks the other servers meanwhile.
+                return self._client(address, in_flight, patience=0, busy_patience=0, credentials=self.credentials)
 
             with ServerPool(self.addresses, connect, in_flight=in_flight, patience=self.patience, say=say) as pool:
                 yield pool
@@ -91,13 +94,21 @@ class Target:
             yield client
 
     def _client(
-        self, address: str, in_flight: int, *, patience: float, credentials: Credentials | None = None
+        self,
+        address: str,
+        in_flight: int,
+        *,
+        patience: float,
+        busy_patience: float = BUSY_PATIENCE,
+        credentials: Credentials | None = None,
     ) -> StainClient:
         return StainClient(
             address,
             in_flight=in_flight,
             deadline=self.timeout,
             patience=patience,
+            busy_patience=busy_patience,
+            urgent=self.urgent,
             use_proxy=self.use_proxy,
             credentials=credentials,
         )

@@ -116,6 +116,10 @@ class FakeTriton:
         self.requests = 0
         self.unhealthy = 0
         """Requests to answer next as Triton does when the process of an engine is not healthy."""
+        self.busy = 0
+        """Requests to refuse next as Triton does when a queue is full."""
+        self.priorities: list[int] = []
+        """Of the requests so far."""
         self.parameters = _parameters(contract)
         self.model = ENSEMBLE
         self.version = str(int(contract.model_version[:15], 16))
@@ -177,6 +181,10 @@ class FakeTriton:
             def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
                 fake.requests += 1
                 require_model(request.model_name, request.model_version, context)
+                fake.priorities.append(request.parameters["priority"].uint64_param)
+                if fake.busy:
+                    fake.busy -= 1
+                    context.abort(grpc.StatusCode.UNAVAILABLE, "[request id: <id_unknown>] Exceeds maximum queue size")
                 if fake.unhealthy:
                     fake.unhealthy -= 1
                     context.abort(grpc.StatusCode.INTERNAL, "Stub process 'he_encoder_0_0' is not healthy.")

@@ -148,6 +148,10 @@ def build(
     weight_stripped: Annotated[
         bool, typer.Option("--weight-stripped", help="Build plans without weights; they are refitted on loading.")
     ] = False,
+    queue_length: Annotated[
+        int, typer.Option(help="Requests that may wait for a model on the server; more are refused as unavailable.")
+    ] = 64,
+    queue_seconds: Annotated[float, typer.Option(help="Longest wait of a request; then it is refused as well.")] = 30.0,
     as_json: JsonOption = False,
 ) -> None:
     """Build engines, check them against the golden samples and publish a model repository (no torch)."""
@@ -172,6 +176,8 @@ def build(
             verbosity=verbosity,
             version_compatible=version_compatible,
             weight_stripped=weight_stripped,
+            queue_length=queue_length,
+            queue_seconds=queue_seconds,
         ),
         progress=lambda message: typer.echo(message, err=True),
     )

@@ -74,10 +74,9 @@ ONE_GPU = (0,)
 instances on every GPU and the ensemble would pass features between them, with a CUDA pool on the first GPU only."""
 IN_FLIGHT = 4
 """Requests whose tensors are on the GPU at once; determines the size of the CUDA pool (ours)."""
-QUEUE_LENGTH = 64
-"""Requests that may wait for a model; the next one is refused (ours)."""
-QUEUE_TIMEOUT_US = 30_000_000
-"""Longest wait in a model's queue, microseconds (ours)."""
+URGENT, ORDINARY = 1, 2
+"""Priority levels of requests: all urgent ones that wait run before ordinary ones, which is what a request is that
+does not say."""
 
 
 class Contract(Protocol):
@@ -310,8 +309,9 @@ def _python_model(
     if gpu:
         # By default, the Python backend copies every input to the host first.
         message.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "no"
-    # No dynamic batching: the same request would meet different batch sizes by chance, and results may then differ by a
-    # grey level. Clients choose their batch size.
+    # For its queue: the models run merged requests one by one on a CPU, where merging gains nothing, so that a request
+    # does not meet different batch sizes by chance.
+    _queue(message, options)
     _finish(message, inputs, options)
     return message
 
@@ -342,9 +342,7 @@ def _native_model(
 ) -> ModelConfig:
     """One engine for Triton's TensorRT backend.
 
-    That server is shared by many clients, so waiting requests are merged into the batch sizes that the plan has
-    profiles and CUDA graphs for, without any delay. A request that finds the queue full, or that waits too long, is
-    refused.
+    Waiting requests are merged into the batch sizes that the plan has profiles and CUDA graphs for, without any delay.
     """
     message = pb.ModelConfig(name=name, platform="tensorrt_plan", backend="tensorrt", max_batch_size=options.max_batch)
     _add_tensors(message, inputs, outputs)
@@ -354,13 +352,8 @@ def _native_model(
     # One instance: with dynamic shapes, each instance would hold its own copy of the weights.
     group = message.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_GPU, gpus=ONE_GPU)
     group.profile.extend(str(index) for index in range(len(options.profiles)))
-    batching = message.dynamic_batching
-    batching.preferred_batch_size.extend(options.preferred)
-    batching.max_queue_delay_microseconds = 0
-    queue = batching.default_queue_policy
-    queue.timeout_action = pb.ModelQueuePolicy.REJECT
-    queue.default_timeout_microseconds = QUEUE_TIMEOUT_US
-    queue.max_queue_size = QUEUE_LENGTH
+    _queue(message, options)
+    message.dynamic_batching.preferred_batch_size.extend(options.preferred)
     cuda = message.optimization.cuda
     cuda.graphs = True
     for batch in options.preferred:
@@ -369,6 +362,24 @@ def _native_model(
             spec.input[tensor.name].dim.extend(tensor.shape)
     _finish(message, inputs, options)
     return message
+
+
+def _queue(message: ModelConfig, options: BuildOptions) -> None:
+    """Urgent requests first; a request that finds the queue full, or that waits too long, is refused as unavailable.
+
+    Without any delay: with one, requests that are merged leak the count of those that wait (server#8870), and the queue
+    counts as full for ever. Time-outs fire only when a running inference ends (server#7512), so behind a stuck engine
+    it is the length of the queue that refuses, and ``serve`` restarts the server.
+    """
+    batching = message.dynamic_batching
+    batching.max_queue_delay_microseconds = 0
+    batching.priority_levels = ORDINARY
+    batching.default_priority_level = ORDINARY
+    queue = batching.default_queue_policy
+    queue.timeout_action = pb.ModelQueuePolicy.REJECT
+    queue.default_timeout_microseconds = round(options.queue_seconds * 1e6)
+    queue.allow_timeout_override = True  # a request may ask for less
+    queue.max_queue_size = options.queue_length
 
 
 def _finish(message: ModelConfig, inputs: Iterable[TensorSpec], options: BuildOptions) -> None:

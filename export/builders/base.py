@@ -28,6 +28,7 @@ Profile = tuple[int, int, int]
 
 
 VERBOSITIES = ("none", "names", "detailed")
+_OF_EVERY_TARGET = ("max_batch", "batches", "queue_length", "queue_seconds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,17 @@ class BuildOptions:
     weight_stripped: bool = False
     """Plans without weights, refitted on loading from the graph that is stored beside the plan."""
 
+    queue_length: int = 64
+    """Requests of one priority that may wait for a model; the next one is refused (ours)."""
+    queue_seconds: float = 30.0
+    """Longest wait in a model's queue; then the request is refused (ours)."""
+
     def __post_init__(self) -> None:
+        if self.queue_length < 1 or not 0.001 <= self.queue_seconds <= 3600:
+            raise ExportUsageError(
+                f"queue of {self.queue_length} requests for {self.queue_seconds:g} s: must be at least 1, and from 1 "
+                "ms to an hour"
+            )
         if self.batches:
             if min(self.batches) < 1 or len(set(self.batches)) != len(self.batches):
                 raise ExportUsageError(f"batches {list(self.batches)}: must be distinct and at least 1")
@@ -209,13 +220,16 @@ def refuse_unused(target: str, options: BuildOptions, *used: str) -> None:
     Args:
         target: as on the command line.
         options: what was chosen.
-        used: fields that this target uses, besides the batches.
+        used: fields that this target uses, besides batches and queues.
 
     Raises:
         ExportUsageError: names the option.
     """
     for field in dataclasses.fields(options):
-        if field.name not in ("max_batch", "batches", *used) and getattr(options, field.name) != field.default:
+        if (
+            field.name not in ("max_batch", "batches", "queue_length", "queue_seconds", *used)
+            and getattr(options, field.name) != field.default
+        ):
             raise ExportUsageError(f"target {target} does not use --{field.name.replace('_', '-')}: leave it out")
 
 

@@ -13,6 +13,7 @@ from staindiffuser.client.errors import (
     ContractError,
     ModelChangedError,
     RefusedRequestError,
+    ServerBusyError,
     ServerUnreachableError,
     UnknownStainError,
 )
@@ -206,3 +207,34 @@ def test_requests_in_flight_are_bounded() -> None:
         for answer in answers:
             answer.result()
     assert most == 2
+
+
+def test_a_busy_server_is_asked_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than a lost one is waited for: it works, but for others."""
+    monkeypatch.setattr("staindiffuser.client.connection.BUSY_PAUSE", 0.02)
+    with FakeTriton() as server, StainClient(server.url, patience=0) as client:
+        server.busy = 4
+        np.testing.assert_array_equal(client.stain_tiles(TILES, ORIGINS)["STAIN_CD3"], TILES)
+        assert server.requests == 5
+    with FakeTriton() as server, StainClient(server.url, busy_patience=0) as client:
+        server.busy = 1
+        with pytest.raises(ServerBusyError, match=r"has more to do than it can \(.*Exceeds maximum queue size\)"):
+            client.stain_tiles(TILES, ORIGINS)
+
+
+def test_cancelling_ends_the_waiting_for_a_busy_server() -> None:
+    with FakeTriton() as server, StainClient(server.url) as client, ThreadPoolExecutor(1) as pool:
+        server.busy = 1000
+        future = pool.submit(client.stain_tiles, TILES, ORIGINS)
+        while not server.requests:
+            time.sleep(0.01)
+        client.cancel()
+        with pytest.raises(ServerError):
+            future.result(timeout=5)
+
+
+def test_urgent_requests_say_so() -> None:
+    with FakeTriton() as server, StainClient(server.url) as ordinary, StainClient(server.url, urgent=True) as urgent:
+        ordinary.stain_tiles(TILES, ORIGINS)
+        urgent.stain_tiles(TILES, ORIGINS)
+        assert server.priorities == [2, 1]

@@ -69,6 +69,25 @@ def test_a_server_that_answers_with_failures_is_avoided() -> None:
         assert one.requests == 4
 
 
+def test_a_busy_server_hands_its_requests_on() -> None:
+    said: list[str] = []
+    with FakeTriton() as one, FakeTriton() as two:
+        one.busy = 2
+        with Target(addresses=(one.url, two.url)).connect(1, said.append) as pool:
+            for _ in range(3):
+                np.testing.assert_array_equal(pool.stain_tiles(TILES, ORIGINS, 0)["STAIN_CD3"], TILES)
+        assert two.requests >= 1
+    assert any("is busy" in line for line in said)
+
+
+def test_servers_that_are_all_busy_are_waited_for() -> None:
+    """Longer than lost ones are."""
+    with FakeTriton() as one, FakeTriton() as two:
+        one.busy = two.busy = 2
+        with Target(addresses=(one.url, two.url), patience=0).connect(1) as pool:
+            np.testing.assert_array_equal(pool.stain_tiles(TILES, ORIGINS, 0)["STAIN_CD3"], TILES)
+
+
 def test_without_any_server_the_work_ends() -> None:
     with FakeTriton() as one, FakeTriton() as two:
         with Target(addresses=(one.url, two.url), patience=1).connect(2) as pool:

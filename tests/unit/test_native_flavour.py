@@ -90,6 +90,8 @@ def test_configuration_of_an_engine(graphs: Path, tmp_path: Path) -> None:
         queue = config.dynamic_batching.default_queue_policy
         assert queue.max_queue_size > 0
         assert queue.default_timeout_microseconds > 0
+        assert config.dynamic_batching.max_queue_delay_microseconds == 0  # anything else leaks the queue's count
+        assert (config.dynamic_batching.priority_levels, config.dynamic_batching.default_priority_level) == (2, 2)
         assert not config.response_cache.enable
     manifest = verify(output)
     assert manifest.flavour == "native"

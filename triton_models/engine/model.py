@@ -8,8 +8,9 @@
 - ``copies``: JSON, outputs that are others under a second name (``export/triton_config.py`` says why);
 - ``threads``: threads of a CPU engine, 0 for all available; ``STAINDIFFUSER_THREADS`` overrides it.
 
-Requests that arrive together are concatenated along the batch, run once and split again. If that fails, each request
-is run alone, so that only the faulty one is answered with an error.
+On a GPU, requests that arrive together are concatenated along the batch, run once and split again. If that fails, each
+request is run alone, so that only the faulty one is answered with an error. On a CPU each is run alone anyway: a batch
+gains nothing there, and the same request always gets the same bytes.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class TritonPythonModel:
         self.engine.close()
 
     def _execute(self, requests: list[Any]) -> list[Any]:
-        if len(requests) > 1:
+        if self.gpu and len(requests) > 1:
             try:
                 return self._run(requests)
             except Exception as error:  # which request is at fault shows when each is run alone

@@ -111,7 +111,8 @@ class StainClient:
         self._cancelled = threading.Event()
         self._triton = triton
         credentials = credentials or Credentials()
-        self._headers = credentials.headers()
+        # In the request for Triton, and as a header (RFC 9218) for a proxy, which does not read requests.
+        self._headers = {**(credentials.headers() or {}), **({"priority": "u=1"} if urgent else {})}
         # channel_args replaces all of tritonclient's defaults, message sizes included.
         self._client = triton.InferenceServerClient(
             url,

@@ -151,6 +151,8 @@ def _grpc_frontend(options: ProxyOptions, certificate: Path) -> str:
         _refuse(12, "this call is not offered", f"!{{ path {calls} }}"),
         "stick-table type string len 128 size 100k expire 10m store http_req_rate(10s)",
         "http-request track-sc0 var(txn.client)",
+        # Urgent requests also leave this proxy's queue first (RFC 9218: urgency 0 to 7, 3 by default).
+        "http-request set-priority-class int(-1) if { req.hdr(priority) -m beg u=1 }",
         _refuse(8, "too many requests: slow down", f"{{ sc_http_req_rate(0) gt {options.requests_per_10s} }}"),
         f"filter lua.grpc_guard {ENSEMBLE} {options.max_message}",
         'log-format "time=%tr client=%{+Q}[var(txn.client)] address=%ci id=%ID call=%[capture.req.uri] http=%ST '

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -240,6 +241,7 @@ class StainClient:
 
     def _infer(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
         """Send a request; if the server is lost, send it again once the same model is served again."""
+        request_id = secrets.token_hex(8)  # the same at every attempt
         give_up: float | None = None
         busy_until, pause = time.monotonic() + self._busy_patience, BUSY_PAUSE
         while True:
@@ -251,6 +253,7 @@ class StainClient:
                     inputs,
                     model_version=self._served.ensemble_version,
                     outputs=outputs,
+                    request_id=request_id,
                     priority=self._priority,
                     headers=self._headers,
                     client_timeout=self._deadline,

@@ -238,7 +238,10 @@ def model_configs(
             messages.append(_native_model(name, engine.inputs, engine.outputs, options, engine_files[name]))
             continue
         file = next(iter(engine_files[name].values()))
+        contract = contract_parameters(graphs, graphs.name)
+        told = ("model_version", "quality") if name == QUALITY else ("model_version",)
         parameters = {"engine": file, "runner": builder.runner, "threads": str(options.threads)}
+        parameters |= {key: contract[key] for key in told}
         if name == ENCODER:
             parameters["gate"] = "true"
         copies = _copies(graphs, name)

@@ -5,7 +5,7 @@ from pathlib import Path
 __all__ = ["engine_files", "noise_files", "pipeline_files"]
 
 _FOLDER = Path(__file__).resolve().parent
-_SHARED = (_FOLDER / "shared" / "gate.py", _FOLDER / "shared" / "cpus.py")
+_SHARED = tuple(_FOLDER / "shared" / name for name in ("gate.py", "cpus.py", "meters.py"))
 
 
 def engine_files(runner: str) -> tuple[Path, ...]:

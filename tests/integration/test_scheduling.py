@@ -5,8 +5,10 @@ The real Triton, with synthetic engines that take about a tenth of a second and 
 
 from __future__ import annotations
 
+import re
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +24,7 @@ from staindiffuser.export.repository import build
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.serving.server import TritonServer
 from tests.synthetic_graphs import write_graphs
+from tests.unit.test_monitoring import TRITON
 
 TILE = 256
 QUEUE_LENGTH, QUEUE_SECONDS = 6, 3.0
@@ -47,6 +50,15 @@ def server(graphs: Path, request: pytest.FixtureRequest) -> Iterator[TritonServe
 def marked(number: int) -> UInt8Array:
     """A batch of tiles that no other request sends: uint8 [2, T, T, 3]."""
     return np.random.default_rng(number).integers(0, 256, (2, TILE, TILE, 3), dtype=np.uint8)
+
+
+def metrics(server: TritonServer) -> dict[tuple[str, str], float]:
+    """Values by name and labels."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(server.metrics_url, timeout=10) as response:
+        text = response.read().decode()
+    found = re.findall(r"^(\w+)(?:\{(.*)\})? (\S+)$", text, re.MULTILINE)
+    return {(name, labels): float(value) for name, labels, value in found}
 
 
 def stain(client: StainClient, number: int) -> UInt8Array:
@@ -110,6 +122,12 @@ def test_overload_is_refused_and_no_answer_is_another_ones(server: TritonServer,
         assert refusals[len(refusals) // 2] < QUEUE_SECONDS
         assert refusals[-1] < 4 * QUEUE_SECONDS  # a busy machine; `make test-timing` asks for more
         np.testing.assert_array_equal(stain(client, 0), expected[0])  # and then it works as before
+    counted = metrics(server)
+    assert {name for name, _ in counted} >= TRITON  # what the dashboard and the alert rules read
+    rejected = [value for (name, labels), value in counted.items() if "failure" in name and "REJECTED" in labels]
+    assert sum(rejected) >= BURST - answered
+    tiles = [value for (name, labels), value in counted.items() if name == "staindiffuser_tiles_total"]
+    assert sum(tiles) >= 2 * answered
 
 
 def test_a_client_that_is_refused_comes_again_until_it_is_served(

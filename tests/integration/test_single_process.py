@@ -135,9 +135,10 @@ def test_requests_that_are_not_asked_for_run_nothing(
     runner = types.ModuleType("recorder")
     runner.__dict__["load"] = lambda path, threads, device: Recorder(path)
     from staindiffuser.triton_models.noise import philox
-    from staindiffuser.triton_models.shared import gate
+    from staindiffuser.triton_models.shared import gate, meters
 
     modules = {"triton_python_backend_utils": utilities, "recorder": runner, "philox": philox, "gate": gate}
+    modules["meters"] = meters
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     path = Path(gate.__file__).parents[1] / "pipeline" / "model.py"

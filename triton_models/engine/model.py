@@ -6,6 +6,7 @@
 - ``engine``: the engine's file name in this folder;
 - ``gate``: ``true`` for the ensemble's first model, which refuses requests while the server stops (``gate.py``);
 - ``copies``: JSON, outputs that are others under a second name (``export/triton_config.py`` says why);
+- ``model_version``, ``quality``: as in the ensemble's, for the counters (``meters.py``);
 - ``threads``: threads of a CPU engine, 0 for all available; ``STAINDIFFUSER_THREADS`` overrides it.
 
 On a GPU, requests that arrive together are concatenated along the batch, run once and split again. If that fails, each
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from gate import Gate
+from meters import Meters
 
 _DLPACK = np.lib.NumpyVersion(np.__version__) >= "2.0.0"
 """Whether host tensors are exchanged by DLPack. A Python backend built before numpy 2, such as the wheel's, otherwise
@@ -59,6 +61,9 @@ class TritonPythonModel:
         self.copies: dict[str, str] = json.loads(parameters.get("copies", "{}"))
         self.gpu = args["model_instance_kind"] == "GPU"
         self.gate = Gate()
+        self.meters = Meters(
+            pb_utils, version=parameters.get("model_version", ""), quality=parameters.get("quality", "")
+        )
         self.guards_gate = parameters.get("gate") == "true"
         runner = importlib.import_module(parameters["runner"])
         self.engine: Engine = runner.load(
@@ -70,6 +75,7 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         """Run the requests as one batch; if that fails, one by one. A closed gate refuses them."""
         if self.guards_gate and self.gate.closed:
+            self.meters.refused(len(requests))
             stopping = pb_utils.TritonError(
                 "the server is stopping: send the request again", pb_utils.TritonError.UNAVAILABLE
             )
@@ -102,6 +108,8 @@ class TritonPythonModel:
         asked = [list(request.requested_output_names()) for request in requests]
         wanted = {self.copies.get(name, name) for names in asked for name in names}
         results = self.engine.run(batch, [name for name in self.outputs if name in wanted])
+        for name, array in results.items():
+            self.meters.tiles(name, array)
         responses = []
         first = 0
         for part, names in zip(parts, asked, strict=True):

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from gate import Gate
+from meters import Meters
 from philox import check_origins, tile_noise
 
 _DLPACK = np.lib.NumpyVersion(np.__version__) >= "2.0.0"
@@ -42,6 +43,9 @@ class TritonPythonModel:
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         self.gpu = args["model_instance_kind"] == "GPU"
         self.gate = Gate()
+        self.meters = Meters(
+            pb_utils, version=parameters.get("model_version", ""), quality=parameters.get("quality", "")
+        )
         self.steps, self.tile = int(parameters["steps"]), int(parameters["tile"])
         runner = importlib.import_module(parameters["runner"])
         threads = int(os.environ.get("STAINDIFFUSER_THREADS") or parameters["threads"])
@@ -65,6 +69,7 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response per request; a faulty request does not affect the others. A closed gate refuses all."""
         if self.gate.closed:
+            self.meters.refused(len(requests))
             return [_error("the server is stopping: send the request again", "UNAVAILABLE") for _ in requests]
         with self.gate.busy():
             return [self._respond(request) for request in requests]
@@ -111,7 +116,10 @@ class TritonPythonModel:
         while needed:
             # Side by side on a CPU, whose cores one engine does not fill; in turn on a GPU, where they would only wait.
             ready = [name for name in needed if set(self.signatures[self.branches[name]]["inputs"]) <= tensors.keys()]
-            tensors.update(zip(ready, (map if self.gpu else self.pool.map)(run_branch, ready), strict=True))
+            computed = dict(zip(ready, (map if self.gpu else self.pool.map)(run_branch, ready), strict=True))
+            for name, array in computed.items():
+                self.meters.tiles(name, array)
+            tensors.update(computed)
             needed = [name for name in needed if name not in ready]
         return {name: tensors[name] for name in names}
 

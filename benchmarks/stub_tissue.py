@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import imagecodecs
@@ -116,8 +117,9 @@ class StubStainer:
         stains: Sequence[str] | None = None,
         images: bool = True,
         cells: bool = True,
-    ) -> dict[str, UInt8Array]:
-        """See :meth:`staindiffuser.client.connection.StainClient.stain_tiles`."""
+        quality: bool = False,
+    ) -> dict[str, NDArray[Any]]:
+        """See :meth:`staindiffuser.client.connection.StainClient.stain_tiles`; its contract promises no quality."""
         if self._seconds:
             with self._busy:
                 time.sleep(self._seconds * len(tiles_BTT3))

@@ -61,7 +61,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
 def valid() -> Any:
     """One tile, one output."""
     request = service_pb2.ModelInferRequest(model_name="staindiffuser", id="1")
-    arrays = {"HE": (TILES[:1], "UINT8"), "ORIGIN": (np.zeros((1, 2), np.int64), "INT64")}
+    arrays: dict[str, tuple[np.ndarray, str]] = {
+        "HE": (TILES[:1], "UINT8"),
+        "ORIGIN": (np.zeros((1, 2), np.int64), "INT64"),
+    }
     arrays["SEED"] = (np.zeros((1, 1), np.int64), "INT64")
     for name, (array, datatype) in arrays.items():
         request.inputs.add(name=name, datatype=datatype, shape=array.shape)

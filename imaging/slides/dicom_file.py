@@ -43,6 +43,7 @@ _HEADER = (
     "ConcatenationUID", "InConcatenationNumber", "InConcatenationTotalNumber",
 )  # fmt: skip
 """What is read of an instance: nothing of the patient, nothing of the study."""
+_REQUIRED = ("SeriesInstanceUID", "ImageType", "TotalPixelMatrixColumns", "TotalPixelMatrixRows", "Rows", "Columns")
 _JPEG = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit)
 _JPEG2000 = (uid.JPEG2000Lossless, uid.JPEG2000)
 _COLOURS = {
@@ -59,7 +60,7 @@ def dicom_series(folder: Path) -> list[tuple[Path, ...]]:
         warnings.simplefilter("ignore")  # see DicomSlide
         for path, header in _headers(folder).items():
             if _is_volume(header):
-                series[str(header.SeriesInstanceUID)].append(path)
+                series[str(header.get("SeriesInstanceUID"))].append(path)
     return [tuple(sorted(paths)) for paths in series.values()]
 
 
@@ -203,6 +204,8 @@ class DicomSlide(Slide):
         pixels: UInt8Array
         if level.transfer_syntax in _JPEG:
             require_intact_jpeg(data)
+            if level.photometric == "RGB" and _says_ycbcr(data):
+                raise ValueError("DICOM calls its colours RGB, its JPEG YCbCr")
             # A stream without Adobe's marker is taken for YCbCr, whatever it is.
             pixels = imagecodecs.jpeg8_decode(data, colorspace="RGB" if level.photometric == "RGB" else None)
         elif level.transfer_syntax in _JPEG2000:
@@ -216,6 +219,13 @@ class DicomSlide(Slide):
         if pixels.shape != shape or pixels.dtype != np.uint8:
             raise ValueError(f"it is {pixels.dtype} {pixels.shape}, not uint8 {shape}")
         return pixels
+
+
+def _says_ycbcr(jpeg: bytes) -> bool:
+    """Whether a JPEG's own markers, JFIF or Adobe, say that it is YCbCr."""
+    head = jpeg[: jpeg.find(b"\xff\xda") + 1]
+    adobe = head.find(b"\xff\xee\x00\x0eAdobe")
+    return head[adobe + 15] == 1 if adobe >= 0 else head[2:4] == b"\xff\xe0" and head[6:10] == b"JFIF"
 
 
 def _headers(folder: Path) -> dict[Path, Any]:
@@ -244,21 +254,21 @@ def _instances(path: Path) -> dict[Path, Any]:
     """The VOLUME instances of the slide at ``path``: a folder that holds one slide, or any file of a series."""
     headers = _headers(path if path.is_dir() else path.parent)
     if path.is_dir():
-        series = {str(header.SeriesInstanceUID) for header in headers.values()}
+        series = {str(header.get("SeriesInstanceUID")) for header in headers.values()}
         if len(series) != 1:
             what = f"{len(series)} DICOM slides: name a file of one of them" if series else "no whole slide in DICOM"
             raise SlideError(f"{path} holds {what}")
     elif path in headers:
-        series = {str(headers[path].SeriesInstanceUID)}
+        series = {str(headers[path].get("SeriesInstanceUID"))}
     else:
         twin = _sop_instance(path)
-        series = {str(h.SeriesInstanceUID) for h in headers.values() if twin and h.SOPInstanceUID == twin}
+        series = {str(h.get("SeriesInstanceUID")) for h in headers.values() if twin and h.SOPInstanceUID == twin}
         if not series:
             raise SlideError(f"{path} is DICOM, but no whole-slide microscopy image")
     volumes = {
         file: header
         for file, header in headers.items()
-        if str(header.SeriesInstanceUID) in series and _is_volume(header)
+        if str(header.get("SeriesInstanceUID")) in series and _is_volume(header)
     }
     if not volumes:
         raise SlideError(f"{path} holds only labels, overviews or thumbnails")
@@ -279,6 +289,16 @@ def _require_complete(path: Path, headers: Sequence[Any]) -> None:
     Raises:
         IncompleteSlideError: it does.
     """
+    for name in (
+        "SeriesInstanceUID",
+        "ImageType",
+        "TotalPixelMatrixColumns",
+        "TotalPixelMatrixRows",
+        "Rows",
+        "Columns",
+    ):
+        if any(not header.get(name) and header.get(name) != 0 for header in headers):
+            raise SlideError(f"{path} is damaged: an instance lacks {name}")
     if all(len(header.ImageType) > 3 and header.ImageType[3] == "RESAMPLED" for header in headers):
         raise IncompleteSlideError(f"{path} is incomplete: the instance with the full resolution is missing")
     parts = [header for header in headers if header.get("ConcatenationUID")]
@@ -290,6 +310,8 @@ def _require_complete(path: Path, headers: Sequence[Any]) -> None:
                 f"{path} is incomplete: an instance of a level is missing ({len(group)} are there)"
             )
     for header in headers:
+        if int(header.get("BitsAllocated") or 8) != 8:
+            raise SlideError(f"{path} has {header.BitsAllocated} bits per sample: H&E must be 8-bit RGB")
         if header.get("DimensionOrganizationType") != "TILED_FULL":
             continue
         width, height = int(header.TotalPixelMatrixColumns), int(header.TotalPixelMatrixRows)

@@ -17,12 +17,14 @@ from staindiffuser.imaging.slides.slide import Slide
 __all__ = ["ImageSlide"]
 
 _MODES = {
-    "1": "black and white",
-    "L": "greyscale",
-    "LA": "greyscale",
-    "CMYK": "CMYK",
-    "LAB": "CIELab",
-    "HSV": "HSV",
+    "1": "is black and white",
+    "L": "is greyscale",
+    "LA": "is greyscale",
+    "CMYK": "is CMYK",
+    "LAB": "is CIELab",
+    "HSV": "is HSV",
+    "P": "uses a colour palette",
+    "PA": "uses a colour palette",
 }
 
 
@@ -75,6 +77,6 @@ class ImageSlide(Slide):
 
 
 def _rgb(image: Image.Image, path: Path) -> UInt8Array:
-    if image.mode not in ("RGB", "RGBA", "P"):
-        raise SlideError(f"{path} is {_MODES.get(image.mode, image.mode)}: H&E must be 8-bit RGB")
+    if image.mode not in ("RGB", "RGBA"):
+        raise SlideError(f"{path} {_MODES.get(image.mode, f'is {image.mode}')}: H&E must be 8-bit RGB")
     return rgb_of(image)

@@ -30,6 +30,8 @@ _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _FLAT_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _SPOTS, _SPOT = 12, 8
 """Regions per axis, and their side in pixels of the reduced level, that are compared with the level above."""
+_STEEPEST = 64
+"""Steps between levels are 2 or 4, in some files 16 or 32."""
 _DIFFERENT, _SPOTS_WRONG = 40.0, 2
 """Mean colours this many grey levels apart, in this many regions, are not the same image (ours)."""
 
@@ -178,6 +180,12 @@ def ignore_wrong_levels(slide: Slide) -> None:
     """
     for level in range(1, len(slide.level_sizes)):
         (width, height), (reduced_width, reduced_height) = slide.level_sizes[level - 1 : level + 1]
+        if abs(height * reduced_width / width - reduced_height) > max(2.0, 0.05 * reduced_height):
+            _drop_levels(slide, level, "has another shape than the one above")
+            return
+        if width > _STEEPEST * reduced_width:  # comparing would read most of the level above; nothing reads this one
+            _drop_levels(slide, level, f"is more than {_STEEPEST} times smaller than the one above")
+            return
         side_x, side_y = min(_SPOT, reduced_width), min(_SPOT, reduced_height)
         scale_x, scale_y = width / reduced_width, height / reduced_height
         wrong = 0
@@ -189,10 +197,14 @@ def ignore_wrong_levels(slide: Slide) -> None:
             full = slide.read(level - 1, left, top, max(1, right - left), max(1, bottom - top)).mean(axis=(0, 1))
             wrong += bool(np.abs(reduced - full).max() > _DIFFERENT)
         if wrong >= _SPOTS_WRONG:
-            slide.notes += (f"{slide.path.name}: level {level} does not show the same image as the one above: ignored",)
-            slide.level_sizes = slide.level_sizes[:level]
-            slide.exact_levels = tuple(exact for exact in slide.exact_levels if exact < level)
+            _drop_levels(slide, level, "does not show the same image as the one above")
             return
+
+
+def _drop_levels(slide: Slide, first: int, why: str) -> None:
+    slide.notes += (f"{slide.path.name}: level {first} {why}: ignored",)
+    slide.level_sizes = slide.level_sizes[:first]
+    slide.exact_levels = tuple(exact for exact in slide.exact_levels if exact < first)
 
 
 def _reader(path: Path, *, allow_damaged: bool) -> Slide:

@@ -25,6 +25,8 @@ __all__ = ["ZarrSlide"]
 
 MAX_CHUNK_PIXELS = 2**26
 """A larger chunk is an image that was not cut into chunks: reading a region would decode all of it each time."""
+LEAST_STORED = 0.001
+"""Share of the chunks below which a folder was not copied whole, or claims a size that it does not have."""
 CACHE_BYTES = 2**24
 """Of decoded chunks that are kept: a chunk is often larger than what is read at once."""
 _UNITS = {"meter": 1e6, "centimeter": 1e4, "millimeter": 1e3, "micrometer": 1.0, "nanometer": 1e-3, "inch": 25400.0}
@@ -162,7 +164,14 @@ class ZarrSlide(Slide):
 
     def _note_missing(self) -> None:
         array = self._arrays[0]
-        if getattr(array, "shards", None) is None and (missing := array.nchunks - array.nchunks_initialized) > 0:
+        if getattr(array, "shards", None) is not None:
+            return
+        # Not by zarr, which looks for every chunk that there could be.
+        files = (path.name for path in (self.path / array.path).rglob("*") if path.is_file())
+        stored = sum(not name.startswith(".z") and name != "zarr.json" for name in files)
+        if stored < LEAST_STORED * array.nchunks:
+            raise SlideError(f"{self.path} is damaged or incomplete: {stored} of {array.nchunks} chunks are stored")
+        if (missing := array.nchunks - stored) > 0:
             self.notes += (f"{self.path.name}: {missing} of {array.nchunks} chunks are not stored: taken for glass",)
 
 

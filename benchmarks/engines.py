@@ -9,28 +9,28 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 import psutil
 
+from staindiffuser.benchmarks.engine_quality import dab_dice
 from staindiffuser.benchmarks.limits import PEAK, peak_sides
 from staindiffuser.benchmarks.measuring import Machine, Sample, Spread, Timing, in_turns
 from staindiffuser.benchmarks.one_graph import join
+from staindiffuser.benchmarks.torch_sides import COMPILED, EAGER, torch_sides
 from staindiffuser.errors import DependencyError, UsageError
 from staindiffuser.export import builders
 from staindiffuser.export.builders import BuildOptions, Engine
 from staindiffuser.export.description import QUALITY, EngineGraph, GraphSet
 from staindiffuser.export.errors import ExportUsageError, ManifestError
+from staindiffuser.export.parity import run_pipeline
 from staindiffuser.files import file_sha256
 from staindiffuser.triton_models.noise.philox import tile_noise
 from staindiffuser.triton_models.shared.cpus import available_cpus
-
-if TYPE_CHECKING:
-    from staindiffuser.training.model.network import DualDiffusion
 
 __all__ = ["REFERENCE", "EnginesReport", "Row", "bench_engines", "count_flops"]
 
@@ -38,7 +38,6 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 Progress = Callable[[str], None]
 REFERENCE = "onnxruntime fp32"
 """What the embedded server runs by default; others are compared with it."""
-EAGER, COMPILED = "torch as trained", "torch.compile"
 ONE_GRAPH = "one graph"
 STEPS = (1, 2, 4)
 STAINS = (1, 2, 4)
@@ -94,6 +93,10 @@ class EnginesReport:
     were freed; approximate."""
     absent: Mapping[str, str]
     """Engines that cannot run here, and why."""
+    dab_dice: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Of each engine and stain against the real stain; empty where no tiles were given."""
+    dice_tiles: int = 0
+    """On so many tiles."""
 
     @property
     def headline(self) -> str:
@@ -111,6 +114,8 @@ def bench_engines(
     only: Sequence[str] = (),
     parts: bool = True,
     compiled: bool = False,
+    tiles: Path | None = None,
+    most_tiles: int = 40,
     progress: Progress = lambda message: None,
 ) -> EnginesReport:
     """Measure graphs and the checkpoint that they came from (needs torch).
@@ -124,6 +129,8 @@ def bench_engines(
         only: engines to measure, such as ``openvino bf16``; empty for all.
         parts: also encoder, image of 1, 2 and 4 steps, cell map, and other numbers of stains than the model's.
         compiled: also torch.compile, which takes minutes before it runs.
+        tiles: paired tiles, on whose test split the engines are scored.
+        most_tiles: of them at most.
         progress: called with one line per step.
 
     Raises:
@@ -144,14 +151,13 @@ def bench_engines(
         sources = {engine: (graphs_dir / graph.file, graph) for engine, graph in painting.items()}
         if parts:
             sources |= _other_steps(checkpoint, graphs, folder, progress)
-            joined = [name for name in painting if name == "he_encoder"]
-            joined += [name for name in painting if name != "he_encoder"]
             path = folder / "one_graph.onnx"
-            sources[ONE_GRAPH] = (path, join(sources, joined, path))
+            whole_work = _work(graphs, parts=False)[f"{len(graphs.stains)} stains"]
+            sources[ONE_GRAPH] = (path, join(sources, whole_work, path))
         work = _work(graphs, parts)
         inputs = {batch: _inputs(graphs, batch, max(STEPS) if parts else graphs.steps) for batch in {1, *batches}}
         sets, memory, absent = _engine_sets(sources, folder, batches, threads, only, inputs[1], stack, progress)
-        torch_sides = _torch_sides(checkpoint, graphs, only, compiled)
+        in_torch = torch_sides(checkpoint, graphs, only, compiled)
         encoded = dict(inputs)
         for loaded in list(sets.values())[:1]:  # parts of the work begin with the same features on every engine
             encoded = {batch: _run(loaded, sources, ["he_encoder"], arrays) for batch, arrays in inputs.items()}
@@ -161,11 +167,12 @@ def bench_engines(
             for what, names in work.items():
                 for engine, loaded in sets.items():
                     sides[f"{engine}|{what}|{batch}"] = _side(loaded, sources, names, encoded[batch])
-            for engine, run in torch_sides.items():
+            for engine, run in in_torch.items():
                 sides[f"{engine}|{whole}|{batch}"] = lambda run=run, batch=batch: run(inputs[batch])  # type: ignore[misc]
         limits, operations = peak_sides(folder, threads)
         samples = in_turns({**sides, **limits}, rounds, progress)
         gflop = {engine: count_flops(path) / 1e9 for engine, (path, _) in sources.items()}
+        dice, scored = _dab_dice(sets, graphs, tiles, most_tiles)
     amounts = {what: sum(gflop[name] for name in names) for what, names in work.items()}
     peaks = _peaks(samples, operations)
     return EnginesReport(
@@ -184,7 +191,26 @@ def bench_engines(
         rows=tuple(_row(key, samples, graphs, amounts, peaks) for key in sides),
         memory_mib=memory,
         absent=absent,
+        dab_dice=dice,
+        dice_tiles=scored,
     )
+
+
+def _dab_dice(
+    sets: Mapping[str, Mapping[str, Engine]], graphs: GraphSet, tiles: Path | None, most: int
+) -> tuple[dict[str, dict[str, float]], int]:
+    if tiles is None:
+        return {}, 0
+    from staindiffuser.training.tiles.paired_tiles import PairedTiles
+
+    images = {name: engine for name, engine in graphs.engines.items() if not name.startswith(("cells_", QUALITY))}
+
+    def stainer(loaded: Mapping[str, Engine]) -> Callable[[Arrays], Arrays]:
+        engines = {name: loaded[name] for name in images}
+        return lambda inputs: run_pipeline(engines, images, steps=graphs.steps, tile=graphs.tile, inputs=inputs)[1]
+
+    stainers = {name: stainer(loaded) for name, loaded in sets.items()}
+    return dab_dice(stainers, PairedTiles.load(tiles, mpp=graphs.mpp), graphs.tile, most=most)
 
 
 def count_flops(path: Path) -> float:
@@ -341,60 +367,6 @@ def _inputs(graphs: GraphSet, batch: int, steps: int) -> Arrays:
     )
     he = rng.integers(0, 256, (batch, graphs.tile, graphs.tile, 3), dtype=np.uint8)
     return {"HE": he, "NOISE": image, "NOISE_CELLS": cells}
-
-
-def _torch_sides(
-    checkpoint: Path, graphs: GraphSet, only: Sequence[str], compiled: bool
-) -> dict[str, Callable[[Arrays], object]]:
-    """The whole work in torch: the network as it was trained, and compiled."""
-    import torch
-
-    from staindiffuser.training.checkpoint import Checkpoint
-    from staindiffuser.training.diffusion.samplers import few_step
-    from staindiffuser.training.model.network import he_to_network, unstandardize
-
-    network = Checkpoint.load(checkpoint).network
-    config = network.config
-
-    @torch.inference_mode()
-    def eager(inputs: Arrays) -> None:
-        features = network.encoder(he_to_network(torch.from_numpy(inputs["HE"])))
-        noise = torch.from_numpy(inputs["NOISE"][:, : graphs.steps]).float().unbind(1)
-        for stain in config.stains:
-            y = few_step(network.denoiser("images", stain.name, features), list(noise), graphs.sigmas)
-            unstandardize(y, stain, "images", config.sigma_data).clamp(0, 1).mul(255).round().to(torch.uint8)
-            cell_noise = [torch.from_numpy(inputs["NOISE_CELLS"]).float()]
-            y = few_step(network.denoiser("cells", stain.name, features), cell_noise, [config.sigma_max])
-            unstandardize(y, stain, "cells", config.sigma_data).clamp(0, 1).mul(255).round().to(torch.uint8)
-
-    sides: dict[str, Callable[[Arrays], object]] = {EAGER: eager}
-    if compiled:
-        sides[COMPILED] = _compiled_side(network, graphs)
-    return {name: run for name, run in sides.items() if not only or name in only}
-
-
-def _compiled_side(network: DualDiffusion, graphs: GraphSet) -> Callable[[Arrays], object]:
-    """The modules that the graphs were traced from, behind torch.compile."""
-    import torch
-
-    from staindiffuser.export.modules import BranchEngine, EncoderEngine
-
-    config = network.config
-    encoder: Any = torch.compile(EncoderEngine(network).eval())
-    branches: list[tuple[Any, str]] = []
-    for stain in config.stains:
-        image = BranchEngine(network, "images", stain, graphs.sigmas).eval()
-        cells = BranchEngine(network, "cells", stain, [config.sigma_max]).eval()
-        branches += [(torch.compile(image), "NOISE"), (torch.compile(cells), "NOISE_CELLS")]
-
-    @torch.inference_mode()
-    def run(inputs: Arrays) -> None:
-        features = encoder(torch.from_numpy(inputs["HE"]))
-        for branch, name in branches:
-            noise = inputs[name][:, : graphs.steps] if name == "NOISE" else inputs[name]
-            branch(*features, torch.from_numpy(noise))
-
-    return run
 
 
 def _peaks(

@@ -39,6 +39,9 @@ def engines(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Also torch.compile, which takes minutes before it runs.")
     ] = False,
+    tiles: Annotated[
+        Path | None, typer.Option(help="Paired tiles of the model's size, on whose test split DAB-Dice is scored.")
+    ] = None,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", callback=check_file, help="Write the report here as JSON; - for the screen."),
@@ -73,6 +76,7 @@ def engines(
         only=engine or (),
         parts=parts,
         compiled=compiled,
+        tiles=tiles,
         progress=lambda message: typer.echo(message, err=True),
     )
     if json_file is not None and str(json_file) == "-":
@@ -98,6 +102,9 @@ def table(report: EnginesReport) -> Iterator[str]:
         yield _line(row)
     for name, mebibytes in report.memory_mib.items():
         yield f"memory of {name}: {mebibytes:.0f} MiB"
+    for name, scores in report.dab_dice.items():
+        told = ", ".join(f"{stain} {value:.4f}" for stain, value in scores.items())
+        yield f"DAB-Dice of {name} on {report.dice_tiles} tiles: {told}"
     for name, why in report.absent.items():
         yield f"{name}: not here: {why}"
 

@@ -23,12 +23,19 @@ from staindiffuser.triton_models.noise.philox import tile_noise
 from tests.synthetic_graphs import write_graphs
 
 
-def test_report(tiny_checkpoint: Path, tiny_graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report(
+    tiny_checkpoint: Path,
+    tiny_graphs: Path,
+    tiles_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("staindiffuser.benchmarks.engines.STEPS", (1, 2))  # exporting takes seconds
     for name in ("_CHANNELS", "_MATRIX"):  # and so do the peaks
         monkeypatch.setattr(f"staindiffuser.benchmarks.limits.{name}", 16)
     file = tmp_path / "report.json"
     options = ["--graphs", str(tiny_graphs), "--batch", "1,2", "--rounds", "2", "--threads", "1", "--json", str(file)]
+    options += ["--tiles", str(tiles_folder)]
     result = CliRunner().invoke(app, ["bench", "engines", str(tiny_checkpoint), *options])
     assert result.exit_code == 0, result.output
     report = json.loads(file.read_text(encoding="utf-8"))
@@ -56,6 +63,11 @@ def test_report(tiny_checkpoint: Path, tiny_graphs: Path, tmp_path: Path, monkey
     assert report["peaks"]["convolution fp32"] > 0
     assert report["machine"]["packages"]["onnxruntime"]
     assert set(report["memory_mib"]) == {engine for engine, _, _ in rows} - {"torch as trained"}
+    assert report["dice_tiles"] == 4
+    assert set(report["dab_dice"]) == set(report["memory_mib"])
+    exact = report["dab_dice"]["onnxruntime fp32"]
+    assert report["dab_dice"]["torch fp32"] == pytest.approx(exact, abs=0.01)
+    assert all(0 <= value <= 1 for value in exact.values())
     assert "convolution fp32 peak:" in result.stdout
     assert "tensorrt fp32: not here: " in result.stdout
 

@@ -83,6 +83,13 @@ def stain(
             help="Stain the tissue that is found, everything, or polygons (QuPath's export, level-0 pixels).",
         ),
     ] = "auto",
+    icc: Annotated[
+        str,
+        typer.Option(
+            metavar="ignore|srgb",
+            help="Take colours as the scanner wrote them, or convert them to sRGB by the slide's ICC profile.",
+        ),
+    ] = "ignore",
     save_mask: Annotated[bool, typer.Option("--save-mask", help="Also write tissue.png: what was found.")] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Also write preview.png.")] = False,
     keep_names: Annotated[
@@ -147,6 +154,7 @@ def stain(
             allow_damaged=allow_damaged,
             mask=mask,
             save_mask=save_mask,
+            icc=icc,
             preview=preview,
             keep_names=keep_names,
             overwrite=overwrite,

@@ -33,6 +33,7 @@ def slide_info(path: Path) -> dict[str, Any]:
             "levels": [f"{width} × {height}" for width, height in slide.level_sizes],
             "files": [str(file) for file in slide.files],
             "bytes": sum(file.stat().st_size for file in slide.files),
+            "icc": None if slide.icc_profile is None else f"profile of {len(slide.icc_profile)} bytes",
             "notes": list(slide.notes),
         }
 

@@ -8,7 +8,7 @@ its edges the slide is reflected, to give tiles at the edge their context.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
 import numpy as np
@@ -34,15 +34,22 @@ class ModelView:
     A block stays in memory only while tiles announced by :meth:`expect` still need it.
     """
 
-    def __init__(self, slide: Slide, mpp: PixelSize, model_mpp: float) -> None:
+    def __init__(
+        self,
+        slide: Slide,
+        mpp: PixelSize,
+        model_mpp: float,
+        convert: Callable[[UInt8Array], UInt8Array] | None = None,
+    ) -> None:
         """Choose the level to read and the size of the result.
 
         Args:
             slide: the slide.
             mpp: its pixel size at level 0, µm per pixel.
             model_mpp: the pixel size to produce, µm per pixel.
+            convert: applied to the slide's pixels as they are read, before they are resampled.
         """
-        self._slide = slide
+        self._slide, self._convert = slide, convert
         self.level = _best_level(slide, mpp, model_mpp)
         self._source = slide.level_sizes[self.level]
         level_mpp = [mpp[axis] * slide.size[axis] / self._source[axis] for axis in (0, 1)]
@@ -134,11 +141,15 @@ class ModelView:
         x0, y0 = key[0] * self._block[0], key[1] * self._block[1]
         x1, y1 = min(x0 + self._block[0], self.size[0]), min(y0 + self._block[1], self.size[1])
         if not self.resampled:
-            return self._slide.read(self.level, x0, y0, x1 - x0, y1 - y0)
+            return self._read_level(x0, y0, x1 - x0, y1 - y0)
         (left, right, box_x), (top, bottom, box_y) = self._source_span(0, x0, x1), self._source_span(1, y0, y1)
-        source = Image.fromarray(self._slide.read(self.level, left, top, right - left, bottom - top))
+        source = Image.fromarray(self._read_level(left, top, right - left, bottom - top))
         box = (box_x[0], box_y[0], box_x[1], box_y[1])
         return np.asarray(source.resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC, box=box))
+
+    def _read_level(self, x: int, y: int, width: int, height: int) -> UInt8Array:
+        pixels = self._slide.read(self.level, x, y, width, height)
+        return pixels if self._convert is None else self._convert(pixels)
 
     def _source_span(self, axis: int, start: int, stop: int) -> tuple[int, int, tuple[float, float]]:
         """The source pixels needed for [start, stop), kernel support included, and the exact span relative to them."""

@@ -32,6 +32,8 @@ class StainingOptions:
     """Stain a slide some tiles of which cannot be decoded; they are left out and listed in ``run.json``."""
     mask: str | Path = "auto"
     """What is stained: the tissue that is found (``auto``), everything (``none``), or the polygons of a GeoJSON."""
+    icc: str = "ignore"
+    """``srgb`` converts the slide's colours by its ICC profile; ``ignore`` takes them as the scanner wrote them."""
     save_mask: bool = False
     """Write ``tissue.png``."""
     preview: bool = False
@@ -50,6 +52,8 @@ class StainingOptions:
             raise ValueError(f"mpp must be from 0.01 to 100 µm, not {self.mpp:g}")
         if self.force_mpp and self.mpp is None:
             raise ValueError("force_mpp needs mpp")
+        if self.icc not in ("ignore", "srgb"):
+            raise ValueError(f"icc must be ignore or srgb, not {self.icc}")
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, not {self.batch}")
         if self.in_flight < 1:

@@ -117,6 +117,7 @@ class Request:
     mask: str = "auto"
     """``auto``, ``none``, or the SHA-256 of the GeoJSON file."""
     save_mask: bool = False
+    icc: str = "ignore"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

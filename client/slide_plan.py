@@ -15,6 +15,7 @@ from staindiffuser.client.progress import Stopwatch
 from staindiffuser.client.tiling import GridTile, TileGrid
 from staindiffuser.errors import InputError
 from staindiffuser.imaging.annotations import coverage, read_regions
+from staindiffuser.imaging.colour_profile import to_srgb
 from staindiffuser.imaging.errors import PixelSizeError
 from staindiffuser.imaging.ome_tiff import SIDE
 from staindiffuser.imaging.pixel_size import SAME_PIXEL_SIZE, PixelSize
@@ -95,7 +96,12 @@ class SlidePlan:
 
 
 def plan_slide(
-    slide: Slide, mpp: PixelSize, contract: ModelContract, watch: Stopwatch, mask: str | Path = "auto"
+    slide: Slide,
+    mpp: PixelSize,
+    contract: ModelContract,
+    watch: Stopwatch,
+    mask: str | Path = "auto",
+    icc: str = "ignore",
 ) -> SlidePlan:
     """Find the tissue and choose the tiles.
 
@@ -105,6 +111,7 @@ def plan_slide(
         contract: of the model that will stain it.
         watch: times the stage ``tissue``.
         mask: see :class:`~staindiffuser.client.options.StainingOptions`.
+        icc: likewise.
 
     Raises:
         PixelSizeError: the slide's pixels are too large for the model.
@@ -116,7 +123,8 @@ def plan_slide(
             f"{slide.path} has pixels of {max(mpp):.4g} µm, but the model needs {contract.mpp:g} µm and at most "
             f"{UPSAMPLING:g} times that: scan at a higher magnification, or correct the pixel size with --mpp"
         )
-    view = ModelView(slide, mpp, contract.mpp)
+    convert = to_srgb(slide.icc_profile, str(slide.path)) if icc == "srgb" and slide.icc_profile else None
+    view = ModelView(slide, mpp, contract.mpp, convert)
     grid = TileGrid.for_model(contract, *view.size)
     with watch.stage("tissue"):
         overview = read_overview(slide, mpp)
@@ -130,6 +138,8 @@ def plan_slide(
         )
     if (pen := found.pen_fraction) > PEN_WARNING and mask == "auto":
         warnings.append(f"warning: marker pen covers {pen:.1%} of {slide.path.name}: it is left out, over tissue too")
+    if icc == "srgb" and convert is None:
+        warnings.append(f"warning: {slide.path.name} has no ICC profile: its colours are taken as they are")
     if not tiles:
         warnings.append(f"warning: no tissue found on {slide.path.name}: the result is empty")
     return SlidePlan(slide=slide, mpp=mpp, view=view, grid=grid, mask=found, tiles=tiles, warnings=tuple(warnings))

@@ -112,6 +112,7 @@ class SlideJob:
             nuclei=options.cells and options.nuclei,
             mask=self._mask,
             save_mask=options.save_mask,
+            icc=options.icc,
         )
         if self._old is not None:
             self._require_same(self._old, request)
@@ -132,7 +133,7 @@ class SlideJob:
     def plan(self, contract: ModelContract) -> SlidePlan:
         """What :meth:`stain` would do first; raises the same errors."""
         contract.select(self._options.stains)
-        return plan_slide(self._slide, self._mpp, contract, Stopwatch(), self._options.mask)
+        return plan_slide(self._slide, self._mpp, contract, Stopwatch(), self._options.mask, self._options.icc)
 
     def _stain(
         self, stains: tuple[ServedStain, ...], request: Request, stainer: Stainer, reporter: Reporter
@@ -140,7 +141,7 @@ class SlideJob:
         watch = Stopwatch()
         with ThreadPoolExecutor(1, thread_name_prefix="hash") as hasher:
             hasher.submit(lambda: self._names.sha256)  # while the tissue is found
-            plan = plan_slide(self._slide, self._mpp, stainer.contract, watch, self._options.mask)
+            plan = plan_slide(self._slide, self._mpp, stainer.contract, watch, self._options.mask, self._options.icc)
             for line in [plan.announcement(), *plan.warnings]:
                 reporter.say(line)
             run = SlideRun(

@@ -50,6 +50,7 @@ class ImageSlide(Slide):
                         require_intact_jpeg(path.read_bytes())
                     self.format = f"{(image.format or 'image').lower()} (pillow)"
                     dpi = image.info.get("dpi")
+                    self.icc_profile = image.info.get("icc_profile") or None
                     require_8_bits(image, path)
                     upright = ImageOps.exif_transpose(image)
                     rotated = upright.size != image.size

@@ -49,6 +49,8 @@ class OpenSlideSlide(Slide):
             raise SlideError(f"{path} is a damaged or incomplete slide: {error}") from error
         self._downsamples = downsamples
         self.mpp = from_openslide(properties)
+        profile = self._slide.color_profile
+        self.icc_profile = profile.tobytes() if profile is not None else None
         try:
             self._fast = self._comparable_levels()
         except SlideError:

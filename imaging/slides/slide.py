@@ -64,6 +64,8 @@ class Slide(ABC):
     """Levels whose own pixels :meth:`read` returns; others may be shifted by part of a pixel."""
     chunk: tuple[int, int]
     """Width and height of the unit of decoding at level 0: aligned reads are cheaper."""
+    icc_profile: bytes | None = None
+    """The ICC profile of its colours, as the file holds it; :meth:`read` does not apply it."""
     notes: tuple[str, ...] = ()
     """Warnings about the file, one line each."""
 

@@ -78,6 +78,8 @@ class TiffLevels:
                 # These read from the file, which is closed when the tiles are decoded; so they are kept.
                 self._decoders = [(page.decode, page.jpegtables, page.jpegheader) for page in self.pages]
                 self.mpp = self._find_pixel_size(tiff, series)
+                profile = self.pages[0].tags.valueof("InterColorProfile")
+                self.icc_profile = bytes(profile) if profile else None
             for level, page in enumerate(self.pages):
                 self._require_all_chunks(level, page)
         except SlideError:
@@ -268,6 +270,7 @@ class TiffSlide(Slide):
         self.exact_levels = tuple(range(len(self.level_sizes)))
         self.chunk = self._levels.chunk
         self.notes = tuple(self._levels.notes)
+        self.icc_profile = self._levels.icc_profile
         self._whole_HW3: UInt8Array | None = None
         if not self._levels.is_tiled:
             self._whole_HW3 = self._read_whole()

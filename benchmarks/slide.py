@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from staindiffuser.files import check_file
@@ -117,6 +116,8 @@ def bench_slide(bench: SlideBench, progress: Callable[[str], None] = lambda line
         bench: what to measure.
         progress: told before each run.
     """
+    import numpy as np
+
     from staindiffuser.benchmarks.stub_tissue import StubTissue, write_slide
 
     with tempfile.TemporaryDirectory() as folder:
@@ -154,6 +155,8 @@ def _measure(bench: SlideBench, path: Path, cells: bool) -> SlideRun:
     """One run, in this process."""
     allowed = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, set(allowed[: bench.cores]))
+    import numpy as np
+
     from staindiffuser.benchmarks.stub_tissue import StubStainer
     from staindiffuser.client.options import StainingOptions
     from staindiffuser.client.staining import stain_slide
@@ -182,7 +185,12 @@ def _measure(bench: SlideBench, path: Path, cells: bool) -> SlideRun:
 
 
 def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Largest resident memory so far; not ``getrusage``'s, in which a process begins with its parent's."""
+    status = Path("/proc/self/status")
+    if not status.exists():  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    (line,) = [line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) / 1024
 
 
 def slide(

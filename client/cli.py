@@ -68,6 +68,9 @@ def stain(
     cells: Annotated[
         bool, typer.Option("--cells/--no-cells", help="Write cell maps, cells.geojson.gz, scores.csv.")
     ] = True,
+    parquet: Annotated[
+        bool, typer.Option("--parquet", help="Also write the cells as GeoParquet, cells.parquet (needs pyarrow).")
+    ] = False,
     nuclei: Annotated[
         bool,
         typer.Option("--nuclei/--no-nuclei", help="Count the H&E's nuclei too: scores.csv then has the share stained."),
@@ -151,6 +154,7 @@ def stain(
             in_flight=in_flight,
             cells=cells,
             nuclei=nuclei,
+            parquet=parquet,
             allow_damaged=allow_damaged,
             mask=mask,
             save_mask=save_mask,

@@ -28,6 +28,8 @@ class StainingOptions:
     """Write cell maps, cells and scores."""
     nuclei: bool = True
     """Find the nuclei of the H&E as well, on a sample of a large slide: the scores then say which share is stained."""
+    parquet: bool = False
+    """Also write the cells as GeoParquet."""
     allow_damaged: bool = False
     """Stain a slide some tiles of which cannot be decoded; they are left out and listed in ``run.json``."""
     mask: str | Path = "auto"
@@ -58,5 +60,7 @@ class StainingOptions:
             raise ValueError(f"batch must be at least 1, not {self.batch}")
         if self.in_flight < 1:
             raise ValueError(f"in_flight must be at least 1, not {self.in_flight}")
+        if self.parquet and not self.cells:
+            raise ValueError("parquet needs cells")
         if self.overwrite and self.resume:
             raise ValueError("overwrite and resume are mutually exclusive")

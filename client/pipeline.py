@@ -28,8 +28,8 @@ from staindiffuser.imaging.ome_tiff import SIDE
 
 __all__ = ["stained_rows"]
 
-ROWS_AHEAD = 2
-"""Rows of the result that are stained ahead of the one being written."""
+ROWS_AHEAD = 1
+"""Rows of the result that are stained ahead of the one being written: each holds 90 MB of a slide of 20,000 pixels."""
 
 Batch = Sequence[GridTile]
 

@@ -20,7 +20,7 @@ from staindiffuser.client.contract import ModelContract, ServedStain
 from staindiffuser.client.journal import WorkRow
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.progress import Stopwatch
-from staindiffuser.client.run_record import SYNTHETIC, description, printable
+from staindiffuser.client.run_record import SYNTHETIC, description, facts, printable
 from staindiffuser.imaging.instances import PROBABILITY
 from staindiffuser.imaging.ome_tiff import ImageInfo, PyramidWriter
 from staindiffuser.imaging.slides import DamagedRegion
@@ -101,6 +101,7 @@ class ResultFiles:
         self._workers: Executor = self._open.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="code"))
         self._cells: CellsFile | None = None
         about = description(contract, seed, source)
+        self._facts = {"notice": f"{SYNTHETIC} {contract.notice}"} | facts(contract, seed, source)
         self._files = [
             self._file(image, number % len(stains), stains, source, view, about)
             for number, image in enumerate(output_images(stains, cells=cells))
@@ -144,6 +145,8 @@ class ResultFiles:
                 description=f"{about} stain: {stain.label}; content: {content}",
                 mpp=view.mpp,
                 channel=stain.label,
+                creator=self._facts["software"],
+                about=self._facts | {"stain": stain.label, "content": content},
             ),
             cells=MapCells(stain, number, mpp, view.scale, writer.rows, self._identity) if is_map else None,
         )

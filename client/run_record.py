@@ -40,6 +40,7 @@ __all__ = [
     "TilesRecord",
     "description",
     "differences",
+    "facts",
     "find_run",
     "library_versions",
     "model_record",
@@ -114,6 +115,7 @@ class Request:
     preview: bool
     keep_names: bool = False
     nuclei: bool = True
+    parquet: bool = False
     mask: str = "auto"
     """``auto``, ``none``, or the SHA-256 of the GeoJSON file."""
     save_mask: bool = False
@@ -325,13 +327,18 @@ def model_record(contract: ModelContract) -> ModelRecord:
     )
 
 
-def description(contract: ModelContract, seed: int, source: str) -> str:
-    """The statement embedded in each image file."""
-    parts = {
+def facts(contract: ModelContract, seed: int, source: str) -> dict[str, str]:
+    """What each image file says about where it comes from, by name."""
+    return {
         "model": f"{contract.model_name} {contract.model_version}",
-        "steps": contract.steps,
-        "seed": seed,
+        "steps": str(contract.steps),
+        "seed": str(seed),
         "source": printable(source),
         "software": f"StainDiffuser {staindiffuser.__version__}",
     }
+
+
+def description(contract: ModelContract, seed: int, source: str) -> str:
+    """The statement embedded in each image file."""
+    parts = facts(contract, seed, source)
     return " ".join([SYNTHETIC, contract.notice, *(f"{key}: {value};" for key, value in parts.items())])

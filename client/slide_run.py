@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import staindiffuser
 from staindiffuser.client import run_record
 from staindiffuser.client.blending import Mosaic
+from staindiffuser.client.cells_parquet import PARQUET_FILE, write_parquet
 from staindiffuser.client.contract import ServedStain, Stainer
 from staindiffuser.client.errors import OutputError
 from staindiffuser.client.journal import Journal, Work, WorkRow, read_journal
@@ -19,7 +20,7 @@ from staindiffuser.client.pipeline import stained_rows
 from staindiffuser.client.preview import PANEL, write_preview
 from staindiffuser.client.progress import Reporter, Stopwatch
 from staindiffuser.client.quality import QualityMap
-from staindiffuser.client.result_files import MASK_FILE, PREVIEW_FILE, ResultFiles, output_images
+from staindiffuser.client.result_files import CELLS_FILE, MASK_FILE, PREVIEW_FILE, ResultFiles, output_images
 from staindiffuser.client.result_folder import ResultFolder
 from staindiffuser.client.run_record import RUN_JSON, Request, RunRecord
 from staindiffuser.client.scores import SCORES_FILE, NucleusCounter, Scores, score_stains, write_scores
@@ -71,6 +72,10 @@ class SlideRun:
         if scores is not None:
             write_scores(self.folder.work, self.names.shown, scores)
             names.append(SCORES_FILE)
+        if self.options.parquet:
+            with self.watch.stage("parquet"):
+                write_parquet(self.folder.work / CELLS_FILE, self.folder.work / PARQUET_FILE)
+            names.append(PARQUET_FILE)
         if self.options.preview:
             with self.watch.stage("preview"):
                 plan, work = self.plan, self.folder.work

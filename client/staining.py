@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from staindiffuser.client import run_record
+from staindiffuser.client.cells_parquet import require_pyarrow
 from staindiffuser.client.contract import ModelContract, ServedStain, Stainer
 from staindiffuser.client.errors import FileNameError, OutputError
 from staindiffuser.client.names import SlideNames
@@ -80,6 +81,8 @@ class SlideJob:
     def __enter__(self) -> Self:
         try:
             _require_utf8(self._path, self._output)
+            if self._options.parquet:
+                require_pyarrow()
             self._slide = self._open.enter_context(open_slide(self._path, allow_damaged=self._options.allow_damaged))
             self._names.files = self._slide.files
             self._mask = _mask_identity(self._options.mask)
@@ -110,6 +113,7 @@ class SlideJob:
             preview=options.preview,
             keep_names=options.keep_names,
             nuclei=options.cells and options.nuclei,
+            parquet=options.parquet,
             mask=self._mask,
             save_mask=options.save_mask,
             icc=options.icc,

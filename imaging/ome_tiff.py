@@ -28,7 +28,7 @@ import tifffile
 from isal import isal_zlib
 
 from staindiffuser.imaging.arrays import UInt8Array
-from staindiffuser.imaging.pixel_size import PixelSize
+from staindiffuser.imaging.ome_xml import ImageInfo, ome_xml
 
 __all__ = ["SIDE", "Compose", "ImageInfo", "PendingRow", "PyramidWriter", "RowState", "halved", "level_sizes"]
 
@@ -41,20 +41,6 @@ CLASSIC_LIMIT = 2**32 - 2**24
 
 Compose = Callable[[int, int, int, int], UInt8Array | None]
 """(x, y, width, height) → uint8 [height, width, C], or None where it is all glass."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageInfo:
-    """What the file says of itself."""
-
-    name: str
-    """Shown by viewers, such as ``CK8/18 (virtual)``."""
-    description: str
-    """The notice, and by which model, seed and steps it was made."""
-    mpp: PixelSize
-    """Pixel size of level 0, µm."""
-    channel: str
-    """Name of the channel."""
 
 
 @dataclass(frozen=True)
@@ -214,17 +200,8 @@ class PyramidWriter:
             pixel |= {"photometric": "rgb", "compression": "jpeg", "subsampling": (1, 1)}
         else:
             pixel |= {"photometric": "minisblack", "compression": "adobe_deflate"}
-        metadata = {
-            "axes": "YXS" if self._channels == 3 else "YX",
-            "Name": info.name,
-            "Description": info.description,
-            "Channel": {"Name": info.channel},
-            "PhysicalSizeX": info.mpp[0],
-            "PhysicalSizeXUnit": "µm",
-            "PhysicalSizeY": info.mpp[1],
-            "PhysicalSizeYUnit": "µm",
-        }
-        with tifffile.TiffWriter(path, ome=True, bigtiff=big) as tiff:
+        description = ome_xml(info, self.sizes[0], self._channels)
+        with tifffile.TiffWriter(path, bigtiff=big, ome=False) as tiff:
             for level, (width, height) in enumerate(self.sizes):
                 scale = (self.sizes[0][0] / width, self.sizes[0][1] / height)
                 tiff.write(
@@ -232,7 +209,8 @@ class PyramidWriter:
                     shape=(height, width, 3) if self._channels == 3 else (height, width),
                     subifds=len(self.sizes) - 1 if level == 0 else None,
                     subfiletype=1 if level else 0,
-                    metadata=metadata if level == 0 else None,
+                    description=description if level == 0 else None,
+                    metadata=None,
                     software="StainDiffuser",
                     resolution=(1e4 / (info.mpp[0] * scale[0]), 1e4 / (info.mpp[1] * scale[1])),
                     **pixel,

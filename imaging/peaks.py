@@ -16,7 +16,7 @@ __all__ = ["distances_to_edge", "local_peaks", "smoothed"]
 
 
 def distances_to_edge(mask: UInt8Array) -> FloatArray:
-    """Distance of each pixel of a mask, uint8 [H, W] of 0 and 1, to the nearest outside; the frame is no edge."""
+    """Euclidean distance of each pixel of a mask, uint8 [H, W], to the nearest that is 0; the frame is no edge."""
     distance: FloatArray = cv2.distanceTransform(np.ascontiguousarray(mask), cv2.DIST_L2, cv2.DIST_MASK_PRECISE).astype(
         np.float32, copy=False
     )

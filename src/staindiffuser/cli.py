@@ -35,13 +35,13 @@ _EXTRAS = {
     "mlflow": "mlflow",
     "wandb": "wandb",
     "SimpleITK": "train",
-    "cv2": "train",
     "pytriton": "serve",
     "onnx": "export",
     "onnxruntime": "export",
     "openvino": "openvino",
     "starlette": "view",
     "uvicorn": "view",
+    "pyarrow": "parquet",
 }
 """Which extra brings an optional package; all others come with ``client``."""
 
@@ -49,7 +49,6 @@ app = typer.Typer(
     name="staindiffuser",
     help="Virtual immunohistochemistry from H&E. Research use only.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "STAINDIFFUSER"},
 )

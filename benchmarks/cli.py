@@ -12,6 +12,7 @@ from staindiffuser.benchmarks.engines_cli import engines
 from staindiffuser.benchmarks.load_cli import load
 from staindiffuser.benchmarks.loader import loader
 from staindiffuser.benchmarks.slide import slide
+from staindiffuser.benchmarks.viewer import view
 from staindiffuser.files import check_file
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine: latency, throughput, quality.")
@@ -232,6 +233,7 @@ def quality(
 
 app.command(epilog="Example: staindiffuser bench loader --data tiles --crop 256 --workers 2 --json loader.json")(loader)
 app.command(epilog="Example: staindiffuser bench slide --rounds 3 --json slide.json")(slide)
+app.command()(view)
 app.command()(ablations)
 app.command(
     epilog="Examples: staindiffuser bench engines --rounds 5 --json engines.json\n\n"

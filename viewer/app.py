@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -16,7 +18,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from staindiffuser.errors import StainDiffuserError
+from staindiffuser.errors import InputError, StainDiffuserError
 from staindiffuser.viewer.comparison import difference
 from staindiffuser.viewer.describe import about_cells, about_result, list_entries
 from staindiffuser.viewer.errors import NotThereError, RequestError, ResultGoneError
@@ -31,6 +33,8 @@ STATIC = Path(__file__).parent / "static"
 KEEP = {"Cache-Control": "private, max-age=86400, immutable"}
 """Of tiles: their addresses name the version of the result."""
 LIVE = {"Cache-Control": "no-store"}
+THREADS = 12
+"""Threads that answer: every one keeps some memory of its own."""
 MAX_BODY = 200_000
 MAX_ZOOM = 16
 _PLACE = re.compile(r"(\d{1,6})_(\d{1,6})")
@@ -41,6 +45,9 @@ def make_app(library: Library) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        to_thread.current_default_thread_limiter().total_tokens = THREADS
+        # Finding the slide means reading it once: begin before somebody asks.
+        threading.Thread(target=library.open_first, daemon=True).start()
         yield
         library.close()
 
@@ -71,7 +78,7 @@ def make_app(library: Library) -> Starlette:
 
 
 def _expected(request: Request, error: Exception) -> Response:
-    status = 500 if isinstance(error, StainDiffuserError) else ResultGoneError.status
+    status = ResultGoneError.status if isinstance(error, InputError | OSError) else 500
     if isinstance(error, NotThereError | RequestError | ResultGoneError):
         status = error.status
     return JSONResponse({"error": " ".join(str(error).split())}, status, LIVE)

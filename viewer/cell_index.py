@@ -23,14 +23,16 @@ from numpy.typing import NDArray
 
 __all__ = ["BINS", "BLOCK", "CellClass", "CellIndex", "build_index", "start_building"]
 
-BLOCK = 2048
+BLOCK = 1024
 """Side of a block, level-0 pixels of the slide."""
 BINS = 32
 """Bins along each side of a block of counts."""
 _TENTHS = 10.0
 _CHUNK = 1 << 20
 _META = "cells.json"
-_ARRAYS = ("kind", "probability", "centroid", "start", "outline", "block")
+_ARRAYS = ("kind", "probability", "centroid", "start", "block")
+_OUTLINES = "outlines.bin"
+_POINT = np.dtype(("<i4", 2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,33 +45,45 @@ class CellClass:
 
 
 class CellIndex:
-    """The arrays that :func:`build_index` wrote, mapped into memory."""
+    """The arrays that :func:`build_index` wrote; outlines, the bulk of them, stay on the disk."""
 
     def __init__(self, folder: Path) -> None:
-        """Map the arrays."""
+        """Load the arrays."""
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         self.classes = tuple(CellClass(**one) for one in meta["classes"])
         self._columns: int = meta["columns"]
         self._rows: int = meta["rows"]
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
+        arrays = {name: np.load(folder / f"{name}.npy") for name in _ARRAYS}
         self._kind: NDArray[np.uint8] = arrays["kind"]
         self._probability: NDArray[np.float32] = arrays["probability"]
         self._centroid: NDArray[np.float32] = arrays["centroid"]
         self._start: NDArray[np.int64] = arrays["start"]
-        self._outline: NDArray[np.int32] = arrays["outline"]
+        self._outlines = folder / _OUTLINES
         self._block: NDArray[np.int64] = arrays["block"]
 
     def outlines(self, column: int, row: int) -> dict[str, Any]:
-        """The cells of a block: class, probability and outline (x, y, x, y … in level-0 pixels from its corner)."""
+        """The cells of a block, one after another.
+
+        Returns:
+            The block's corner in level-0 pixels (``x``, ``y``); per cell its class (``kinds``) and probability
+            (``probabilities``); the corners of all outlines, x, y, x, y … in tenths of a pixel from the block's corner
+            (``points``), and per cell how many corners are its own (``lengths``).
+        """
         found = self._slice(column, row)
         x, y = column * BLOCK, row * BLOCK
-        corner = np.array([x, y]) * _TENTHS
-        cells = []
-        for i in range(found.start, found.stop):
-            points = self._outline[self._start[i] : self._start[i + 1]]
-            relative = np.round((points - corner) / _TENTHS, 1)
-            cells.append([int(self._kind[i]), round(float(self._probability[i]), 3), relative.ravel().tolist()])
-        return {"x": x, "y": y, "cells": cells}
+        start = self._start[found.start : found.stop + 1]
+        count = int(start[-1] - start[0]) if found.start < found.stop else 0
+        points = np.zeros((0, 2), np.int32)
+        if count:
+            points = np.fromfile(self._outlines, _POINT, count=count, offset=int(start[0]) * _POINT.itemsize)
+        return {
+            "x": x,
+            "y": y,
+            "kinds": self._kind[found].tolist(),
+            "probabilities": np.round(self._probability[found].astype(np.float64), 3).tolist(),
+            "lengths": np.diff(start).tolist() if count else [],
+            "points": (points - np.array([x, y]) * int(_TENTHS)).ravel().tolist(),
+        }
 
     def counts(self, zoom: int, column: int, row: int, threshold: float) -> dict[str, Any]:
         """Numbers of cells in the bins of a block whose side is ``BLOCK << zoom``.
@@ -166,12 +180,11 @@ def build_index(geojson: Path, folder: Path, size: tuple[int, int]) -> None:
         "probability": np.array(probability, np.float32)[order],
         "centroid": centroid[order].astype(np.float32),
         "start": start,
-        "outline": np.rint(points[source] * _TENTHS).astype(np.int32),
         "block": np.searchsorted(block[order], np.arange(columns * rows + 1)),
     }
     for name, values in arrays.items():
-        # An empty file cannot be mapped: one row instead, to which no block refers.
-        np.save(folder / f"{name}.npy", values if len(values) else np.zeros((1, *values.shape[1:]), values.dtype))
+        np.save(folder / f"{name}.npy", values)
+    np.rint(points[source] * _TENTHS).astype("<i4").tofile(folder / _OUTLINES)
     counts = np.bincount(arrays["kind"], minlength=len(kinds))
     classes = [{"name": name, "count": int(count)} for name, count in zip(kinds, counts, strict=True)]
     meta = {"classes": classes, "columns": columns, "rows": rows}

@@ -269,10 +269,15 @@ class SlidePyramid:
 
 
 class TileCache:
-    """Encoded tiles, the most recently used ones; one that several ask for at once is made once. Thread-safe."""
+    """Encoded tiles, the most recently used ones; one that several ask for at once is made once. Thread-safe.
+
+    No more tiles are made at once than there are processors: what only has to be read does not wait behind them.
+    """
 
     def __init__(self, limit: int) -> None:
         """Keep up to ``limit`` bytes."""
+        self._busy = threading.BoundedSemaphore(os.cpu_count() or 1)
+        self._inside = threading.local()
         self._limit = limit
         self._bytes = 0
         self._kept: OrderedDict[Hashable, bytes] = OrderedDict()
@@ -292,7 +297,7 @@ class TileCache:
                 future = self._making[key] = Future()
         if mine:
             try:
-                made = make()
+                made = self._made(make)
                 future.set_result(made)
             except BaseException as error:
                 future.set_exception(error)
@@ -303,6 +308,17 @@ class TileCache:
                 with self._lock:
                     del self._making[key]
         return future.result()
+
+    def _made(self, make: Callable[[], bytes]) -> bytes:
+        """Make a tile; one that is made of others, which are made meanwhile, takes one place."""
+        if getattr(self._inside, "value", False):
+            return make()
+        with self._busy:
+            self._inside.value = True
+            try:
+                return make()
+            finally:
+                self._inside.value = False
 
     def _keep(self, key: Hashable, data: bytes) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import re
@@ -25,7 +26,7 @@ from staindiffuser.viewer.cell_index import CellIndex, start_building
 from staindiffuser.viewer.comparison import TRUTH, Reference, open_truth, parse_truth
 from staindiffuser.viewer.errors import NotThereError, ResultGoneError, ViewerUsageError
 from staindiffuser.viewer.flags import read_flags
-from staindiffuser.viewer.pyramids import JpegPyramid, MapPyramid, Pyramid, SlidePyramid, TileCache
+from staindiffuser.viewer.pyramids import SIDE, JpegPyramid, MapPyramid, Pyramid, SlidePyramid, TileCache
 
 __all__ = ["Cells", "Entry", "Library", "OpenResult", "find_results", "source_slide"]
 
@@ -33,7 +34,9 @@ OPEN_RESULTS = 12
 """Results whose files stay open."""
 SEVERAL_FILES = (".mrxs", ".dcm")
 """Slides of which several files together have the size that is known."""
-CACHE_BYTES = 64 * 2**20
+WHOLE_LEVELS = 2
+"""Smallest levels of a slide, in which the whole of it is shown."""
+CACHE_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,7 @@ class Cells:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._process: Popen[str] | None = None
         self._index: CellIndex | None = None
+        self._closed = False
         self._lock = threading.Lock()
         self.problem = "" if geojson.is_file() else "the result has no cells"
         """Why there are none to show; empty while they are being read and afterwards."""
@@ -121,7 +125,7 @@ class Cells:
     def index(self) -> CellIndex | None:
         """The cells; None while they are being read, or if there are none."""
         with self._lock:
-            if self.problem or self._index is not None:
+            if self.problem or self._closed or self._index is not None:
                 return self._index
             if self._process is None:
                 self._folder = tempfile.TemporaryDirectory(prefix="staindiffuser-view-")
@@ -140,14 +144,18 @@ class Cells:
         self.close()
 
     def close(self) -> None:
-        """Stop reading, and remove the arrays."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.communicate()
-        if self._folder is not None:
-            self._index = None
-            self._folder.cleanup()
-            self._folder = None
+        """Stop reading, and remove the arrays; there are none from now on."""
+        with self._lock:
+            self._closed = True
+            if self._process is not None:
+                self._process.kill()  # nothing happens to one that has ended
+                self._process.wait()
+                if self._process.stderr is not None:
+                    self._process.stderr.close()
+            if self._folder is not None:
+                self._index = None
+                self._folder.cleanup()
+                self._folder = None
 
 
 def source_slide(run: RunRecord, folder: Path, places: Sequence[Path]) -> Path:
@@ -254,6 +262,7 @@ class Library:
         self._places, self._truth = places, truth
         self._open: OrderedDict[str, tuple[tuple[int, ...], OpenResult]] = OrderedDict()
         self._lock = threading.Lock()
+        self._closed = False
         self._opening = {name: threading.Lock() for name in self.entries}
 
     def open(self, name: str) -> OpenResult:
@@ -280,10 +289,27 @@ class Library:
                     return kept[1]
             opened = OpenResult(entry, self._places, self.cache, self._truth)
             with self._lock:
+                if self._closed:
+                    raise NotThereError("the server is ending")
                 self._open[name] = (state, opened)
                 while len(self._open) > OPEN_RESULTS:
                     self._open.popitem(last=False)
             return opened
+
+    def open_first(self) -> None:
+        """Open the result that the page shows first, and make the tiles that show the whole slide."""
+        first = next((entry.name for entry in self.entries.values() if entry.error is None), None)
+        if first is None:
+            return
+        with contextlib.suppress(StainDiffuserError, OSError):  # whoever asks for it will be told
+            result = self.open(first)
+            result.cells.index()
+            if result.source is not None:
+                for level in range(max(0, len(result.source.levels) - WHOLE_LEVELS), len(result.source.levels)):
+                    width, height = result.source.levels[level]
+                    for row in range(-(-height // SIDE)):
+                        for column in range(-(-width // SIDE)):
+                            result.source.tile(level, column, row)
 
     def references(self, result: OpenResult) -> list[Reference]:
         """What a result's stains can be compared with: real ones, and results of the same slide and size."""
@@ -318,6 +344,7 @@ class Library:
     def close(self) -> None:
         """Forget every result."""
         with self._lock:
+            self._closed = True
             opened, self._open = self._open, OrderedDict()
         for _, result in opened.values():
             result.cells.close()

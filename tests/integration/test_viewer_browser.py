@@ -278,6 +278,7 @@ def test_flagged_tiles_are_hatched_and_said_first(open_page: Open, folder: Path,
         assert drawn(page, 0) == 0
         page.keyboard.press("f")
         assert drawn(page, 0) > 100
+        page.close()  # before its server
 
 
 def test_two_results_of_one_slide_are_shown_with_their_difference(open_page: Open) -> None:
@@ -426,3 +427,4 @@ def test_a_real_slide(open_page: Open, real_data: Path, tmp_path: Path) -> None:
         assert panels(page)[0] == "H&E (input)"
         assert page.locator("#alerts").inner_text() == ""
         assert json.loads(running.get("/api/slides/CMU-1-Small-Region").body)["he"]["levels"][0] == [2220, 2967]
+        page.close()  # before its server

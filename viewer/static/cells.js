@@ -7,7 +7,7 @@ const OUTLINES_BELOW = 1.0; // µm per screen pixel: closer than this, single ce
 const BIN_ON_SCREEN = 10; // least side of the square that a dot stands for, screen pixels
 const DENSE = 5000; // cells per mm² whose dot fills its square
 const UNCERTAIN = 0.65; // mean probability below which an outline is dashed
-const KEPT = 160;
+const KEPT = 240;
 const AT_ONCE = 6;
 const BINS = 32;
 
@@ -72,13 +72,17 @@ export class Cells {
     if (block.threshold === state.threshold) return;
     block.threshold = state.threshold;
     block.paths = new Map();
-    for (const [kind, probability, points] of block.cells) {
+    const { kinds, probabilities, lengths, points } = block;
+    let at = 0;
+    for (let cell = 0; cell < kinds.length; cell++) {
+      const [kind, probability, first] = [kinds[cell], probabilities[cell], at];
+      at += 2 * lengths[cell];
       if (probability < state.threshold) continue;
       const name = `${kind}${probability < UNCERTAIN ? "-" : "+"}`;
       let path = block.paths.get(name);
       if (!path) block.paths.set(name, (path = new Path2D()));
-      path.moveTo(points[0], points[1]);
-      for (let i = 2; i < points.length; i += 2) path.lineTo(points[i], points[i + 1]);
+      path.moveTo(points[first] / 10, points[first + 1] / 10);
+      for (let i = first + 2; i < at; i += 2) path.lineTo(points[i] / 10, points[i + 1] / 10);
     }
   }
 

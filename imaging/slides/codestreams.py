@@ -6,12 +6,16 @@ way is a wrong image, so every image is checked before it is used.
 
 from __future__ import annotations
 
+import re
+
 import simplejpeg
 
 __all__ = ["DamagedCodestreamError", "require_intact_jpeg", "require_intact_jpeg2000"]
 
 _J2K_SIGNATURE = b"\xff\x4f\xff\x51"
-_SOT, _EOC = 0xFF90, b"\xff\xd9"
+_SOT, _SOD, _EOC = 0xFF90, b"\xff\x93", b"\xff\xd9"
+_NOT_IN_PACKETS = re.compile(rb"\xff[\x90\x93-\xff]")
+"""The coder never writes such bytes, but for the markers of packets, SOP and EPH (Annex B.10.1 and D.4.1)."""
 
 
 class DamagedCodestreamError(ValueError):
@@ -41,7 +45,8 @@ def require_intact_jpeg2000(data: bytes) -> None:
     """Follow the tile-parts of a raw JPEG 2000 codestream to its end marker (ISO 15444-1, Annex A).
 
     Raises:
-        DamagedCodestreamError: a tile-part is missing or cut off. Changed bytes inside a packet cannot be detected.
+        DamagedCodestreamError: a tile-part is missing or cut off, or holds a marker where none can be. Other changes
+            inside a packet cannot be detected; they spoil one block of coefficients.
     """
     if not data.startswith(_J2K_SIGNATURE):
         if data[4:8] == b"jP  ":  # a JP2 file: its codestream is inside
@@ -58,7 +63,11 @@ def require_intact_jpeg2000(data: bytes) -> None:
             return
         if marker == _SOT:
             length = int.from_bytes(data[position + 6 : position + 10], "big")
-            if length == 0:  # the last tile-part: up to the end marker
+            end = position + length if length else data.rfind(_EOC)  # 0: the last tile-part, up to the end marker
+            packets = data.find(_SOD, position, end) + len(_SOD)
+            if packets < len(_SOD) or _NOT_IN_PACKETS.search(data, packets, end):
+                raise DamagedCodestreamError("a tile-part is damaged")
+            if length == 0:
                 break
             position += length
         elif marker > 0xFF00:

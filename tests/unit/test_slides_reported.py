@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -18,6 +19,7 @@ from pydicom import uid
 
 from staindiffuser.imaging.errors import MissingPixelSizeError, SlideError
 from staindiffuser.imaging.slides import open_slide
+from staindiffuser.imaging.slides.codestreams import DamagedCodestreamError, require_intact_jpeg2000
 from tests.dicom_series import BASE, write_instance, write_series
 from tests.unit.test_slides_faithful import TILED, image
 from tests.unit.test_slides_zarr import write as write_zarr
@@ -197,3 +199,23 @@ def test_levels_of_another_shape_or_far_too_small_are_ignored(tmp_path: Path) ->
     with open_slide(path) as slide:
         assert slide.level_sizes == ((640, 512),)
         assert "another shape" in slide.notes[0]
+
+
+@pytest.mark.parametrize("quality", [None, 60, 30])
+def test_jpeg_2000_tiles_that_end_early_are_found_and_intact_ones_pass(quality: int | None) -> None:
+    rng = np.random.default_rng(0)
+    for side in (64, 256):
+        pixels = np.clip(image()[:side, :side] + rng.normal(0, 12, (side, side, 3)), 0, 255).astype(np.uint8)
+        options: dict[str, Any] = {"reversible": True} if quality is None else {"level": quality}
+        whole = bytes(imagecodecs.jpeg2k_encode(pixels, codecformat="j2k", **options))
+        require_intact_jpeg2000(whole)
+        half = len(whole) // 2
+        for damaged in (
+            whole[:half],
+            whole[:half] + bytes(len(whole) - half),
+            whole[:half] + b"\xff\xd9" + whole[half + 2 :],
+            whole[:half] + b"\xff\xd9",
+            whole[:-2],
+        ):
+            with pytest.raises(DamagedCodestreamError):
+                require_intact_jpeg2000(damaged)

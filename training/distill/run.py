@@ -97,7 +97,7 @@ class QuickValidation:
 
 def default_recipe(teacher: Checkpoint, **changes: Any) -> DistillConfig:
     """The recipe for a teacher, after the one that it was trained by: its batch, crop and loader, an eighth of its
-    steps, a fifth of its learning rate (ours).
+    steps, a fifth of its learning rate, an average over a tenth of the run at most (ours).
 
     Args:
         changes: fields of :class:`DistillConfig` that are to be otherwise.
@@ -129,7 +129,10 @@ def default_recipe(teacher: Checkpoint, **changes: Any) -> DistillConfig:
     if "batch" in changes:  # the teacher's parts may not divide it
         fields.pop("gradient_accumulation", None)
     fields |= changes
-    fields.setdefault("warmup", min(DistillConfig.warmup, fields.get("steps", DistillConfig.steps) // 10))
+    steps = fields.get("steps", DistillConfig.steps)
+    if "ema" in fields:  # else a short run would end with an average over weights from before its cool-down
+        fields["ema"] = min(fields["ema"], max(0.0, 1 - 10 / max(1, steps)))
+    fields.setdefault("warmup", min(DistillConfig.warmup, steps // 10))
     return from_json(DistillConfig, fields, "the recipe, after the teacher's")
 
 

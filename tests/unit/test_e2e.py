@@ -71,6 +71,15 @@ def test_detail_is_not_met_by_a_blur_nor_by_a_pattern_and_is_by_the_same_grain_e
     assert (other - real).square().mean() > 1.5 * (blurred - real).square().mean()
 
 
+def test_spectra_leave_a_colour_to_the_pixels() -> None:
+    """An amplitude has no sign: if the mean leaked into it, white would be as good as its mirror image."""
+    real = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert detail_distance(real + 0.5, real).item() < 1e-6
+    flat = torch.zeros(1, 3, 64, 64)
+    assert detail_distance(flat - 0.5, flat + 0.5).item() < 1e-6
+    assert detail_distance(0.5 * real, real).item() > 0.01
+
+
 def test_a_grid_of_the_pixel_shuffle_is_seen_and_grain_is_not() -> None:
     """The spectra take it for grain; the pattern distance sees it alone."""
     generator = torch.Generator().manual_seed(0)

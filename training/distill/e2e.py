@@ -72,6 +72,9 @@ def local_spectra(images: Tensor, window: int) -> Tensor:
     """
     hann = torch.hann_window(window, device=images.device)
     tiles = images.unfold(2, window, window // 2).unfold(3, window, window // 2)
+    # The Hann window spreads a window's mean over its neighbours, and an amplitude has no sign: a branch that begins
+    # from nothing would learn a colour's mirror image.
+    tiles = tiles - tiles.mean(dim=(-2, -1), keepdim=True)
     power = torch.fft.rfft2(tiles * (hann[:, None] * hann), norm="ortho").abs().square()
     flat = F.pad(power.flatten(0, 3)[:, None], (0, 0, 1, 1), mode="circular")  # rows go on at the other end
     pooled = F.avg_pool2d(flat, 3, stride=1, padding=(0, 1), count_include_pad=False).view_as(power)

@@ -136,7 +136,15 @@ def test_the_teacher_is_not_replaced(tiny_checkpoint: Path, tiles_folder: Path, 
 def test_the_recipe_follows_the_teachers(tiny_checkpoint: Path) -> None:
     teacher = Checkpoint.load(tiny_checkpoint)
     assert default_recipe(teacher) == DistillConfig()
-    recipe = {"steps": 3000, "batch": 16, "crop": 96, "learning_rate": 4e-3, "p_mean": 0.4, "bf16": True, "seed": 3}
+    recipe: dict[str, Any] = {
+        "steps": 3000,
+        "batch": 16,
+        "crop": 96,
+        "learning_rate": 4e-3,
+        "p_mean": 0.4,
+        "bf16": True,
+        "seed": 3,
+    }
     config = dataclasses.replace(teacher.config, provenance={"recipe": recipe})
     found = default_recipe(dataclasses.replace(teacher, config=config), steps=50, stages=2)
     assert (found.steps, found.warmup, found.batch, found.crop, found.stages) == (50, 5, 16, 96, 2)

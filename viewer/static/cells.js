@@ -3,7 +3,7 @@
 import { fetchJson, slidePath } from "./api.js";
 import { state } from "./state.js";
 
-const OUTLINES_BELOW = 1.0; // µm per screen pixel: closer than this, single cells are drawn
+const OUTLINES_BELOW = 1.5; // µm per screen pixel: closer than this, single cells are drawn
 const BIN_ON_SCREEN = 10; // least side of the square that a dot stands for, screen pixels
 const DENSE = 5000; // cells per mm² whose dot fills its square
 const UNCERTAIN = 0.65; // mean probability below which an outline is dashed
@@ -36,7 +36,8 @@ export class Cells {
     if (!this.about || this.about.state !== "ready" || !state.cells) return;
     const wanted = this.about.classes
       .map((one, index) => ({ name: one.name, colour: dark ? one.bright : one.dark, index }))
-      .filter((one) => !state.hiddenClasses.has(one.name) && (classes === null || classes.includes(one.name)));
+      .filter((one) => !state.hiddenClasses.has(one.name) && (classes === null || classes.includes(one.name)))
+      .filter((one) => !this.slide.stains.some((stain) => stain.label === one.name && state.hidden.has(stain.name)));
     if (!wanted.length) return;
     const mpp = this.slide.mpp[0] / projection.scale;
     if (mpp <= OUTLINES_BELOW) this.drawOutlines(context, projection, wanted, dark);

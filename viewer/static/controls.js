@@ -37,7 +37,7 @@ export function showSlide(slide) {
   $("alerts").replaceChildren(...alerts.map((text) => element("p", {}, text)));
   $("slide-scores").replaceChildren(
     table(
-      ["", "cells", "per mm²", "positive", "area"],
+      ["", "cells", "/mm²", "positive", "area"],
       slide.scores.map((one) => [
         one.label,
         number(one.cells),
@@ -135,7 +135,7 @@ export function showRegion(scores, problem) {
     $("region-scores").replaceChildren(
       element("p", {}, `${number(scores.area_mm2, 3)} mm², cells of probability ${state.threshold.toFixed(2)} or more`),
       table(
-        ["", "cells", "per mm²", "area"],
+        ["", "cells", "/mm²", "area"],
         scores.stains.map((one) => [
           one.label,
           number(one.cells),

@@ -5,7 +5,7 @@ export const number = (value, digits = 0) =>
     ? "–"
     : value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 
-export const percent = (share) => (share === null || share === undefined ? "–" : `${(100 * share).toFixed(1)} %`);
+export const percent = (share) => (share === null || share === undefined ? "–" : `${(100 * share).toFixed(1)}\u202f%`);
 
 // element("p", { className: "x" }, "text", child …)
 export function element(name, properties = {}, ...children) {

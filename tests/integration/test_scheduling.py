@@ -40,7 +40,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["single", "python"])
+@pytest.fixture(scope="module", params=["python", pytest.param("single", marks=pytest.mark.slow)])
 def server(graphs: Path, request: pytest.FixtureRequest) -> Iterator[TritonServer]:
     repository = build(graphs, graphs.parent / request.param, flavour=request.param, options=OPTIONS).repository
     with TritonServer(repository) as server:

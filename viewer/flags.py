@@ -6,11 +6,11 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+from staindiffuser.client.quality import QUALITY_CSV
 from staindiffuser.client.run_record import RunRecord
 
-__all__ = ["QUALITY_CSV", "REASONS", "Flag", "Flags", "read_flags"]
+__all__ = ["REASONS", "Flag", "Flags", "read_flags"]
 
-QUALITY_CSV = "quality.csv"
 REASONS = {
     "unlike": "unlike the tissue that the model knows",
     "blur": "blurred",
@@ -37,7 +37,7 @@ class Flags:
 
     tiles: tuple[Flag, ...]
     judged: int
-    """Tiles that were looked at."""
+    """Tiles with tissue that were looked at."""
 
     @property
     def share(self) -> float:
@@ -85,4 +85,5 @@ def read_flags(folder: Path, run: RunRecord) -> Flags | None:
                 )
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         return None
-    return Flags(tiles=tuple(found), judged=judged)
+    # Tiles with next to no tissue are in the table, but not judged.
+    return Flags(tiles=tuple(found), judged=run.quality.judged if run.quality is not None else judged)

@@ -152,6 +152,10 @@ def build(
         int, typer.Option(help="Requests that may wait for a model on the server; more are refused as unavailable.")
     ] = 64,
     queue_seconds: Annotated[float, typer.Option(help="Longest wait of a request; then it is refused as well.")] = 30.0,
+    allow_ungated: Annotated[
+        bool,
+        typer.Option("--allow-ungated", help="Build graphs whose checkpoint failed its gate; outputs say so."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build engines, check them against the golden samples and publish a model repository (no torch)."""
@@ -180,6 +184,7 @@ def build(
             queue_seconds=queue_seconds,
         ),
         progress=lambda message: typer.echo(message, err=True),
+        allow_ungated=allow_ungated,
     )
     seconds = time.perf_counter() - start
     manifest = report.manifest

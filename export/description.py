@@ -105,6 +105,8 @@ class GraphSet:
     golden_sha256: str
     """Of ``golden.npz``."""
     golden: str = "golden.npz"
+    gate: str = ""
+    """What the gate of ``distill`` said of this number of steps: ``passed``, ``failed``, or empty: not judged."""
     quality: Quality | None = None
     """None for graphs without the engines ``quality`` and ``quality_<name>``."""
 

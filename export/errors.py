@@ -38,5 +38,9 @@ class ParityError(VerificationError):
     """An engine's outputs differ from the golden samples by more than the gate allows."""
 
 
+class UngatedError(VerificationError):
+    """The graphs come from a checkpoint whose gate was not passed."""
+
+
 class BuilderMissingError(DependencyError):
     """The builder of a target (TensorRT, ONNX Runtime, …) is not installed."""

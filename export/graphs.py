@@ -9,7 +9,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ from staindiffuser.training.model.network import DualDiffusion, Task
 from staindiffuser.training.receptive import default_margin
 from staindiffuser.training.simulate.tiles import simulate_tile
 
-__all__ = ["PRECISIONS", "export_graphs", "write_engines"]
+__all__ = ["PRECISIONS", "export_graphs", "gate_of", "write_engines"]
 
+UNGATED = "It did not pass its gate."
+"""Part of the notice of such a model."""
 OPSET = 20
 OPSET_BF16 = 22  # the first whose convolution takes bfloat16
 
@@ -82,13 +84,15 @@ def export_graphs(
     except OSError as error:
         raise UsageError(f"{output} cannot be written: {error.strerror}; choose another --output") from error
     sigmas = config.sigmas[str(steps)]
+    gate = gate_of(loaded.metrics, steps)
     try:
         draft.chmod(0o755)
         engines = write_engines(network, draft, sigmas=sigmas, tile=tile, trunk=PRECISIONS[precision])
         np.savez_compressed(draft / "golden.npz", **_golden(network, tiles, sigmas=sigmas))
         graphs = GraphSet(
             name=config.name,
-            notice=config.notice,
+            notice=f"{config.notice} {UNGATED}" if gate == "failed" else config.notice,
+            gate=gate,
             checkpoint_sha256=file_sha256(checkpoint / WEIGHTS),
             tile=tile,
             margin=default_margin(config.effective_radius, tile),
@@ -108,6 +112,12 @@ def export_graphs(
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return graphs
+
+
+def gate_of(metrics: Mapping[str, Any], steps: int) -> str:
+    """What the gate said of this number of steps: ``passed``, ``failed``, or empty."""
+    failures = (metrics.get("gate") or {}).get("failures", {}).get(str(steps))
+    return "" if failures is None else "failed" if failures else "passed"
 
 
 def write_engines(

@@ -128,6 +128,8 @@ class Manifest:
     engines: Mapping[str, EngineRecord]
     files: Mapping[str, FileRecord]
     """Every file of the repository except the manifest, by relative path with forward slashes."""
+    gate: str = ""
+    """What the checkpoint's gate said: ``passed``, ``failed``, or empty: not judged."""
     choice: Choice | None = None
     """What target ``auto`` measured before it chose; None where the target was named."""
     quality: Quality | None = None

@@ -19,7 +19,7 @@ from staindiffuser.export import builders, triton_config
 from staindiffuser.export.builders import Builder, BuildOptions, engine_key
 from staindiffuser.export.choosing import AUTO, Choice, available, choice_key, fastest, measure
 from staindiffuser.export.description import GraphSet
-from staindiffuser.export.errors import BuilderMissingError, ExportUsageError, ManifestError, ParityError
+from staindiffuser.export.errors import BuilderMissingError, ExportUsageError, ManifestError, ParityError, UngatedError
 from staindiffuser.export.manifest import MANIFEST_JSON, SAMPLER, EngineRecord, Manifest, PlanRecord, hash_files, verify
 from staindiffuser.export.parity import EngineParity, Golden, check_parity
 from staindiffuser.export.publishing import locked, staging_folder
@@ -87,6 +87,7 @@ def build(
     flavour: str = "python",
     options: BuildOptions | None = None,
     progress: Progress = lambda message: None,
+    allow_ungated: bool = False,
 ) -> BuildReport:
     """Build engines, check them against the golden samples, and publish a model repository.
 
@@ -98,9 +99,11 @@ def build(
         flavour: one of :data:`staindiffuser.export.triton_config.FLAVOURS`.
         options: batch sizes, threads and the target's own options.
         progress: called with one line per step.
+        allow_ungated: build graphs of a checkpoint whose gate was not passed; every output says so.
 
     Raises:
         GraphsError, ManifestError: the graphs are missing, damaged or inconsistent.
+        UngatedError: the gate of their checkpoint was not passed.
         ExportUsageError: unknown target, an option that it does not take, or an unwritable output.
         BuilderMissingError: the target's builder is not installed.
         ParityError: an engine is too far from torch; ``output`` is untouched.
@@ -108,6 +111,11 @@ def build(
     options = options or BuildOptions()
     output = output.resolve()
     _refuse_foreign_folder(output)
+    if GraphSet.load(graphs_dir).gate == "failed" and not allow_ungated:
+        raise UngatedError(
+            f"{graphs_dir} comes from a checkpoint that did not pass its gate: distill it again, or build it with "
+            "--allow-ungated; its outputs will say so"
+        )
     if target == AUTO:
         return _build_fastest(graphs_dir, output, flavour, options, progress)
     wanted = prepare_build(graphs_dir, target=target, flavour=flavour, options=options)
@@ -373,6 +381,7 @@ def _manifest(
         model_name=graphs.name,
         model_version=graphs.model_version,
         notice=graphs.notice,
+        gate=graphs.gate,
         checkpoint_sha256=graphs.checkpoint_sha256,
         golden_sha256=graphs.golden_sha256,
         tile=graphs.tile,

@@ -14,7 +14,7 @@ from PIL import Image
 from staindiffuser.errors import UsageError
 from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import ExportUsageError, GraphsError, ManifestError
-from staindiffuser.export.graphs import export_graphs
+from staindiffuser.export.graphs import export_graphs, gate_of
 from staindiffuser.triton_models.noise.philox import tile_noise
 
 
@@ -111,6 +111,21 @@ def test_malformed_description_is_refused(tmp_path: Path) -> None:
     (tmp_path / "graphs.json").write_text(json.dumps({"format": 7}))
     with pytest.raises(GraphsError, match="format: this version reads format 1 only"):
         GraphSet.load(tmp_path)
+
+
+def test_the_gate_is_asked_about_the_steps_that_are_exported() -> None:
+    metrics = {"gate": {"passed": True, "failures": {"1": [], "2": ["cd3: DAB-Dice"]}}}
+    assert [gate_of(metrics, steps) for steps in (1, 2, 4)] == ["passed", "failed", ""]
+    assert gate_of({}, 1) == gate_of({"gate": None}, 1) == ""
+
+
+def test_graphs_say_that_the_gate_failed(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    metrics = json.dumps({"gate": {"passed": False, "failures": {"1": ["cd3: DAB-Dice"]}}})
+    (tmp_path / "checkpoint/metrics.json").write_text(metrics, encoding="utf-8")
+    graphs = export_graphs(tmp_path / "checkpoint", tmp_path / "graphs", steps=1, tile=64)
+    assert graphs.gate == "failed"
+    assert "did not pass its gate" in graphs.notice, "the notice goes with every output"
 
 
 @pytest.mark.parametrize(

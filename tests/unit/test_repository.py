@@ -20,7 +20,7 @@ import pytest
 from staindiffuser.export import publishing, triton_config
 from staindiffuser.export.builders import BuildOptions
 from staindiffuser.export.description import ExportedStain, GraphSet, TensorSpec
-from staindiffuser.export.errors import ExportUsageError, GraphsError, ManifestError, ParityError
+from staindiffuser.export.errors import ExportUsageError, GraphsError, ManifestError, ParityError, UngatedError
 from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.export.repository import build, build_repository
 from staindiffuser.files import file_sha256
@@ -40,6 +40,17 @@ def contents(folder: Path) -> dict[str, str]:
 
 def leftovers(folder: Path) -> list[str]:
     return [p.name for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_graphs_whose_gate_failed_are_built_only_on_request(graphs: Path, tmp_path: Path) -> None:
+    failed = tmp_path / "graphs"
+    shutil.copytree(graphs, failed)
+    description = GraphSet.load(failed)
+    dataclasses.replace(description, gate="failed").save(failed)
+    with pytest.raises(UngatedError, match="--allow-ungated"):
+        build(failed, tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
+    assert build(failed, tmp_path / "repository", allow_ungated=True).manifest.gate == "failed"
 
 
 def test_everything_triton_needs_is_there(graphs: Path, tmp_path: Path) -> None:

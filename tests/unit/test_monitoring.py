@@ -111,6 +111,7 @@ ENSEMBLE = f'{JOB}, model="staindiffuser"'
             20,
         ),
         ("StainDiffuserOverloaded", {f'nv_inference_request_failure{{{ENSEMBLE}, reason="REJECTED"}}': "0+1x60"}, 40),
+        ("StainDiffuserOverloaded", {f'nv_inference_request_failure{{{ENSEMBLE}, reason="OTHER"}}': "0+1x60"}, 40),
         (
             "StainDiffuserSlowQueue",
             {

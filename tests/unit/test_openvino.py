@@ -140,6 +140,22 @@ def test_openvino_tells_nobody_that_it_was_imported(graphs: Path, tmp_path: Path
     assert result.stdout.split()[0] == "None"
 
 
+def test_signals_reach_python_after_an_engine_is_gone(graphs: Path, tmp_path: Path) -> None:
+    program = (
+        "import gc, signal, sys\n"
+        "from pathlib import Path\n"
+        "from staindiffuser.export.builders import BuildOptions\n"
+        "from staindiffuser.export.repository import build\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('heard'))\n"
+        "build(Path(sys.argv[1]), Path(sys.argv[2]), target='openvino', options=BuildOptions(threads=1))\n"
+        "gc.collect()\n"
+        "signal.raise_signal(signal.SIGTERM)\n"
+    )
+    command = [sys.executable, "-X", "faulthandler", "-c", program, graphs, tmp_path / "repository"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout.split()[-1:]) == (0, ["heard"]), result.stderr
+
+
 class Browner:
     """An engine that adds a little brown everywhere."""
 

@@ -8,8 +8,11 @@ Copied beside ``model.py`` into the model repository; imports nothing of the pro
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,31 @@ _HINTS = {"fp32": "f32", "bf16": "bf16"}
 _CAPABILITIES = {"fp32": "FP32", "bf16": "BF16"}
 
 
+class _SignalStack(ctypes.Structure):
+    """``stack_t`` of Linux's signal.h."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+_DISABLED = 2  # SS_DISABLE
+
+
+@contextlib.contextmanager
+def _signal_stack_kept() -> Iterator[None]:
+    """Give the thread its alternate signal stack back: OpenVINO's CPU plugin sets its own, and frees it when it goes.
+
+    Python's handlers run there; the next Ctrl-C or SIGTERM would end the process with a segmentation fault.
+    """
+    libc, before = ctypes.CDLL(None), _SignalStack()
+    libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        if libc.sigaltstack(ctypes.byref(before), None):  # too small for what the plugin has the processor save
+            libc.sigaltstack(ctypes.byref(_SignalStack(None, _DISABLED, 0)), None)
+
+
+@_signal_stack_kept()
 def computes(precision: str) -> bool:
     """Whether this processor has instructions for a precision, ``fp32`` or ``bf16``."""
     return _CAPABILITIES[precision] in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -42,6 +70,7 @@ def computes(precision: str) -> bool:
 class OpenVINOEngine:
     """One ONNX graph, compiled for this processor."""
 
+    @_signal_stack_kept()
     def __init__(self, path: Path, *, threads: int = 0) -> None:
         core = openvino.Core()
         model = core.read_model(os.fspath(path))

@@ -63,7 +63,7 @@ def stain(
         float, typer.Option(help="Seconds to wait for a lost server to come back with the same model.")
     ] = 30.0,
     urgent: Annotated[
-        bool, typer.Option("--urgent", help="Go before all other work that waits on the server.")
+        bool, typer.Option("--urgent", help="Go before all other work that waits in the server's queue.")
     ] = False,
     cells: Annotated[
         bool, typer.Option("--cells/--no-cells", help="Write cell maps, cells.geojson.gz, scores.csv.")

@@ -149,7 +149,7 @@ def build(
         bool, typer.Option("--weight-stripped", help="Build plans without weights; they are refitted on loading.")
     ] = False,
     queue_length: Annotated[
-        int, typer.Option(help="Requests that may wait for a model on the server; more are refused as unavailable.")
+        int, typer.Option(help="Requests that may wait (flavours single and native); more are refused as unavailable.")
     ] = 64,
     queue_seconds: Annotated[float, typer.Option(help="Longest wait of a request; then it is refused as well.")] = 30.0,
     allow_ungated: Annotated[

@@ -312,9 +312,11 @@ def _python_model(
     if gpu:
         # By default, the Python backend copies every input to the host first.
         message.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "no"
-    # For its queue: the models run merged requests one by one on a CPU, where merging gains nothing, so that a request
-    # does not meet different batch sizes by chance.
-    _queue(message, options)
+    if name == ENSEMBLE:
+        # For its queue: merged requests run one by one on a CPU, where merging gains nothing, so that a request does
+        # not meet different batch sizes by chance. Not inside an ensemble: there, a client that gives up while requests
+        # are merged ends Triton 24.10 with a segmentation fault.
+        _queue(message, options)
     _finish(message, inputs, options)
     return message
 

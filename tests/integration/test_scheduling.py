@@ -40,9 +40,10 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["python", pytest.param("single", marks=pytest.mark.slow)])
-def server(graphs: Path, request: pytest.FixtureRequest) -> Iterator[TritonServer]:
-    repository = build(graphs, graphs.parent / request.param, flavour=request.param, options=OPTIONS).repository
+@pytest.fixture(scope="module")
+def server(graphs: Path) -> Iterator[TritonServer]:
+    """Of the flavour that has a queue on a CPU."""
+    repository = build(graphs, graphs.parent / "single", flavour="single", options=OPTIONS).repository
     with TritonServer(repository) as server:
         yield server
 
@@ -124,10 +125,6 @@ def test_overload_is_refused_and_no_answer_is_another_ones(server: TritonServer,
         np.testing.assert_array_equal(stain(client, 0), expected[0])  # and then it works as before
     counted = metrics(server)
     assert {name for name, _ in counted} >= TRITON  # what the dashboard and the alert rules read
-    if server.manifest.flavour != "single":  # there, Triton counts a full queue nowhere; in an ensemble as OTHER
-        reasons = ('reason="OTHER"', 'reason="REJECTED"')
-        failures = {at: n for at, n in counted.items() if at[0] == "nv_inference_request_failure"}
-        assert sum(n for (_, labels), n in failures.items() if any(r in labels for r in reasons)) >= BURST - answered
     tiles = [value for (name, labels), value in counted.items() if name == "staindiffuser_tiles_total"]
     assert sum(tiles) >= 2 * answered
 
@@ -145,8 +142,6 @@ def test_a_client_that_is_refused_comes_again_until_it_is_served(
 def test_ten_times_overload(server: TritonServer) -> None:
     """The 99th percentile of what is accepted is at most three times the unloaded one's plus the queue's limit; the
     rest is refused within a tenth of a second of that limit."""
-    if server.manifest.flavour != "single":
-        pytest.skip("an ensemble has a queue before each model: only one process bounds the sum of the waits")
     with StainClient(server.url) as client:
         alone = []
         for number in range(20):

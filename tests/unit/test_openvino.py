@@ -151,7 +151,7 @@ def test_signals_reach_python_after_an_engine_is_gone(graphs: Path, tmp_path: Pa
         "gc.collect()\n"
         "signal.raise_signal(signal.SIGTERM)\n"
     )
-    command = [sys.executable, "-X", "faulthandler", "-c", program, graphs, tmp_path / "repository"]
+    command = [sys.executable, "-X", "faulthandler", "-c", program, str(graphs), str(tmp_path / "repository")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (result.returncode, result.stdout.split()[-1:]) == (0, ["heard"]), result.stderr
 

@@ -9,6 +9,7 @@ Shapes: H and W a crop's height and width in pixels, of 0.5 µm.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import cv2
@@ -123,7 +124,7 @@ def _keratin(rng: np.random.Generator, height: int, width: int) -> tuple[FloatAr
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle, period = rng.uniform(0, np.pi), rng.uniform(4, 14)
     bend = period * _field(rng, height, width, rng.uniform(50, 140))
-    waves = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle) + bend) / period)
+    waves = np.sin(2 * np.pi * (x * math.cos(angle) + y * math.sin(angle) + bend) / period)
     eosin = rng.uniform(0.2, 0.7) * (1 + rng.uniform(0.1, 0.6) * waves + 0.1 * _field(rng, height, width, 3.0))
     orange = np.array([0.0, 0.0, rng.uniform(0.0, 0.4)], np.float32)
     return _stained(rng.uniform(0, 0.1), eosin) + eosin[..., None] * orange, _patch(rng, height, width)

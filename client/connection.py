@@ -265,22 +265,24 @@ class StainClient:
                     self._cancelled.wait(pause * random.uniform(0.5, 1.0))
                     pause = min(2 * pause, LONGEST_BUSY_PAUSE)
                     continue
-                give_up = give_up or time.monotonic() + self._patience
+                first, give_up = give_up is None, give_up or time.monotonic() + self._patience
                 # Triton says "not healthy" of an engine's process that has died, or that a busy machine lets starve.
                 lost = any(status in str(error.status()) for status in _LOST) or "is not healthy" in str(
                     error.message()
                 )
                 if not lost or self._cancelled.is_set() or time.monotonic() > give_up:
                     raise
-            self._await_same_model(give_up)
+            # At once for the first time: often it is the connection that is gone, and not the server.
+            self._await_same_model(give_up, pause=0.0 if first else RETRY_SECONDS)
 
-    def _await_same_model(self, give_up: float) -> None:
-        """Wait until a server answers, or until ``give_up``.
+    def _await_same_model(self, give_up: float, pause: float) -> None:
+        """After ``pause`` seconds, wait until a server answers, or until ``give_up``.
 
         Raises:
             ModelChangedError: it serves another model.
         """
-        while not self._cancelled.wait(RETRY_SECONDS) and time.monotonic() < give_up:
+        while not self._cancelled.wait(pause) and time.monotonic() < give_up:
+            pause = RETRY_SECONDS
             with contextlib.suppress(ServerUnreachableError):
                 found = self._introduce(timeout=max(1.0, give_up - time.monotonic())).contract
                 if found != self.contract:

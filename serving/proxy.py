@@ -203,11 +203,13 @@ def _section(title: str, rules: Sequence[str]) -> str:
 
 _GLOBAL = """\
 # Written by `staindiffuser proxy`. Run it with: haproxy -W -f haproxy.cfg
-# After a certificate has been replaced: haproxy -c -f haproxy.cfg, then kill -USR2 to the master; no request is lost.
+# After a certificate has been replaced: haproxy -c -f haproxy.cfg, then kill -USR2 to the master.
 global
     log stdout format raw local0 info
     maxconn 1000
     noreuseport
+    # After a reload the old process finishes its requests, the longest of which may take `timeout server`.
+    hard-stop-after 340s
     lua-load {guard}
     ssl-default-bind-options ssl-min-ver TLSv1.2
     ssl-default-bind-ciphers ECDHE+AESGCM:ECDHE+CHACHA20

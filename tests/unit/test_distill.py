@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from staindiffuser.errors import UsageError
-from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint
+from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
 from staindiffuser.training.config import ModelConfig, from_json
 from staindiffuser.training.data.dataset import CropBatch, CropDataset
 from staindiffuser.training.distill.run import GALLERY, JudgeOptions, default_recipe, distill, judge_student
@@ -59,6 +59,20 @@ def test_a_student_keeps_encoder_and_cells_to_the_bit(
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows if row.get("val/dab_dice/cd3-k1")] == ["3", "6"]
     assert ("val/dab_dice/ck818-k4" in rows[0]) == (method == "ect")
+
+
+def test_every_image_can_begin_with_the_best_one(tiny_checkpoint: Path) -> None:
+    teacher = Checkpoint.load(tiny_checkpoint).network
+    student = Student(teacher, DistillConfig(images_from="ck818"))
+    best = tensors_sha256(teacher.images["ck818"].state_dict().items())
+    for network in (student.net, student.ema):
+        assert {tensors_sha256(branch.state_dict().items()) for branch in network.images.values()} == {best}
+    assert tensors_sha256(teacher.images["cd3"].state_dict().items()) != best
+    for part in ("encoder", "cells"):
+        ours, theirs = (tensors_sha256(getattr(n, part).state_dict().items()) for n in (student.net, teacher))
+        assert ours == theirs, part
+    with pytest.raises(ConfigError, match="images_from is cd8, must be one of cd3, ck818"):
+        Student(teacher, DistillConfig(images_from="cd8"))
 
 
 def test_a_checkpoint_stored_in_float32_stays_so(tiny_checkpoint: Path, tiles_folder: Path, tmp_path: Path) -> None:

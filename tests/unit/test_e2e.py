@@ -11,29 +11,64 @@ import torch
 from torch import Tensor
 
 from staindiffuser.imaging import optical_density
+from staindiffuser.imaging.optical_density import STAIN_MATRIX
 from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.config import PRESETS, StainConfig
 from staindiffuser.training.distill.e2e import (
     OneStepLoss,
-    dab_density,
     detail_distance,
     forget_noise_,
     local_spectra,
     pattern_distance,
     quarter,
+    stain_densities,
 )
 from staindiffuser.training.model.branch import Branch
 from staindiffuser.training.model.layers import normalize_weight_
+from staindiffuser.training.model.network import standardize
 
 STAIN = StainConfig(name="cd3", label="CD3")
 
 
-def test_dab_density_is_that_of_the_metric() -> None:
+def test_stain_densities_are_those_of_the_metric() -> None:
     rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    expected = optical_density.unmix(optical_density.optical_density(rgb))[..., 1]
-    found = dab_density(torch.from_numpy(rgb).permute(2, 0, 1)[None].double() / 255)
-    assert found.shape == (1, 1, 5, 7)
-    np.testing.assert_allclose(found[0, 0].numpy(), expected, atol=1e-5)
+    expected = optical_density.unmix(optical_density.optical_density(rgb))
+    found = stain_densities(torch.from_numpy(rgb).permute(2, 0, 1)[None].double() / 255)
+    assert found.shape == (1, 3, 5, 7)
+    np.testing.assert_allclose(found[0].permute(1, 2, 0).numpy(), expected, atol=1e-5)
+
+
+def ihc(hematoxylin: float, dab: float, residual: float = 0.0) -> Tensor:
+    """A standardised image of one colour, [1, 3, 32, 32]."""
+    density = torch.tensor([hematoxylin, dab, residual]) @ torch.from_numpy(STAIN_MATRIX).float()
+    intensity = (256 * 10**-density - 1) / 255
+    return standardize(intensity.view(1, 3, 1, 1).expand(1, 3, 32, 32), STAIN, "images", 0.5)
+
+
+def loss_of(painted: Tensor, real: Tensor, **weights: float) -> float:
+    """The mean loss of painting ``painted`` where ``real`` [B, 3, H, W] is true."""
+    asked = OneStepLoss(sigma_max=80.0, sigma_data=0.5, **{"density_weight": 0.0, "detail_weight": 0.0, **weights})
+    loss, _ = asked(lambda x, sigma: painted.expand_as(x), real, real, torch.zeros(len(real), 2), STAIN, 0)
+    return loss.mean().item()
+
+
+def test_a_wrong_hue_costs_as_much_as_the_wrong_amount_of_brown() -> None:
+    """DAB's density alone is blind to it: brown may turn pink or violet along the residual."""
+    brown = (0.1, 0.5, 0.0)
+    for number in range(3):
+        wrong = ihc(*(value + 0.1 * (number == n) for n, value in enumerate(brown)))
+        density = loss_of(wrong, ihc(*brown), density_weight=1.0) - loss_of(wrong, ihc(*brown))
+        assert density == pytest.approx(0.1, rel=0.02), number
+
+
+@pytest.mark.parametrize(("positive", "chosen"), [(2, "blue"), (3, "blue"), (4, "brown"), (8, "brown")])
+def test_a_place_that_is_positive_in_a_third_of_the_cases_is_painted_brown_and_nothing_between(
+    positive: int, chosen: str
+) -> None:
+    colours = {"blue": ihc(0.3, 0.0), "violet": ihc(0.25, 0.25), "brown": ihc(0.2, 0.5)}
+    real = torch.cat([colours["brown" if n < positive else "blue"] for n in range(10)])
+    losses = {name: loss_of(y, real, density_weight=3.0, positive_weight=2.0) for name, y in colours.items()}
+    assert min(losses, key=losses.__getitem__) == chosen, losses
 
 
 def test_local_spectra_find_a_wave_wherever_it_lies() -> None:
@@ -131,15 +166,16 @@ def test_one_step_loss_asks_for_pixels_density_and_detail() -> None:
         loss, pixels = OneStepLoss(
             sigma_max=80.0, sigma_data=0.5, density_weight=density_weight, detail_weight=detail_weight
         )(denoise, y, y, torch.zeros(2, 2), STAIN, 0)
-        assert pixels.tolist() == pytest.approx([0.01, 0.01])
+        assert pixels.tolist() == pytest.approx([0.1, 0.1])
         losses.append(loss)
     assert not asked[0][0].any()
     assert asked[0][1].tolist() == [80.0, 80.0]
     # STAIN's mean is 0.5 and its standard deviation 0.25: 0.1 of the standardised target is 0.05 of intensity
-    density = [dab_density(torch.full((1, 3, 1, 1), v)).item() for v in (0.55, 0.5)]
-    assert losses[0].tolist() == pytest.approx([0.01, 0.01])
-    assert losses[1][0].item() == pytest.approx(0.01 + 4 * (density[0] - density[1]) ** 2, rel=1e-4)
-    assert losses[2][0].item() == pytest.approx(0.01 + 3 * detail_distance(y + 0.1, y)[0].item(), rel=1e-4)
+    lighter, darker = (stain_densities(torch.full((1, 3, 1, 1), v)) for v in (0.55, 0.5))
+    density = (lighter - darker).abs().sum().item()
+    assert losses[0].tolist() == pytest.approx([0.1, 0.1])
+    assert losses[1][0].item() == pytest.approx(0.1 + 4 * density, rel=1e-4)
+    assert losses[2][0].item() == pytest.approx(0.1 + 3 * detail_distance(y + 0.1, y)[0].item(), rel=1e-4)
 
 
 def test_a_branch_that_forgot_noise_paints_the_same_from_any(tiny_checkpoint: Path) -> None:

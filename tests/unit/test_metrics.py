@@ -27,7 +27,7 @@ def image(columns: slice) -> np.ndarray:
 
 def score(virtual: np.ndarray, real: np.ndarray, cells: np.ndarray, mask: np.ndarray) -> dict[str, float]:
     total = StainScore(mpp=MPP, detail=True)
-    total.add(virtual=virtual, real=real, cells=cells, mask=mask)
+    total.add(virtual=virtual, real=real, cells=cells, mask=mask, he=np.full_like(real, 245))
     return total.metrics()
 
 
@@ -61,6 +61,35 @@ def test_perfect_stain() -> None:
         assert metrics[name] == pytest.approx(1), name
     assert metrics["positive_area_error"] == metrics["hausdorff95_um"] == 0
     assert metrics["psnr"] == math.inf
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_grid_of_the_pixel_shuffle_has_power_where_grain_has_none_of_its_own(axis: int) -> None:
+    rng = np.random.default_rng(0)
+    grain = rng.normal(180, 10, (64, 96, 1)).repeat(3, axis=-1)
+    grid = 2 * (np.indices((64, 96))[axis] % 2)[..., None]
+
+    def found(image: NDArray[np.float64]) -> float:
+        total = StainScore(detail=True)
+        total.add(virtual=np.rint(image).astype(np.uint8), real=np.full((64, 96, 3), 200, np.uint8), mask=NOTHING)
+        return total.metrics()["grid_power"]
+
+    assert 0.4 < found(grain) < 2.5
+    assert found(grain + grid) > 4
+
+
+def test_glass_is_judged_where_the_h_and_e_shows_it() -> None:
+    he = np.full((64, 64, 3), 245, np.uint8)
+    he[:, 32:] = (200, 120, 170)
+    painted = np.full((64, 64, 3), 255, np.uint8)
+    painted[:, :20] -= 6
+    painted[:, 32:] = 100
+    total = StainScore(detail=True)
+    total.add(virtual=painted, real=painted, mask=NOTHING, he=he)
+    assert total.metrics()["glass_difference"] == pytest.approx(6 * 20 / 29, abs=0.3)  # the edge is not bare for sure
+    unknown = StainScore(detail=True)
+    unknown.add(virtual=painted, real=painted, mask=NOTHING)
+    assert "glass_difference" not in unknown.metrics()
 
 
 def test_metrics_stand_in_the_order_of_the_table() -> None:

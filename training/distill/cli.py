@@ -89,6 +89,35 @@ def distill(
     detail_weight: Annotated[
         float | None, typer.Option(help="Weight of e2e's loss on local spectra; the pixel loss has 1. 30 if not given.")
     ] = None,
+    density_weight: Annotated[
+        float | None,
+        typer.Option(help="Weight of e2e's loss on the stains' densities; the pixel loss has 1. 3 if not given."),
+    ] = None,
+    positive_weight: Annotated[
+        float | None,
+        typer.Option(help="Weight of positive pixels in e2e; negative ones have 1. 2 if not given."),
+    ] = None,
+    pattern_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of e2e's loss on patterns of the pixel grid; the pixel loss has 1. 100 if not given."
+        ),
+    ] = None,
+    images_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STAIN",
+            help="Begin every image branch with the teacher's of this stain; by default each begins with its own.",
+        ),
+    ] = None,
+    bf16: Annotated[
+        bool | None,
+        typer.Option(
+            "--bf16/--no-bf16",
+            help="Half the digits. By default e2e does as the teacher's training did, ect without. Slow on a processor "
+            "that has no arithmetic for it.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides crops and noise.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Loader processes; the teacher's if not given.")] = None,
     search: Annotated[bool, typer.Option(help="Search the noise levels on validation tiles.")] = True,
@@ -160,6 +189,11 @@ def distill(
             "p_std": p_std,
             "image_max_share": max_share,
             "detail_weight": detail_weight,
+            "density_weight": density_weight,
+            "positive_weight": positive_weight,
+            "pattern_weight": pattern_weight,
+            "images_from": images_from,
+            "bf16": bf16,
             "seed": seed,
             "workers": workers,
         }

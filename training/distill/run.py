@@ -179,6 +179,8 @@ def distill(
             "teacher's weights (SHA-256)": student.teacher_sha256,
             **how_it_was_trained(config, checked, fitted),
         }
+        if earlier := teacher.config.provenance.get("distillation"):
+            about["begun with images of"] = earlier
         made = Checkpoint(
             config=dataclasses.replace(
                 teacher.config,

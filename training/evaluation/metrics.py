@@ -132,6 +132,21 @@ METRICS: tuple[Metric, ...] = (
         formula=lambda s: _ratio(s["power_virtual"], s["power_real"]),
     ),
     Metric(
+        name="grid_power",
+        better="1",
+        meaning="Power at the frequency of the pixel shuffle (two pixels, along the axes) over that of lower ones "
+        "beside it, each summed over the set: above 1 is a faint grid. The real stain's own is somewhat below 1.",
+        column="grid_around",
+        formula=lambda s: _ratio(s["grid_peak"], s["grid_around"]),
+    ),
+    Metric(
+        name="glass_difference",
+        better="0",
+        meaning="Mean difference from white, in grey levels, over all pixels where the H&E shows bare glass.",
+        column="glass_values",
+        formula=lambda s: _ratio(s["glass_difference"], s["glass_values"]),
+    ),
+    Metric(
         name="ssim",
         better="higher",
         meaning="Structural similarity of the colour images (windows of 7 pixels), mean over tiles.",
@@ -188,9 +203,17 @@ class StainScore:
     whole: dict[str, tuple[float, Interval | None]] = field(default_factory=dict)
     """Metrics of the set as a whole, and their 95 % intervals."""
 
-    def add(self, *, virtual: UInt8Array, real: UInt8Array, mask: UInt8Array, cells: UInt8Array | None = None) -> None:
+    def add(
+        self,
+        *,
+        virtual: UInt8Array,
+        real: UInt8Array,
+        mask: UInt8Array,
+        cells: UInt8Array | None = None,
+        he: UInt8Array | None = None,
+    ) -> None:
         """Add a tile: images uint8 [H, W, 3]; coarse mask and, if the model has one, cell map uint8 [H, W]."""
-        reference = Reference(real, mask, self.mpp)
+        reference = Reference(real, mask, self.mpp, he)
         row = measure_image(virtual, reference, detail=self.detail)
         self.rows.append(row if cells is None else row | measure_cells(cells, reference, detail=self.detail))
 

@@ -149,7 +149,7 @@ def _load(row: PairedTile, stains: tuple[str, ...], margin: int) -> dict[str, UI
 
 def _measure(tile: ScoredTile, stain: str, detail: bool) -> list[Row]:
     """What is measured on one stain of a tile, per sampler."""
-    reference = Reference(tile.data[stain], tile.data[f"{stain}_mask"], tile.row.mpp)
+    reference = Reference(tile.data[stain], tile.data[f"{stain}_mask"], tile.row.mpp, tile.data["he"])
     rows, last, cells_row = [], None, Row()
     for result in tile.results:
         virtual, cells = result[f"STAIN_{stain.upper()}"], result.get(f"CELLS_{stain.upper()}")

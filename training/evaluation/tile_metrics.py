@@ -14,11 +14,12 @@ from scipy import fft, ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.glass import bare_glass
 from staindiffuser.imaging.instances import cell_centroids, count_matches
 from staindiffuser.imaging.optical_density import DAB_THRESHOLD, coarse_mask, dab_density
 from staindiffuser.training.data.dataset import valid_mask
 
-__all__ = ["Edges", "Reference", "Row", "hausdorff95", "measure_cells", "measure_image", "radial_power"]
+__all__ = ["Edges", "Reference", "Row", "grid_power", "hausdorff95", "measure_cells", "measure_image", "radial_power"]
 
 Row = dict[str, float]
 """Sums over one tile, by name; what was not measured is absent."""
@@ -40,10 +41,11 @@ class Reference:
         real: uint8 [H, W, 3], the real stain.
         mask: uint8 [H, W], its coarse mask.
         mpp: pixel size, µm.
+        he: uint8 [H, W, 3], the H&E, which shows where the glass is bare.
     """
 
-    def __init__(self, real: UInt8Array, mask: UInt8Array, mpp: float) -> None:
-        self.real, self.mask, self.mpp = real, mask, mpp
+    def __init__(self, real: UInt8Array, mask: UInt8Array, mpp: float, he: UInt8Array | None = None) -> None:
+        self.real, self.mask, self.mpp, self.he = real, mask, mpp, he
         self.density = dab_density(real).astype(np.float64)
         self.positive = self.density >= DAB_THRESHOLD
         self.power = radial_power(real)
@@ -52,6 +54,11 @@ class Reference:
     def edges(self) -> Edges:
         """Edges of the DAB-positive area."""
         return Edges(self.positive)
+
+    @cached_property
+    def glass(self) -> NDArray[np.bool_] | None:
+        """Where the H&E shows bare glass for sure; None without an H&E."""
+        return None if self.he is None else bare_glass(self.he) == 1
 
     @cached_property
     def cells(self) -> NDArray[np.float64]:
@@ -91,6 +98,10 @@ def measure_image(virtual: UInt8Array, reference: Reference, *, detail: bool = F
         "psnr_same": float(same),
     }
     if detail:
+        row["grid_peak"], row["grid_around"] = grid_power(virtual)
+        if reference.glass is not None:
+            bare = virtual[reference.glass]
+            row |= {"glass_difference": float(255 * bare.size - bare.sum(dtype=np.int64)), "glass_values": bare.size}
         scored = bool(row["virtual"] and row["real"])
         distance = hausdorff95(Edges(positive), reference.edges) * reference.mpp if scored else 0.0
         found = cell_centroids(coarse_mask(positive), reference.mpp)
@@ -125,6 +136,29 @@ def radial_power(image: UInt8Array) -> float:
     window, band = _window_and_band(*grey.shape)
     spectrum = fft.rfft2((grey - grey.mean()) * window)[band]
     return float(np.vdot(spectrum, spectrum).real)
+
+
+def grid_power(image: UInt8Array) -> tuple[float, float]:
+    """Mean power of the grey image at the frequency of the pixel shuffle, and at those around it.
+
+    The shuffle's period is two pixels: its frequency is Nyquist's, along the two axes. Around it are those of the same
+    axes 4 to 12 bins lower, so the window's leakage is in neither.
+
+    Args:
+        image: uint8 [H, W, 3], H and W even and at least 16.
+    """
+    grey = image @ np.full(3, 1 / 3)
+    window, _ = _window_and_band(*grey.shape)
+    power = np.square(np.abs(fft.fft2((grey - grey.mean()) * window)))
+    peaks, around = zip(*(_axis_power(plane) for plane in (power, power.T)), strict=True)
+    return float(np.mean(peaks)), float(np.mean(around))
+
+
+def _axis_power(power: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean power at Nyquist of the first axis, and just below it."""
+    axis = power[:, [-1, 0, 1]]
+    middle = len(power) // 2
+    return float(axis[middle - 1 : middle + 2].mean()), float(axis[max(1, middle - 12) : middle - 3].mean())
 
 
 @lru_cache(maxsize=8)

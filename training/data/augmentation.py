@@ -18,7 +18,7 @@ from staindiffuser.imaging.optical_density import HE_MATRIX, optical_density
 
 __all__ = ["another_scanner", "another_stain", "similar_crop"]
 
-STRAIGHT = 0.35
+STRAIGHT = 0.65
 """Share of the crops that are cut along the pixels: resampling blurs, and the others alone would teach blur."""
 SCALES = (0.8, 1.25)
 STAIN_RANGE = 0.45

@@ -43,6 +43,7 @@ def repository_of(asked: Path | None, progress: Progress = lambda message: None,
 
     The repository of a model that ships is built in the cache folder on first use. The folder's name contains the
     repository's fingerprint, so that another version of the model, of this package or of ONNX Runtime gets its own.
+    One whose gate was not passed is served as well: it was asked for by its name, and its outputs say so.
 
     Args:
         asked: a folder, or the name of a model that ships (a folder of that name goes first); None: the demonstration.
@@ -65,12 +66,12 @@ def repository_of(asked: Path | None, progress: Progress = lambda message: None,
     if fast:
         loaded = GraphSet.load(graphs)
         output = cache_folder() / "repositories" / f"{loaded.name}-fast-{choice_key(loaded, BuildOptions())[:16]}"
-        return build(graphs, output, target=AUTO, progress=progress).repository
+        return build(graphs, output, target=AUTO, progress=progress, allow_ungated=True).repository
     if _has_bfloat16():
         progress("this processor has bfloat16: stain --fast and serve --fast measure which engines are fastest here")
     wanted = prepare_build(graphs)
     output = cache_folder() / "repositories" / f"{wanted.graphs.name}-{wanted.fingerprint[:16]}"
-    return build(graphs, output, progress=progress).repository
+    return build(graphs, output, progress=progress, allow_ungated=True).repository
 
 
 def _has_bfloat16() -> bool:

@@ -62,7 +62,7 @@ class Field:
         for points in self.polygons:
             corners = np.array([point.split(",") for point in points.split()], np.float64)
             corners = corners / scale if self.fine else corners
-            cv2.fillPoly(mask, [np.rint(corners - (left, top)).astype(np.int32)], 1)
+            cv2.fillPoly(mask, [np.rint(corners - (left, top)).astype(np.int32)], (1.0,))
         size = (round(image.shape[1] * scale) // 16 * 16, round(image.shape[0] * scale) // 16 * 16)
         way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
         he = np.asarray(cv2.resize(image, size, interpolation=way), np.uint8)
@@ -75,6 +75,8 @@ class Region:
 
     name: str
     fields: tuple[Field, ...]
+    unmarked: bool = False
+    """No stain marks anything here."""
 
 
 def _os1(*polygons: Points) -> tuple[Field, ...]:
@@ -151,9 +153,10 @@ REGIONS = (
             _orion(3, "150,0 223,0 223,170 190,170 165,100 150,50"),
         ),
     ),
-    Region(name="smooth muscle (ORION)", fields=tuple(_orion(n) for n in (34, 35, 36, 38))),
+    Region(name="smooth muscle (ORION)", unmarked=True, fields=tuple(_orion(n) for n in (34, 35, 36, 38))),
     Region(
         name="blood (ORION)",
+        unmarked=True,
         fields=(
             _orion(26, "0,0 223,0 223,75 90,115 0,105"),
             _orion(12, "150,155 223,140 223,223 150,223"),
@@ -161,17 +164,18 @@ REGIONS = (
     ),
     Region(
         name="mucin (ORION)",
+        unmarked=True,
         fields=(
             _orion(1, "0,110 110,110 110,223 0,223"),
             _orion(3, "0,110 130,110 130,223 0,223"),
         ),
     ),
-    Region(name="red pen (TCGA)", fields=(_pen("210,0 290,0 300,180 280,250 230,150"),)),
+    Region(name="red pen (TCGA)", unmarked=True, fields=(_pen("210,0 290,0 300,180 280,250 230,150"),)),
     Region(
         name="dark fold under the pen",
         fields=(_pen("0,235 250,270 500,345 500,385 250,300 0,260"),),
     ),
-    Region(name="glass (CMU-1)", fields=(_cmu((100, 1900, 512, 512)),)),
+    Region(name="glass (CMU-1)", unmarked=True, fields=(_cmu((100, 1900, 512, 512)),)),
 )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 
 from staindiffuser.errors import UsageError
+from staindiffuser.export.description import GraphSet
+from staindiffuser.export.graphs import UNGATED
 from staindiffuser.export.manifest import Manifest
 from staindiffuser.serving import demo
 from tests.synthetic_graphs import write_graphs
@@ -24,6 +28,20 @@ def test_a_model_that_ships_is_found_by_its_name(
     assert demo.repository_of(Path("colon")) == repository  # built once
     Path("colon").mkdir()
     assert demo.repository_of(Path("colon")) == Path("colon")
+
+
+def test_a_model_that_ships_without_passing_its_gate_is_served_and_says_so(
+    tiny_graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ungated = tmp_path / "graphs"
+    shutil.copytree(tiny_graphs, ungated)
+    graphs = GraphSet.load(ungated)
+    dataclasses.replace(graphs, gate="failed", notice=f"{graphs.notice} {UNGATED}").save(ungated)
+    monkeypatch.setenv("STAINDIFFUSER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo, "shipped_models", lambda: {"colon": ungated})
+    manifest = Manifest.load(demo.repository_of(Path("colon")))
+    assert manifest.gate == "failed"
+    assert manifest.notice.endswith(UNGATED)
 
 
 def test_any_other_name_is_a_folder(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_every_array_is_moved_alike() -> None:
         apart = np.abs(cut["he"][..., 0].astype(int) - cut["mask"])  # cubic and linear differ at the edge alone
         assert (apart > 60).mean() < 0.01
         rotated += apart.any()
-    assert 8 <= rotated <= 18
+    assert 3 <= rotated <= 13  # of 20, where a third is
 
 
 def test_another_stain_keeps_the_nuclei_where_they_are(he: UInt8Array) -> None:

@@ -113,16 +113,16 @@ def test_any_method_can_be_scored_with_or_without_cell_maps(tiles: PairedTiles) 
     for stain in STAINS:
         assert "positive_cell_f1" in scores[stain].metrics()
         assert "cell_dice" not in scores[stain].metrics()
-        assert scores[stain].rows[2] == measure_image(
-            scored[2].data["he"], Reference(scored[2].data[stain], scored[2].data[f"{stain}_mask"], 0.5), detail=True
-        )
+        data = scored[2].data
+        reference = Reference(data[stain], data[f"{stain}_mask"], 0.5, data["he"])
+        assert scores[stain].rows[2] == measure_image(data["he"], reference, detail=True)
 
 
 def test_each_tile_is_measured_as_alone(evaluations: Sequence[Evaluation]) -> None:
     tile = restain(evaluations, 1)
     for evaluation, result in zip(evaluations, tile.results, strict=True):
         for stain in STAINS:
-            reference = Reference(tile.data[stain], tile.data[f"{stain}_mask"], 0.5)
+            reference = Reference(tile.data[stain], tile.data[f"{stain}_mask"], 0.5, tile.data["he"])
             row = measure_cells(result[f"CELLS_{stain.upper()}"][..., 0], reference, detail=True)
             row |= measure_image(result[f"STAIN_{stain.upper()}"], reference, detail=True)
             measured = evaluation.scores[stain].rows[1]

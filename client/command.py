@@ -16,12 +16,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
-from staindiffuser.client.contract import Stainer
+from staindiffuser.client.contract import ModelContract, Stainer
 from staindiffuser.client.errors import FileNameError, OutputError
 from staindiffuser.client.inputs import SlideInput, find_inputs
 from staindiffuser.client.names import SlideNames, hide_arguments
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.progress import Reporter, TerminalReporter
+from staindiffuser.client.run_record import gate_text
 from staindiffuser.client.staining import SlideJob
 from staindiffuser.client.summary import Outcome, write_summary
 from staindiffuser.client.target import Target
@@ -124,6 +125,7 @@ class _Batch:
                         if client is None:
                             connection = self._target.connect(self._in_flight, self.reporter.say)
                             client = open_target.enter_context(connection)
+                            self._say_model(client.contract)
                         work = self._plan if self._dry_run else self._stain
                         outcome = work(names, slide, job, client)
                 except _OF_ONE_SLIDE as error:
@@ -138,6 +140,10 @@ class _Batch:
                 if left and not self._dry_run:
                     remaining = (time.monotonic() - started) / number * left
                     self.reporter.say(f"{number} of {len(self._slides)} slides · about {_time(remaining)} left")
+
+    def _say_model(self, model: ModelContract) -> None:
+        gate = gate_text(model.gate, model.stains)
+        self.reporter.say(f"model {model.model_name} {model.model_version[:12]}; gate: {gate}")
 
     def outcomes_of_all(self) -> list[Outcome]:
         """One outcome per slide, including those that were not reached."""

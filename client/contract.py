@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ __all__ = ["ENSEMBLE", "QUALITY", "ModelContract", "QualityContract", "ServedSta
 ENSEMBLE = "staindiffuser"
 QUALITY = "QUALITY"
 """The output that judges tiles, and the prefix of those that judge stains."""
-_JSON_PARAMETERS = ("stains", "tile", "margin", "mpp", "steps", "origin_multiple", "quality")
+_JSON_PARAMETERS = ("stains", "tile", "margin", "mpp", "steps", "origin_multiple", "gate", "quality")
 """Parameters whose text is JSON; the others are plain text. Parameters not listed in the contract are ignored, so that
 a newer server can serve an older client."""
 _TEXT_PARAMETERS = ("model_name", "model_version", "notice")
@@ -98,6 +99,8 @@ class ModelContract:
     """Hash of everything that determines the pixels, 64 hex digits."""
     notice: str
     """The statement that accompanies every output."""
+    gate: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Per stain that the model's gate judged, what it fails on; empty if it passed."""
     quality: QualityContract | None = None
     """None for a model that does not judge its tiles."""
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from staindiffuser.client.contract import ModelContract, ServedStain
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.result_files import cell_map_file, image_file
-from staindiffuser.client.run_record import SYNTHETIC
+from staindiffuser.client.run_record import SYNTHETIC, gate_text
 from staindiffuser.imaging.arrays import UInt8Array
 
 __all__ = ["PANEL", "round_length", "write_preview"]
@@ -69,7 +69,11 @@ def write_preview(
     sheet = _sheet(
         titles,
         [(whole, view.mpp[0] / factor), (detail, view.mpp[0] / zoom)],
-        [notice, f"Model {contract.model_name} {contract.model_version[:12]}, sampler steps: {contract.steps}"],
+        [
+            notice,
+            f"Model {contract.model_name} {contract.model_version[:12]}, sampler steps: {contract.steps}, gate: "
+            f"{gate_text(contract.gate, stains)}",
+        ],
     )
     sheet.save(path)
 

@@ -20,7 +20,7 @@ from staindiffuser.client.contract import ModelContract, ServedStain
 from staindiffuser.client.journal import WorkRow
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.progress import Stopwatch
-from staindiffuser.client.run_record import SYNTHETIC, description, facts, printable
+from staindiffuser.client.run_record import SYNTHETIC, description, facts, gate_text, printable
 from staindiffuser.imaging.instances import PROBABILITY
 from staindiffuser.imaging.ome_tiff import ImageInfo, PyramidWriter
 from staindiffuser.imaging.slides import DamagedRegion
@@ -100,16 +100,15 @@ class ResultFiles:
         self._open = ExitStack()
         self._workers: Executor = self._open.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="code"))
         self._cells: CellsFile | None = None
-        about = description(contract, seed, source)
-        self._facts = {"notice": f"{SYNTHETIC} {contract.notice}"} | facts(contract, seed, source)
         self._files = [
-            self._file(image, number % len(stains), stains, source, view, about)
+            self._file(image, number % len(stains), stains, source, view, contract, seed)
             for number, image in enumerate(output_images(stains, cells=cells))
         ]
         if cells:
             collection = {
                 "notice": f"{SYNTHETIC} {contract.notice}",
                 "model": f"{contract.model_name} {contract.model_version}",
+                "gate": gate_text(contract.gate, stains),
                 "steps": contract.steps,
                 "seed": seed,
                 "source": printable(source),
@@ -127,7 +126,8 @@ class ResultFiles:
         stains: tuple[ServedStain, ...],
         source: str,
         view: ModelView,
-        about: str,
+        contract: ModelContract,
+        seed: int,
     ) -> _ImageFile:
         stain, is_map = stains[number], image.channels == 1
         name = cell_map_file(stain) if is_map else image_file(stain)
@@ -136,17 +136,19 @@ class ResultFiles:
         self._open.enter_context(writer)
         mpp = math.sqrt(view.mpp[0] * view.mpp[1])
         content = "probability of stained cells, 0 to 255" if is_map else "virtual immunohistochemistry"
+        known = facts(contract, seed, source, [stain])
+        notice = f"{SYNTHETIC} {contract.notice}"
         return _ImageFile(
             name=name,
             image=image,
             writer=writer,
             info=ImageInfo(
                 name=f"{stain.label} {'cell map' if is_map else 'virtual stain'} of {printable(source)}",
-                description=f"{about} stain: {stain.label}; content: {content}",
+                description=f"{description(contract, seed, source, [stain])} stain: {stain.label}; content: {content}",
                 mpp=view.mpp,
                 channel=stain.label,
-                creator=self._facts["software"],
-                about=self._facts | {"stain": stain.label, "content": content},
+                creator=known["software"],
+                about={"notice": notice} | known | {"stain": stain.label, "content": content},
             ),
             cells=MapCells(stain, number, mpp, view.scale, writer.rows, self._identity) if is_map else None,
         )

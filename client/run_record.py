@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ __all__ = [
     "differences",
     "facts",
     "find_run",
+    "gate_text",
     "library_versions",
     "model_record",
     "printable",
@@ -99,6 +100,8 @@ class ModelRecord:
     steps: int
     tile: int
     margin: int
+    gate: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Also empty in records of earlier versions."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -324,13 +327,30 @@ def model_record(contract: ModelContract) -> ModelRecord:
         steps=contract.steps,
         tile=contract.tile,
         margin=contract.margin,
+        gate=contract.gate,
     )
 
 
-def facts(contract: ModelContract, seed: int, source: str) -> dict[str, str]:
-    """What each image file says about where it comes from, by name."""
+def gate_text(gate: Mapping[str, tuple[str, ...]], stains: Sequence[ServedStain]) -> str:
+    """What the model's gate said of these stains, for people: ``passed``, ``not passed: CD3 (radial power 0.34)``.
+
+    Args:
+        gate: see :class:`~staindiffuser.client.contract.ModelContract`.
+        stains: those that are meant.
+    """
+    failed = [f"{stain.label} ({', '.join(gate[stain.name])})" for stain in stains if gate.get(stain.name)]
+    unknown = [stain.label for stain in stains if stain.name not in gate]
+    parts = [f"not passed: {', '.join(failed)}"] if failed else []
+    if unknown:
+        parts.append(f"not judged: {', '.join(unknown)}" if gate else "not judged")
+    return "; ".join(parts) or "passed"
+
+
+def facts(contract: ModelContract, seed: int, source: str, stains: Sequence[ServedStain]) -> dict[str, str]:
+    """What a file with these stains says about where it comes from, by name."""
     return {
         "model": f"{contract.model_name} {contract.model_version}",
+        "gate": gate_text(contract.gate, stains),
         "steps": str(contract.steps),
         "seed": str(seed),
         "source": printable(source),
@@ -338,7 +358,7 @@ def facts(contract: ModelContract, seed: int, source: str) -> dict[str, str]:
     }
 
 
-def description(contract: ModelContract, seed: int, source: str) -> str:
-    """The statement embedded in each image file."""
-    parts = facts(contract, seed, source)
+def description(contract: ModelContract, seed: int, source: str, stains: Sequence[ServedStain]) -> str:
+    """The statement embedded in an image file of these stains."""
+    parts = facts(contract, seed, source, stains)
     return " ".join([SYNTHETIC, contract.notice, *(f"{key}: {value};" for key, value in parts.items())])

@@ -34,6 +34,7 @@ FAKE_CONTRACT = ModelContract(
     model_name="fake",
     model_version="f" * 64,
     notice="A substitute without a model.",
+    gate={"cd3": ("radial power 0.34",), "ck818": ()},
 )
 
 Paint = Callable[[str, UInt8Array, NDArray[np.int64]], NDArray[Any]]
@@ -225,6 +226,7 @@ def _parameters(contract: ModelContract) -> dict[str, str]:
 
     quality = contract.quality
     return {
+        **({"gate": json.dumps(contract.gate)} if contract.gate else {}),
         **({} if quality is None else {"quality": json.dumps(dataclasses.asdict(quality))}),
         "stains": json.dumps([{"name": stain.name, "label": stain.label} for stain in contract.stains]),
         "tile": str(contract.tile),

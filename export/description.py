@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
@@ -105,8 +106,8 @@ class GraphSet:
     golden_sha256: str
     """Of ``golden.npz``."""
     golden: str = "golden.npz"
-    gate: str = ""
-    """What the gate of ``distill`` said of this number of steps: ``passed``, ``failed``, or empty: not judged."""
+    gate: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Per stain that the gate of ``distill`` judged at this number of steps, what it fails on; empty if it passed."""
     quality: Quality | None = None
     """None for graphs without the engines ``quality`` and ``quality_<name>``."""
 

@@ -91,7 +91,7 @@ def export_graphs(
         np.savez_compressed(draft / "golden.npz", **_golden(network, tiles, sigmas=sigmas))
         graphs = GraphSet(
             name=config.name,
-            notice=f"{config.notice} {UNGATED}" if gate == "failed" else config.notice,
+            notice=f"{config.notice} {UNGATED}" if any(gate.values()) else config.notice,
             gate=gate,
             checkpoint_sha256=file_sha256(checkpoint / WEIGHTS),
             tile=tile,
@@ -114,10 +114,17 @@ def export_graphs(
     return graphs
 
 
-def gate_of(metrics: Mapping[str, Any], steps: int) -> str:
-    """What the gate said of this number of steps: ``passed``, ``failed``, or empty."""
-    failures = (metrics.get("gate") or {}).get("failures", {}).get(str(steps))
-    return "" if failures is None else "failed" if failures else "passed"
+def gate_of(metrics: Mapping[str, Any], steps: int) -> dict[str, tuple[str, ...]]:
+    """What each stain that was judged at this number of steps fails on, from the gate's record in ``metrics.json``."""
+    gate = metrics.get("gate") or {}
+    failures = gate.get("failures", {}).get(str(steps))
+    if failures is None:
+        return {}
+    # A failure begins with the name of its stain.
+    return {
+        stain: tuple(failure.removeprefix(f"{stain} ") for failure in failures if failure.startswith(f"{stain} "))
+        for stain in gate["rows"][0]["stains"]
+    }
 
 
 def write_engines(

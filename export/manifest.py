@@ -128,8 +128,8 @@ class Manifest:
     engines: Mapping[str, EngineRecord]
     files: Mapping[str, FileRecord]
     """Every file of the repository except the manifest, by relative path with forward slashes."""
-    gate: str = ""
-    """What the checkpoint's gate said: ``passed``, ``failed``, or empty: not judged."""
+    gate: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Per stain that the checkpoint's gate judged, what it fails on; empty if it passed."""
     choice: Choice | None = None
     """What target ``auto`` measured before it chose; None where the target was named."""
     quality: Quality | None = None

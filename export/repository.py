@@ -111,7 +111,7 @@ def build(
     options = options or BuildOptions()
     output = output.resolve()
     _refuse_foreign_folder(output)
-    if GraphSet.load(graphs_dir).gate == "failed" and not allow_ungated:
+    if any(GraphSet.load(graphs_dir).gate.values()) and not allow_ungated:
         raise UngatedError(
             f"{graphs_dir} comes from a checkpoint that did not pass its gate: distill it again, or build it with "
             "--allow-ungated; its outputs will say so"

@@ -97,6 +97,8 @@ class Contract(Protocol):
     @property
     def model_version(self) -> str: ...
     @property
+    def gate(self) -> Mapping[str, tuple[str, ...]]: ...
+    @property
     def quality(self) -> Quality | None: ...
 
 
@@ -113,6 +115,7 @@ def contract_parameters(contract: Contract, model_name: str) -> dict[str, str]:
         "model_version": contract.model_version,
         "model_name": model_name,
         "notice": contract.notice,
+        **({"gate": json.dumps(contract.gate)} if contract.gate else {}),
         **({} if quality is None else {"quality": json.dumps(dataclasses.asdict(quality), ensure_ascii=False)}),
     }
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from staindiffuser.client.errors import RunRecordError
-from staindiffuser.client.run_record import find_run, read_run, write_run
+from staindiffuser.client.run_record import find_run, gate_text, read_run, write_run
+from staindiffuser.client.testing import FAKE_CONTRACT
 from tests.run_records import run_record
 
 
@@ -16,6 +17,15 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_run(tmp_path, record)
     assert read_run(tmp_path) == record
     assert find_run(tmp_path) == record
+
+
+def test_what_the_gate_said_is_told_per_stain() -> None:
+    cd3, ck = FAKE_CONTRACT.stains
+    failed = FAKE_CONTRACT.gate
+    assert gate_text(failed, [cd3, ck]) == "not passed: CD3 (radial power 0.34)"
+    assert gate_text(failed, [ck]) == gate_text({"cd3": (), "ck818": ()}, [cd3, ck]) == "passed"
+    assert gate_text({"ck818": ()}, [cd3, ck]) == "not judged: CD3"
+    assert gate_text({}, [cd3, ck]) == "not judged"
 
 
 def test_a_missing_record_is_no_result(tmp_path: Path) -> None:

@@ -89,9 +89,14 @@ def test_a_real_slide_comes_back(real_data: Path, tmp_path: Path) -> None:
     collection = json.loads(gzip.decompress((tmp_path / "out/cells.geojson.gz").read_bytes()))
     assert len(collection["features"]) == sum(run.cells.values()) > 100
     assert FAKE_CONTRACT.notice in collection["staindiffuser"]["notice"]
-    with tifffile.TiffFile(tmp_path / "out/ck818.ome.tiff") as tiff:
-        assert FAKE_CONTRACT.notice in (tiff.ome_metadata or "")
-        assert FAKE_CONTRACT.model_version in (tiff.ome_metadata or "")
+    assert run.model.gate == {"cd3": ("radial power 0.34",), "ck818": ()}
+    assert collection["staindiffuser"]["gate"] == "not passed: CD3 (radial power 0.34)"
+    for name, gate in {"cd3": "not passed: CD3 (radial power 0.34)", "ck818": "passed"}.items():
+        with tifffile.TiffFile(tmp_path / f"out/{name}.ome.tiff") as tiff:
+            about = tiff.ome_metadata or ""
+            assert FAKE_CONTRACT.notice in about
+            assert FAKE_CONTRACT.model_version in about
+            assert f'<M K="gate">{gate}</M>' in about
 
 
 def position(tensor: str, tiles_BTT3: UInt8Array, origins_B2: NDArray[np.int64]) -> UInt8Array:

@@ -15,6 +15,7 @@ from staindiffuser.errors import UsageError
 from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import ExportUsageError, GraphsError, ManifestError
 from staindiffuser.export.graphs import export_graphs, gate_of
+from staindiffuser.training.gate import GateRow, gate_record, judge
 from staindiffuser.triton_models.noise.philox import tile_noise
 
 
@@ -114,17 +115,23 @@ def test_malformed_description_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_gate_is_asked_about_the_steps_that_are_exported() -> None:
-    metrics = {"gate": {"passed": True, "failures": {"1": [], "2": ["cd3: DAB-Dice"]}}}
-    assert [gate_of(metrics, steps) for steps in (1, 2, 4)] == ["passed", "failed", ""]
-    assert gate_of({}, 1) == gate_of({"gate": None}, 1) == ""
+    dice = {"dab_dice": 0.5, "radial_power": 1.0}
+    rows = [
+        GateRow(role="student", steps=1, sigmas=(80.0,), stains={"cd3": dice, "ck": dice | {"radial_power": 0.34}}),
+        GateRow(role="student", steps=2, sigmas=(80.0, 1.0), stains={"cd3": dice, "ck": dice}),
+    ]
+    metrics = {"gate": gate_record(rows, judge(rows))}
+    assert gate_of(metrics, 1) == {"cd3": (), "ck": ("radial power 0.34",)}
+    assert gate_of(metrics, 2) == {"cd3": (), "ck": ()}
+    assert gate_of(metrics, 4) == gate_of({}, 1) == gate_of({"gate": None}, 1) == {}
 
 
 def test_graphs_say_that_the_gate_failed(tiny_checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
-    metrics = json.dumps({"gate": {"passed": False, "failures": {"1": ["cd3: DAB-Dice"]}}})
-    (tmp_path / "checkpoint/metrics.json").write_text(metrics, encoding="utf-8")
+    gate = {"failures": {"1": ["cd3 Dice 0.000, best 0.500"]}, "rows": [{"stains": {"cd3": {}}}]}
+    (tmp_path / "checkpoint/metrics.json").write_text(json.dumps({"gate": gate}), encoding="utf-8")
     graphs = export_graphs(tmp_path / "checkpoint", tmp_path / "graphs", steps=1, tile=64)
-    assert graphs.gate == "failed"
+    assert graphs.gate == {"cd3": ("Dice 0.000, best 0.500",)}
     assert "did not pass its gate" in graphs.notice, "the notice goes with every output"
 
 

@@ -46,11 +46,13 @@ def test_graphs_whose_gate_failed_are_built_only_on_request(graphs: Path, tmp_pa
     failed = tmp_path / "graphs"
     shutil.copytree(graphs, failed)
     description = GraphSet.load(failed)
-    dataclasses.replace(description, gate="failed").save(failed)
+    dataclasses.replace(description, gate={"cd3": ("radial power 0.34",)}).save(failed)
     with pytest.raises(UngatedError, match="--allow-ungated"):
         build(failed, tmp_path / "repository")
     assert not (tmp_path / "repository").exists()
-    assert build(failed, tmp_path / "repository", allow_ungated=True).manifest.gate == "failed"
+    assert build(failed, tmp_path / "repository", allow_ungated=True).manifest.gate == {"cd3": ("radial power 0.34",)}
+    config = triton_config.parse((tmp_path / "repository/staindiffuser/config.pbtxt").read_text())
+    assert config.parameters["gate"].string_value == '{"cd3": ["radial power 0.34"]}', "clients are told"
 
 
 def test_everything_triton_needs_is_there(graphs: Path, tmp_path: Path) -> None:

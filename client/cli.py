@@ -71,6 +71,10 @@ def stain(
     parquet: Annotated[
         bool, typer.Option("--parquet", help="Also write the cells as GeoParquet, cells.parquet (needs pyarrow).")
     ] = False,
+    combined: Annotated[
+        bool,
+        typer.Option("--combined", help="Also write all stains as channels of one image, combined.ome.tiff."),
+    ] = False,
     nuclei: Annotated[
         bool,
         typer.Option("--nuclei/--no-nuclei", help="Count the H&E's nuclei too: scores.csv then has the share stained."),
@@ -155,6 +159,7 @@ def stain(
             cells=cells,
             nuclei=nuclei,
             parquet=parquet,
+            combined=combined,
             allow_damaged=allow_damaged,
             mask=mask,
             save_mask=save_mask,

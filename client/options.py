@@ -30,6 +30,8 @@ class StainingOptions:
     """Find the nuclei of the H&E as well, on a sample of a large slide: the scores then say which share is stained."""
     parquet: bool = False
     """Also write the cells as GeoParquet."""
+    combined: bool = False
+    """Also write all stains as channels of one image."""
     allow_damaged: bool = False
     """Stain a slide some tiles of which cannot be decoded; they are left out and listed in ``run.json``."""
     mask: str | Path = "auto"

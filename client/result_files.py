@@ -14,15 +14,16 @@ from typing import Any, Self
 import numpy as np
 
 from staindiffuser.client.blending import Mosaic, OutputImage
-from staindiffuser.client.cells import MapCells, Search
+from staindiffuser.client.cells import BlockRow, MapCells, Search
 from staindiffuser.client.cells_file import CellsFile
+from staindiffuser.client.combined import CombinedFile, combined_channels
 from staindiffuser.client.contract import ModelContract, ServedStain
 from staindiffuser.client.journal import WorkRow
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.progress import Stopwatch
 from staindiffuser.client.run_record import SYNTHETIC, description, facts, gate_text, printable
 from staindiffuser.imaging.instances import PROBABILITY
-from staindiffuser.imaging.ome_tiff import ImageInfo, PyramidWriter
+from staindiffuser.imaging.ome_tiff import Channel, ImageInfo, PyramidWriter
 from staindiffuser.imaging.slides import DamagedRegion
 
 __all__ = ["CELLS_FILE", "MASK_FILE", "PREVIEW_FILE", "ResultFiles", "cell_map_file", "image_file", "output_images"]
@@ -61,6 +62,7 @@ class _ImageFile:
     info: ImageInfo
     cells: MapCells | None
     """Finds the cells, if the image is a cell map."""
+    stain: ServedStain
 
 
 class ResultFiles:
@@ -76,6 +78,7 @@ class ResultFiles:
         *,
         seed: int,
         cells: bool,
+        combined: bool = False,
         watch: Stopwatch,
         done: Sequence[WorkRow] = (),
     ) -> None:
@@ -89,6 +92,7 @@ class ResultFiles:
             stains: the stains to write.
             seed: named in the files.
             cells: also write cell maps and cells.
+            combined: also write all stains as channels of one image.
             watch: times the stages ``compose and encode``, ``cells`` and ``assemble``.
             done: rows that an earlier run has written to ``folder``; the files are continued after them.
 
@@ -100,9 +104,10 @@ class ResultFiles:
         self._open = ExitStack()
         self._workers: Executor = self._open.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="code"))
         self._cells: CellsFile | None = None
+        self._combined = self._open.enter_context(CombinedFile(folder, view.size, stains)) if combined else None
+        self._source, self._view, self._contract, self._stains, self._seed = source, view, contract, stains, seed
         self._files = [
-            self._file(image, number % len(stains), stains, source, view, contract, seed)
-            for number, image in enumerate(output_images(stains, cells=cells))
+            self._file(image, number % len(stains)) for number, image in enumerate(output_images(stains, cells=cells))
         ]
         if cells:
             collection = {
@@ -119,38 +124,37 @@ class ResultFiles:
         if done:
             self._restore(done)
 
-    def _file(
-        self,
-        image: OutputImage,
-        number: int,
-        stains: tuple[ServedStain, ...],
-        source: str,
-        view: ModelView,
-        contract: ModelContract,
-        seed: int,
-    ) -> _ImageFile:
-        stain, is_map = stains[number], image.channels == 1
+    def _file(self, image: OutputImage, number: int) -> _ImageFile:
+        view, stain, is_map = self._view, self._stains[number], image.channels == 1
         name = cell_map_file(stain) if is_map else image_file(stain)
         width, height = view.size
         writer = PyramidWriter(self._folder, width, height, channels=image.channels, glass=image.glass, name=name)
         self._open.enter_context(writer)
         mpp = math.sqrt(view.mpp[0] * view.mpp[1])
         content = "probability of stained cells, 0 to 255" if is_map else "virtual immunohistochemistry"
-        known = facts(contract, seed, source, [stain])
-        notice = f"{SYNTHETIC} {contract.notice}"
+        kind = "cell map" if is_map else "virtual stain"
         return _ImageFile(
             name=name,
             image=image,
             writer=writer,
-            info=ImageInfo(
-                name=f"{stain.label} {'cell map' if is_map else 'virtual stain'} of {printable(source)}",
-                description=f"{description(contract, seed, source, [stain])} stain: {stain.label}; content: {content}",
-                mpp=view.mpp,
-                channel=stain.label,
-                creator=known["software"],
-                about={"notice": notice} | known | {"stain": stain.label, "content": content},
-            ),
+            info=self._info(f"{stain.label} {kind}", [stain], [Channel(stain.label)], content),
             cells=MapCells(stain, number, mpp, view.scale, writer.rows, self._identity) if is_map else None,
+            stain=stain,
+        )
+
+    def _info(self, kind: str, stains: Sequence[ServedStain], channels: Sequence[Channel], content: str) -> ImageInfo:
+        """What an image of these stains says of itself."""
+        known = facts(self._contract, self._seed, self._source, stains)
+        labels = ", ".join(stain.label for stain in stains)
+        about = description(self._contract, self._seed, self._source, stains)
+        notice = {"notice": f"{SYNTHETIC} {self._contract.notice}"}
+        return ImageInfo(
+            name=f"{kind} of {printable(self._source)}",
+            description=f"{about} stain: {labels}; content: {content}",
+            mpp=self._view.mpp,
+            channels=tuple(channels),
+            creator=known["software"],
+            about=notice | known | {"stain": labels, "content": content},
         )
 
     @property
@@ -166,6 +170,7 @@ class ResultFiles:
     def write_row(self, row: int, mosaic: Mosaic) -> None:
         """Compose and encode one row of every image, and find its cells."""
         searches: list[Search] = []
+        images: list[BlockRow] = []
         for file in self._files:
 
             def compose(x: int, y: int, width: int, height: int, image: OutputImage = file.image) -> Any:
@@ -176,7 +181,12 @@ class ResultFiles:
             if file.cells is not None and self._cells is not None:
                 searches += file.cells.add_row(blocks)
                 pixels = sum(int(np.count_nonzero(block >= PROBABILITY)) for block in blocks if block is not None)
-                self._cells.add_area(file.info.channel, pixels)
+                self._cells.add_area(file.stain.label, pixels)
+            else:
+                images.append(blocks)
+        if self._combined is not None:
+            with self._watch.stage("combined"):
+                self._combined.write_row(row, images, self._workers)
         if self._cells is not None:
             with self._watch.stage("cells"):
                 self._cells.write(list(self._workers.map(lambda search: search(), searches)))
@@ -189,8 +199,9 @@ class ResultFiles:
             nuclei: likewise.
         """
         with self._watch.stage("commit"):
+            combined = self._combined.commit() if self._combined is not None else ()
             return WorkRow(
-                images=tuple(file.writer.commit() for file in self._files),
+                images=(*(file.writer.commit() for file in self._files), *combined),
                 cells=self._cells.commit() if self._cells else None,
                 damaged=damaged,
                 nuclei=nuclei,
@@ -202,18 +213,26 @@ class ResultFiles:
                 file.writer.restore([row.images[number] for row in done])
                 if file.cells is not None:
                     file.cells.restore(len(done), file.writer.read_row)
+            if self._combined is not None:
+                self._combined.restore([row.images[len(self._files) :] for row in done])
         except BaseException:
             self._open.close()
             raise
 
     def finish(self) -> list[str]:
         """Complete the files and return their names. Every row must have been written."""
+        names = [file.name for file in self._files]
         with self._watch.stage("assemble"):
             for file in self._files:
                 file.writer.finish(self._folder / file.name, file.info)
+            if self._combined is not None:
+                content = "hematoxylin of the first stain, and DAB of each: 100 × optical density"
+                channels = combined_channels(self._stains)
+                names.append(self._combined.finish(self._info("Virtual stains", self._stains, channels, content)))
             if self._cells is not None:
                 self._cells.finish()
-        return [file.name for file in self._files] + ([CELLS_FILE] if self._cells else [])
+                names.append(CELLS_FILE)
+        return names
 
     def __enter__(self) -> Self:
         return self

@@ -119,6 +119,7 @@ class Request:
     keep_names: bool = False
     nuclei: bool = True
     parquet: bool = False
+    combined: bool = False
     mask: str = "auto"
     """``auto``, ``none``, or the SHA-256 of the GeoJSON file."""
     save_mask: bool = False

@@ -167,7 +167,8 @@ class SlideRun:
         def files(saved: list[WorkRow]) -> ResultFiles:
             return ResultFiles(
                 self.folder.work, self.names.shown, self.plan.view, self.stainer.contract, self.stains,
-                seed=self.options.seed, cells=self.options.cells, watch=self.watch, done=saved,
+                seed=self.options.seed, cells=self.options.cells, combined=self.options.combined, watch=self.watch,
+                done=saved,
             )  # fmt: skip
 
         try:

@@ -114,6 +114,7 @@ class SlideJob:
             keep_names=options.keep_names,
             nuclei=options.cells and options.nuclei,
             parquet=options.parquet,
+            combined=options.combined,
             mask=self._mask,
             save_mask=options.save_mask,
             icc=options.icc,

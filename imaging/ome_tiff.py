@@ -28,9 +28,21 @@ import tifffile
 from isal import isal_zlib
 
 from staindiffuser.imaging.arrays import UInt8Array
-from staindiffuser.imaging.ome_xml import ImageInfo, ome_xml
+from staindiffuser.imaging.ome_xml import Channel, ImageInfo, ome_xml
+from staindiffuser.imaging.pixel_size import PixelSize
 
-__all__ = ["SIDE", "Compose", "ImageInfo", "PendingRow", "PyramidWriter", "RowState", "halved", "level_sizes"]
+__all__ = [
+    "SIDE",
+    "Channel",
+    "Compose",
+    "ImageInfo",
+    "PendingRow",
+    "PyramidWriter",
+    "RowState",
+    "halved",
+    "level_sizes",
+    "write_channels",
+]
 
 SIDE = 512
 """Side of the file's tiles, pixels."""
@@ -117,6 +129,11 @@ class PyramidWriter:
         """Tiles in a row of level 0."""
         return -(-self.sizes[0][0] // SIDE)
 
+    @property
+    def spooled(self) -> int:
+        """Bytes of all encoded tiles so far."""
+        return self._end
+
     def write_row(self, row: int, compose: Compose, workers: Executor) -> list[UInt8Array | None]:
         """Compose and encode a row of level-0 tiles, in ``workers``, and what it completes of the other levels.
 
@@ -194,28 +211,31 @@ class PyramidWriter:
     def finish(self, path: Path, info: ImageInfo) -> None:
         """Write the file. All rows must have been written."""
         big = self._end > CLASSIC_LIMIT
+        with tifffile.TiffWriter(path, bigtiff=big, ome=False) as tiff:
+            self.write_levels(tiff, info.mpp, ome_xml(info, self.sizes[0], self._channels))
+        _chain_levels(path, big=big)
+
+    def write_levels(self, tiff: tifffile.TiffWriter, mpp: PixelSize, description: bytes | None) -> None:
+        """Append a directory for level 0, and SubIFDs for the others."""
         pixel: dict[str, Any] = {"tile": (SIDE, SIDE), "dtype": np.uint8, "resolutionunit": "CENTIMETER"}
         if self._channels == 3:
             # Only sets the tags (YCbCr, not subsampled): the tiles come encoded.
             pixel |= {"photometric": "rgb", "compression": "jpeg", "subsampling": (1, 1)}
         else:
             pixel |= {"photometric": "minisblack", "compression": "adobe_deflate"}
-        description = ome_xml(info, self.sizes[0], self._channels)
-        with tifffile.TiffWriter(path, bigtiff=big, ome=False) as tiff:
-            for level, (width, height) in enumerate(self.sizes):
-                scale = (self.sizes[0][0] / width, self.sizes[0][1] / height)
-                tiff.write(
-                    self._read_back(level),
-                    shape=(height, width, 3) if self._channels == 3 else (height, width),
-                    subifds=len(self.sizes) - 1 if level == 0 else None,
-                    subfiletype=1 if level else 0,
-                    description=description if level == 0 else None,
-                    metadata=None,
-                    software="StainDiffuser",
-                    resolution=(1e4 / (info.mpp[0] * scale[0]), 1e4 / (info.mpp[1] * scale[1])),
-                    **pixel,
-                )
-        _chain_levels(path, big=big)
+        for level, (width, height) in enumerate(self.sizes):
+            scale = (self.sizes[0][0] / width, self.sizes[0][1] / height)
+            tiff.write(
+                self._read_back(level),
+                shape=(height, width, 3) if self._channels == 3 else (height, width),
+                subifds=len(self.sizes) - 1 if level == 0 else None,
+                subfiletype=1 if level else 0,
+                description=description if level == 0 else None,
+                metadata=None,
+                software="StainDiffuser",
+                resolution=(1e4 / (mpp[0] * scale[0]), 1e4 / (mpp[1] * scale[1])),
+                **pixel,
+            )
 
     def close(self) -> None:
         """Close the spool."""
@@ -306,6 +326,17 @@ class PyramidWriter:
         for offset, count in self._tiles[level]:
             self._spool.seek(offset)
             yield self._spool.read(count)
+
+
+def write_channels(path: Path, planes: Sequence[PyramidWriter], info: ImageInfo) -> None:
+    """Write single planes of the same size as the channels of one file. All their rows must have been written.
+
+    Its levels are SubIFDs only: the next-pointer of each channel leads to the next one. OpenSlide reads no such files.
+    """
+    big = sum(plane.spooled for plane in planes) > CLASSIC_LIMIT
+    with tifffile.TiffWriter(path, bigtiff=big, ome=False) as tiff:
+        for number, plane in enumerate(planes):
+            plane.write_levels(tiff, info.mpp, None if number else ome_xml(info, plane.sizes[0], 1))
 
 
 def _open_spool(folder: Path, name: str | None) -> IO[bytes]:

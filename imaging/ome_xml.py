@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from staindiffuser.imaging.pixel_size import PixelSize
 
-__all__ = ["ImageInfo", "ome_xml"]
+__all__ = ["Channel", "ImageInfo", "ome_xml"]
 
 NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 _SCHEMA = f"{NAMESPACE} {NAMESPACE}/ome.xsd"
@@ -18,6 +18,15 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 """Characters that XML 1.0 cannot hold, even escaped."""
 _OBJECTIVE = 10.0
 """Nominal magnification × pixel size in µm: a 20× objective gives about 0.5 µm."""
+
+
+@dataclass(frozen=True)
+class Channel:
+    """A channel of an image."""
+
+    name: str
+    colour: str = ""
+    """``#rrggbb``, in which viewers draw it; empty to leave it to them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +39,8 @@ class ImageInfo:
     """The notice, and by which model, seed and steps it was made."""
     mpp: PixelSize
     """Pixel size of level 0, µm."""
-    channel: str
-    """Name of the channel."""
+    channels: tuple[Channel, ...]
+    """One per plane of the file; RGB is one channel."""
     creator: str = "StainDiffuser"
     """The program and its version."""
     about: Mapping[str, str] = field(default_factory=dict)
@@ -39,14 +48,14 @@ class ImageInfo:
 
 
 def ome_xml(info: ImageInfo, size: tuple[int, int], samples: int) -> bytes:
-    """Describe one image whose only plane is the first directory of its file; UTF-8.
+    """Describe one image whose planes are the first directories of its file, one per channel; UTF-8.
 
     Characters that XML cannot hold become ``?``.
 
     Args:
         info: what it says.
         size: width and height, pixels.
-        samples: per pixel: 3 for RGB, 1 for one plane.
+        samples: per pixel of a plane: 3 for RGB, else 1.
     """
     root = ElementTree.Element(
         "OME", {"xmlns": NAMESPACE, "xmlns:xsi": _XSI, "xsi:schemaLocation": _SCHEMA, "Creator": _clean(info.creator)}
@@ -69,7 +78,7 @@ def ome_xml(info: ImageInfo, size: tuple[int, int], samples: int) -> bytes:
             "Type": "uint8",
             "SizeX": str(size[0]),
             "SizeY": str(size[1]),
-            "SizeC": str(samples),
+            "SizeC": str(samples * len(info.channels)),
             "SizeZ": "1",
             "SizeT": "1",
             "Interleaved": "true" if samples > 1 else "false",
@@ -79,8 +88,12 @@ def ome_xml(info: ImageInfo, size: tuple[int, int], samples: int) -> bytes:
             "PhysicalSizeYUnit": "µm",
         },
     )
-    ElementTree.SubElement(pixels, "Channel", ID="Channel:0:0", Name=_clean(info.channel), SamplesPerPixel=str(samples))
-    ElementTree.SubElement(pixels, "TiffData", IFD="0", PlaneCount="1")
+    for number, channel in enumerate(info.channels):
+        colour = {"Color": str(_signed_rgba(channel.colour))} if channel.colour else {}
+        about = {"ID": f"Channel:0:{number}", "Name": _clean(channel.name), "SamplesPerPixel": str(samples)}
+        ElementTree.SubElement(pixels, "Channel", about | colour)
+    for number in range(len(info.channels)):
+        ElementTree.SubElement(pixels, "TiffData", IFD=str(number), FirstC=str(number), PlaneCount="1")
     if info.about:
         ElementTree.SubElement(image, "AnnotationRef", ID="Annotation:0")
         annotations = ElementTree.SubElement(root, "StructuredAnnotations")
@@ -91,6 +104,11 @@ def ome_xml(info: ImageInfo, size: tuple[int, int], samples: int) -> bytes:
         for key, text in info.about.items():
             ElementTree.SubElement(value, "M", K=_clean(key)).text = _clean(text)
     return bytes(ElementTree.tostring(root, encoding="utf-8", xml_declaration=True))
+
+
+def _signed_rgba(colour: str) -> int:
+    """The schema's colour: a signed 32-bit integer of red, green, blue and opacity."""
+    return int.from_bytes(bytes.fromhex(colour.removeprefix("#") + "ff"), "big", signed=True)
 
 
 def _clean(text: str) -> str:

@@ -104,12 +104,15 @@ def he_densities(rgb: UInt8Array) -> FloatArray:
     return amounts
 
 
-def dab_density(rgb: UInt8Array) -> FloatArray:
-    """DAB's optical density of one image after a Gaussian of 1 px: uint8 [H, W, 3] to float32 [H, W]."""
+def dab_density(rgb: UInt8Array, *, smoothed: bool = True) -> FloatArray:
+    """DAB's optical density of one image: uint8 [H, W, 3] to float32 [H, W].
+
+    With ``smoothed``, after a Gaussian of 1 px, as the threshold of :func:`dab_mask` takes it.
+    """
     if rgb.ndim != 3:
         raise ValueError(f"expected one image [H, W, 3], but the shape is {rgb.shape}")
     density = _one_stain(rgb, 1)
-    return _smoothed(density, _SMOOTHING)
+    return _smoothed(density, _SMOOTHING) if smoothed else density
 
 
 def dab_mask(rgb: UInt8Array) -> BoolArray:

@@ -6,26 +6,12 @@ import numpy as np
 
 from staindiffuser.imaging.arrays import FloatArray, UInt8Array
 from staindiffuser.imaging.optical_density import dab_density, hematoxylin_density
+from staindiffuser.imaging.palette import NUCLEI_COLOUR, colours_of
 
-__all__ = ["NUCLEI_COLOUR", "STAIN_COLOURS", "colours_of", "fluorescent"]
+__all__ = ["NUCLEI_COLOUR", "colours_of", "fluorescent"]
 
 FULL = 0.9
 """Optical density that is shown at full brightness (ours)."""
-NUCLEI_COLOUR = "#4b6bff"
-STAIN_COLOURS = (
-    ("#00e05a", "#00702d"),
-    ("#ff4fd8", "#a3007c"),
-    ("#ffb000", "#8a5a00"),
-    ("#00d8e8", "#00697a"),
-    ("#ff5a4f", "#b3261e"),
-    ("#c0a0ff", "#5b2ec9"),
-)
-"""Per stain: on black, and for outlines on white or on tissue (contrast with white at least 4.5)."""
-
-
-def colours_of(number: int) -> tuple[str, str]:
-    """The two colours of a result's stain, by its number."""
-    return STAIN_COLOURS[number % len(STAIN_COLOURS)]
 
 
 def fluorescent(pixels_HW3: UInt8Array, colour: str, *, nuclei: bool = False) -> UInt8Array:

@@ -22,7 +22,7 @@ from staindiffuser.client.testing import FAKE_CONTRACT, FakeStainer
 from staindiffuser.errors import ServerLostError
 from staindiffuser.imaging.arrays import UInt8Array
 
-OPTIONS = StainingOptions(batch=3, in_flight=2)
+OPTIONS = StainingOptions(batch=3, in_flight=2, combined=True)
 CONTRACT = dataclasses.replace(FAKE_CONTRACT, tile=512, margin=32)
 HEIGHT, WIDTH = 3100, 1300
 

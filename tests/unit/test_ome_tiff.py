@@ -9,9 +9,9 @@ import pytest
 import tifffile
 
 from staindiffuser.imaging import ome_tiff
-from staindiffuser.imaging.ome_tiff import ImageInfo, PyramidWriter, halved, level_sizes
+from staindiffuser.imaging.ome_tiff import Channel, ImageInfo, PyramidWriter, halved, level_sizes
 
-INFO = ImageInfo(name="CD3", description="Synthetic — µ", mpp=(0.499, 0.499), channel="CD3")
+INFO = ImageInfo(name="CD3", description="Synthetic — µ", mpp=(0.499, 0.499), channels=(Channel("CD3"),))
 
 
 def smooth(height: int, width: int, channels: int) -> np.ndarray:

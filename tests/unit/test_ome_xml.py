@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from staindiffuser.imaging.ome_xml import ImageInfo, ome_xml
+from staindiffuser.imaging.ome_xml import Channel, ImageInfo, ome_xml
 
 OME = "{http://www.openmicroscopy.org/Schemas/OME/2016-06}"
 
@@ -15,7 +15,7 @@ def info(name: str = 'CD3 <virtual> & "more"') -> ImageInfo:
         name=name,
         description="Synthetic — µ\x00\x1b[31m\x85",
         mpp=(0.499, 0.5),
-        channel="CD3",
+        channels=(Channel("CD3"),),
         creator="StainDiffuser 0",
         about={"model": "demo f00", "seed\x07": "3"},
     )

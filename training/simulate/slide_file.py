@@ -13,7 +13,7 @@ from pathlib import Path
 
 from staindiffuser.errors import UsageError
 from staindiffuser.imaging.arrays import UInt8Array
-from staindiffuser.imaging.ome_tiff import SIDE, Compose, ImageInfo, PyramidWriter
+from staindiffuser.imaging.ome_tiff import SIDE, Channel, Compose, ImageInfo, PyramidWriter
 from staindiffuser.parallel import in_order, process_pool
 from staindiffuser.training.errors import ConfigError
 from staindiffuser.training.simulate.config import MPP, STAINS, SimulatorConfig
@@ -145,5 +145,5 @@ def _info(request: SlideRequest, layer: str) -> ImageInfo:
         name=f"simulated tissue, {layer}, seed {request.seed}",
         description=f"Simulated tissue, {name}, seed {request.seed}: it means nothing medically.",
         mpp=(MPP, MPP),
-        channel=name,
+        channels=(Channel(name),),
     )

@@ -17,7 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure() -> None:
-    """Let commands under test be interrupted: a shell's background job, its children included, ignores SIGINT."""
+    """No settings from outside; and let commands under test be interrupted.
+
+    A shell's background job, its children included, ignores SIGINT.
+    """
+    os.environ["STAINDIFFUSER_CONFIG"] = os.devnull  # not the developer's own settings
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -7,18 +7,21 @@ imported when it runs. This is also the one place where an expected failure beco
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
-from typing import NoReturn
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 
 from staindiffuser import __version__
 from staindiffuser.benchmarks.cli import app as bench_app
 from staindiffuser.client.cli import check, info, stain
-from staindiffuser.errors import EXIT_INTERRUPTED, DependencyError, StainDiffuserError
+from staindiffuser.errors import EXIT_INTERRUPTED, DependencyError, StainDiffuserError, UsageError
 from staindiffuser.export.cli import app as export_app
 from staindiffuser.serving.cli import doctor, proxy, serve
+from staindiffuser.settings import default_file, in_force, read_settings
 from staindiffuser.training.check.cli import app as data_app
 from staindiffuser.training.cli import app as train_app
 from staindiffuser.training.distill.cli import distill
@@ -62,11 +65,44 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, allow_from_autoenv=False, help="Show it."
     ),
+    config: Path | None = typer.Option(
+        None, metavar="FILE", help="TOML with settings. (default: config.toml in the user's configuration folder)"
+    ),
 ) -> None:
-    pass
+    context.obj = config or default_file()
+    if config is not None or context.obj.is_file():
+        context.default_map = read_settings(context.obj, context.command)
+
+
+@app.command("config", rich_help_panel="Use")
+def _config(
+    context: typer.Context,
+    command: Annotated[
+        str | None, typer.Argument(help="Show all options of this command, such as stain or bench.slide.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per setting.")] = False,
+) -> None:
+    """Show which settings are in force, and whether each comes from the environment or from the settings file.
+
+    Example: staindiffuser config stain
+    """
+    root = context.find_root()
+    known = list(in_force(root, root.command))
+    if command is not None and command not in {of for of, *_ in known}:
+        raise UsageError(f"{command}: no such command; there are {', '.join(sorted({of for of, *_ in known}))}")
+    if not as_json:
+        typer.echo(f"# {root.obj}{'' if root.obj.is_file() else ' (there is no such file)'}")
+    for of, option, value, source in known:
+        if of == command or (command is None and source != "default"):
+            shown = json.dumps(value, default=str, ensure_ascii=False)
+            line = {"command": of, "option": option, "value": value, "from": source}
+            typer.echo(
+                json.dumps(line, default=str, ensure_ascii=False) if as_json else f"{of}.{option} = {shown}  # {source}"
+            )
 
 
 app.command(rich_help_panel="Use")(stain)

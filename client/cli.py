@@ -71,6 +71,13 @@ def stain(
     parquet: Annotated[
         bool, typer.Option("--parquet", help="Also write the cells as GeoParquet, cells.parquet (needs pyarrow).")
     ] = False,
+    cells_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Score these cells (GeoJSON or GeoParquet, level-0 pixels) instead of nuclei: own-cells.csv.",
+        ),
+    ] = None,
     combined: Annotated[
         bool,
         typer.Option("--combined", help="Also write all stains as channels of one image, combined.ome.tiff."),
@@ -160,6 +167,7 @@ def stain(
             nuclei=nuclei,
             parquet=parquet,
             combined=combined,
+            cells_from=cells_from,
             allow_damaged=allow_damaged,
             mask=mask,
             save_mask=save_mask,

@@ -73,6 +73,8 @@ def run_command(
         hide = batch.hide
         if len(slides) > 1 and options.mask not in ("auto", "none"):
             raise UsageError(f"--mask {options.mask} fits one slide, not {len(slides)}: stain that slide by itself")
+        if len(slides) > 1 and options.cells_from is not None:
+            raise UsageError(f"--cells-from {options.cells_from} fits one slide, not {len(slides)}")
         try:
             with _sigterm_like_ctrl_c():
                 batch.run()

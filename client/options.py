@@ -28,6 +28,8 @@ class StainingOptions:
     """Write cell maps, cells and scores."""
     nuclei: bool = True
     """Find the nuclei of the H&E as well, on a sample of a large slide: the scores then say which share is stained."""
+    cells_from: Path | None = None
+    """Cells to score instead of the H&E's nuclei: GeoJSON or GeoParquet, in level-0 pixels of the slide."""
     parquet: bool = False
     """Also write the cells as GeoParquet."""
     combined: bool = False
@@ -64,5 +66,7 @@ class StainingOptions:
             raise ValueError(f"in_flight must be at least 1, not {self.in_flight}")
         if self.parquet and not self.cells:
             raise ValueError("parquet needs cells")
+        if self.cells_from is not None and not self.cells:
+            raise ValueError("cells_from needs cells")
         if self.overwrite and self.resume:
             raise ValueError("overwrite and resume are mutually exclusive")

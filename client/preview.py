@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tifffile
@@ -16,6 +15,7 @@ from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.result_files import cell_map_file, image_file
 from staindiffuser.client.run_record import SYNTHETIC, gate_text
 from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.ome_tiff import read_region
 
 __all__ = ["PANEL", "round_length", "write_preview"]
 
@@ -56,7 +56,7 @@ def write_preview(
             levels = tiff.series[0].levels
             level = next((i for i in reversed(range(len(levels))) if max(levels[i].shape[:2]) >= PANEL), 0)
             whole.append(Image.fromarray(levels[level].asarray()).resize(size, Image.Resampling.LANCZOS))
-            detail.append(Image.fromarray(_region(tiff, x, y, side_x, side_y)))
+            detail.append(Image.fromarray(read_region(tiff, x, y, side_x, side_y)))
     zoom = PANEL / max(side_x, side_y)
     enlarged = (round(side_x * zoom), round(side_y * zoom))
     detail = [image.resize(enlarged, Image.Resampling.LANCZOS) for image in detail]
@@ -110,27 +110,6 @@ def _choose_detail(
     sums = total[down:, across:] - total[:-down, across:] - total[down:, :-across] + total[:-down, :-across]
     row, column = np.unravel_index(int(sums.argmax()), sums.shape)
     return min(int(column) * width // 64, width - side_x), min(int(row) * height // 64, height - side_y), side_x, side_y
-
-
-def _region(tiff: tifffile.TiffFile, x: int, y: int, width: int, height: int) -> UInt8Array:
-    """A region of level 0; decodes only the tiles it needs."""
-    page = tiff.pages.first
-    side = page.tilewidth
-    columns = -(-page.imagewidth // side)
-    region = np.full((height, width, 3), 255, dtype=np.uint8)
-    for row in range(y // side, (y + height - 1) // side + 1):
-        for column in range(x // side, (x + width - 1) // side + 1):
-            index = row * columns + column
-            tiff.filehandle.seek(page.dataoffsets[index])
-            data = tiff.filehandle.read(page.databytecounts[index])
-            tile: Any = page.decode(data, index)[0]
-            tile = tile[0]
-            x0, x1 = max(x, column * side), min(x + width, (column + 1) * side)
-            y0, y1 = max(y, row * side), min(y + height, (row + 1) * side)
-            region[y0 - y : y1 - y, x0 - x : x1 - x] = tile[
-                y0 - row * side : y1 - row * side, x0 - column * side : x1 - column * side
-            ]
-    return region
 
 
 def _sheet(titles: list[str], rows: list[tuple[list[Image.Image], float]], footer: list[str]) -> Image.Image:

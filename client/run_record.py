@@ -120,6 +120,8 @@ class Request:
     nuclei: bool = True
     parquet: bool = False
     combined: bool = False
+    cells_from: str | None = None
+    """SHA-256 of the file."""
     mask: str = "auto"
     """``auto``, ``none``, or the SHA-256 of the GeoJSON file."""
     save_mask: bool = False

@@ -49,7 +49,7 @@ class StainScore:
     positive_area_share: float | None
     """Of the tissue."""
     nuclei: int
-    """Found in the H&E of the sampled tiles."""
+    """Found in the H&E of the sampled tiles; with ``--cells-from``, the user's own cells."""
     positive_nuclei: int
     """Of them, those that the cell map calls stained."""
     positive_share: float | None
@@ -62,7 +62,7 @@ class Scores:
 
     tissue_area_mm2: float
     nuclei_tiles: int
-    """Tiles on which nuclei were counted."""
+    """Tiles on which nuclei were counted; 0 if they were not, or are the user's own cells."""
     stains: tuple[StainScore, ...]
 
 

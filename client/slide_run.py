@@ -16,6 +16,7 @@ from staindiffuser.client.errors import OutputError
 from staindiffuser.client.journal import Journal, Work, WorkRow, read_journal
 from staindiffuser.client.names import SlideNames
 from staindiffuser.client.options import StainingOptions
+from staindiffuser.client.own_cells import OWN_CELLS_FILE, OwnCells, score_own_cells
 from staindiffuser.client.pipeline import stained_rows
 from staindiffuser.client.preview import PANEL, write_preview
 from staindiffuser.client.progress import Reporter, Stopwatch
@@ -46,6 +47,8 @@ class SlideRun:
     plan: SlidePlan
     names: SlideNames
     """Of the slide."""
+    own_cells: OwnCells | None = None
+    """Scored instead of the H&E's nuclei."""
     reporter: Reporter
     watch: Stopwatch
     started: str = field(default_factory=run_record.utc_now)
@@ -127,7 +130,7 @@ class SlideRun:
         with self._open_files(saved) as files, Journal(self.folder.work) as journal:
             if not self.saved_rows:
                 journal.start(self._work())
-            counter = self._counter(saved[: self.saved_rows]) if self.options.cells and self.options.nuclei else None
+            counter = self._counter(saved[: self.saved_rows]) if self.request.nuclei else None
             nuclei = counter.until(-1) if counter is not None else ()
             self.reporter.start(slide.path.name, len(plan.tiles))
             try:
@@ -147,11 +150,19 @@ class SlideRun:
             finally:
                 self.reporter.stop()
             cells = files.cell_counts
+            names = files.finish()
+            if self.own_cells is not None:
+                with self.watch.stage("own cells"):
+                    view = plan.view
+                    nuclei = score_own_cells(
+                        self.own_cells, self.folder.work, self.stains, size=view.size, scale=view.scale, mpp=view.mpp
+                    )
+                names.append(OWN_CELLS_FILE)
             scores = score_stains(
                 self.stains, cells=cells, positive_pixels=files.positive_pixels, nuclei=nuclei,
                 nuclei_tiles=counter.tiles if counter is not None else 0, mask=plan.mask, mpp=plan.view.mpp,
             )  # fmt: skip
-            return files.finish(), cells, scores if self.options.cells else None
+            return names, cells, scores if self.options.cells else None
 
     def _counter(self, saved: list[WorkRow]) -> NucleusCounter:
         plan = self.plan

@@ -14,6 +14,7 @@ from staindiffuser.client.contract import ModelContract, ServedStain, Stainer
 from staindiffuser.client.errors import FileNameError, OutputError
 from staindiffuser.client.names import SlideNames
 from staindiffuser.client.options import StainingOptions
+from staindiffuser.client.own_cells import read_own_cells
 from staindiffuser.client.progress import QuietReporter, Reporter, Stopwatch
 from staindiffuser.client.result_folder import ResultFolder
 from staindiffuser.client.run_record import Request, RunRecord
@@ -86,6 +87,9 @@ class SlideJob:
             self._slide = self._open.enter_context(open_slide(self._path, allow_damaged=self._options.allow_damaged))
             self._names.files = self._slide.files
             self._mask = _mask_identity(self._options.mask)
+            given = self._options.cells_from
+            self._own_cells = read_own_cells(given) if given is not None else None
+            self._cells_from = file_sha256(given) if given is not None else None
             force = None if self._options.force_mpp else "--force-mpp"
             self._mpp = self._slide.pixel_size(self._options.mpp, force=force)
             self._old = run_record.find_run(self._output) if self._options.resume else None
@@ -112,7 +116,8 @@ class SlideJob:
             allow_damaged=options.allow_damaged,
             preview=options.preview,
             keep_names=options.keep_names,
-            nuclei=options.cells and options.nuclei,
+            nuclei=options.cells and options.nuclei and options.cells_from is None,
+            cells_from=self._cells_from,
             parquet=options.parquet,
             combined=options.combined,
             mask=self._mask,
@@ -157,6 +162,7 @@ class SlideJob:
                 stainer=stainer,
                 plan=plan,
                 names=self._names,
+                own_cells=self._own_cells,
                 reporter=reporter,
                 watch=watch,
             )

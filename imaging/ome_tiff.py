@@ -41,6 +41,7 @@ __all__ = [
     "RowState",
     "halved",
     "level_sizes",
+    "read_region",
     "write_channels",
 ]
 
@@ -337,6 +338,24 @@ def write_channels(path: Path, planes: Sequence[PyramidWriter], info: ImageInfo)
     with tifffile.TiffWriter(path, bigtiff=big, ome=False) as tiff:
         for number, plane in enumerate(planes):
             plane.write_levels(tiff, info.mpp, None if number else ome_xml(info, plane.sizes[0], 1))
+
+
+def read_region(tiff: tifffile.TiffFile, x: int, y: int, width: int, height: int) -> UInt8Array:
+    """A region of level 0 of a file that this module wrote, uint8 [height, width, C]; decodes only its tiles."""
+    page: Any = tiff.pages.first
+    columns = -(-page.imagewidth // SIDE)
+    region = np.empty((height, width, page.samplesperpixel), dtype=np.uint8)
+    for row in range(y // SIDE, (y + height - 1) // SIDE + 1):
+        for column in range(x // SIDE, (x + width - 1) // SIDE + 1):
+            index = row * columns + column
+            tiff.filehandle.seek(page.dataoffsets[index])
+            data = tiff.filehandle.read(page.databytecounts[index])
+            tile: UInt8Array = page.decode(data, index)[0][0]
+            left, top = column * SIDE, row * SIDE
+            x0, x1 = max(x, left), min(x + width, left + SIDE)
+            y0, y1 = max(y, top), min(y + height, top + SIDE)
+            region[y0 - y : y1 - y, x0 - x : x1 - x] = tile[y0 - top : y1 - top, x0 - left : x1 - left]
+    return region
 
 
 def _open_spool(folder: Path, name: str | None) -> IO[bytes]:

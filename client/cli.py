@@ -71,6 +71,10 @@ def stain(
     parquet: Annotated[
         bool, typer.Option("--parquet", help="Also write the cells as GeoParquet, cells.parquet (needs pyarrow).")
     ] = False,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", metavar="ome-zarr", help="Also write the images as OME-Zarr (NGFF 0.5)."),
+    ] = None,
     cells_from: Annotated[
         Path | None,
         typer.Option(
@@ -167,6 +171,7 @@ def stain(
             nuclei=nuclei,
             parquet=parquet,
             combined=combined,
+            formats=tuple(formats or ()),
             cells_from=cells_from,
             allow_damaged=allow_damaged,
             mask=mask,

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["StainingOptions"]
+__all__ = ["FORMATS", "StainingOptions"]
+
+FORMATS = ("ome-zarr",)
+"""Image formats beside OME-TIFF."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ class StainingOptions:
     """Also write the cells as GeoParquet."""
     combined: bool = False
     """Also write all stains as channels of one image."""
+    formats: tuple[str, ...] = ()
+    """In which the images are written as well as OME-TIFF: of :data:`FORMATS`."""
     allow_damaged: bool = False
     """Stain a slide some tiles of which cannot be decoded; they are left out and listed in ``run.json``."""
     mask: str | Path = "auto"
@@ -68,5 +73,7 @@ class StainingOptions:
             raise ValueError("parquet needs cells")
         if self.cells_from is not None and not self.cells:
             raise ValueError("cells_from needs cells")
+        for unknown in set(self.formats) - set(FORMATS):
+            raise ValueError(f"format must be {' or '.join(FORMATS)}, not {unknown}; OME-TIFF is always written")
         if self.overwrite and self.resume:
             raise ValueError("overwrite and resume are mutually exclusive")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from staindiffuser.client.progress import Stopwatch
 from staindiffuser.client.run_record import SYNTHETIC, description, facts, gate_text, printable
 from staindiffuser.imaging.instances import PROBABILITY
 from staindiffuser.imaging.ome_tiff import Channel, ImageInfo, PyramidWriter
+from staindiffuser.imaging.ome_zarr import write_ome_zarr
 from staindiffuser.imaging.slides import DamagedRegion
 
 __all__ = ["CELLS_FILE", "MASK_FILE", "PREVIEW_FILE", "ResultFiles", "cell_map_file", "image_file", "output_images"]
@@ -79,6 +81,7 @@ class ResultFiles:
         seed: int,
         cells: bool,
         combined: bool = False,
+        formats: Sequence[str] = (),
         watch: Stopwatch,
         done: Sequence[WorkRow] = (),
     ) -> None:
@@ -93,6 +96,7 @@ class ResultFiles:
             seed: named in the files.
             cells: also write cell maps and cells.
             combined: also write all stains as channels of one image.
+            formats: see :class:`~staindiffuser.client.options.StainingOptions`.
             watch: times the stages ``compose and encode``, ``cells`` and ``assemble``.
             done: rows that an earlier run has written to ``folder``; the files are continued after them.
 
@@ -104,6 +108,7 @@ class ResultFiles:
         self._open = ExitStack()
         self._workers: Executor = self._open.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="code"))
         self._cells: CellsFile | None = None
+        self._formats = tuple(formats)
         self._combined = self._open.enter_context(CombinedFile(folder, view.size, stains)) if combined else None
         self._source, self._view, self._contract, self._stains, self._seed = source, view, contract, stains, seed
         self._files = [
@@ -223,15 +228,23 @@ class ResultFiles:
         """Complete the files and return their names. Every row must have been written."""
         names = [file.name for file in self._files]
         with self._watch.stage("assemble"):
+            written = [(file.name, file.info, file.image.glass) for file in self._files]
             for file in self._files:
                 file.writer.finish(self._folder / file.name, file.info)
             if self._combined is not None:
                 content = "hematoxylin of the first stain, and DAB of each: 100 × optical density"
                 channels = combined_channels(self._stains)
-                names.append(self._combined.finish(self._info("Virtual stains", self._stains, channels, content)))
+                info = self._info("Virtual stains", self._stains, channels, content)
+                names.append(self._combined.finish(info))
+                written.append((names[-1], info, 0))
             if self._cells is not None:
                 self._cells.finish()
                 names.append(CELLS_FILE)
+        for name, info, glass in written if "ome-zarr" in self._formats else ():
+            with self._watch.stage("ome-zarr"):
+                names.append(name.replace(".ome.tiff", ".ome.zarr"))
+                shutil.rmtree(self._folder / names[-1], ignore_errors=True)  # of a run that was killed here
+                write_ome_zarr(self._folder / name, self._folder / names[-1], info, glass=glass)
         return names
 
     def __enter__(self) -> Self:

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from staindiffuser.client.errors import OutputError, RunRecordError
 from staindiffuser.client.journal import JOURNAL
 from staindiffuser.client.run_record import RUN_JSON, find_run
+from staindiffuser.files import remove
 
 __all__ = ["UNFINISHED", "ResultFolder"]
 
@@ -74,7 +75,7 @@ class ResultFolder:
         self.keep = False
         for path in self.work.iterdir():
             if path != Path(self._lock.lock_file):
-                path.unlink() if not path.is_dir() else shutil.rmtree(path)
+                remove(path)
 
     def publish(self, names: Sequence[str]) -> None:
         """Move these unfinished files to their final names, and remove the result they replace.
@@ -89,7 +90,7 @@ class ResultFolder:
                 replaced = self._old_names()
                 (self.path / RUN_JSON).unlink()
                 for name in replaced:
-                    (self.path / name).unlink(missing_ok=True)
+                    remove(self.path / name)
             for name in sorted(names, key=lambda name: name == RUN_JSON):
                 os.replace(self.work / name, self.path / name)  # noqa: PTH105 - atomic replacement is intended
         except OSError as error:

@@ -120,6 +120,7 @@ class Request:
     nuclei: bool = True
     parquet: bool = False
     combined: bool = False
+    formats: tuple[str, ...] = ()
     cells_from: str | None = None
     """SHA-256 of the file."""
     mask: str = "auto"

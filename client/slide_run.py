@@ -26,6 +26,7 @@ from staindiffuser.client.result_folder import ResultFolder
 from staindiffuser.client.run_record import RUN_JSON, Request, RunRecord
 from staindiffuser.client.scores import SCORES_FILE, NucleusCounter, Scores, score_stains, write_scores
 from staindiffuser.client.slide_plan import SlidePlan
+from staindiffuser.files import size_of
 from staindiffuser.imaging.image_files import write_png
 from staindiffuser.imaging.tissue import mask_image, read_overview
 
@@ -178,7 +179,8 @@ class SlideRun:
         def files(saved: list[WorkRow]) -> ResultFiles:
             return ResultFiles(
                 self.folder.work, self.names.shown, self.plan.view, self.stainer.contract, self.stains,
-                seed=self.options.seed, cells=self.options.cells, combined=self.options.combined, watch=self.watch,
+                seed=self.options.seed, cells=self.options.cells, combined=self.options.combined,
+                formats=self.options.formats, watch=self.watch,
                 done=saved,
             )  # fmt: skip
 
@@ -259,6 +261,6 @@ class SlideRun:
                 total=round(self.watch.total, 3), stages_summed_over_threads=self.watch.seconds()
             ),
             versions=run_record.library_versions(),
-            outputs={name: (self.folder.work / name).stat().st_size for name in names},
+            outputs={name: size_of(self.folder.work / name) for name in names},
             quality=None if self.quality is None else self.quality.record(),
         )

@@ -120,6 +120,7 @@ class SlideJob:
             cells_from=self._cells_from,
             parquet=options.parquet,
             combined=options.combined,
+            formats=options.formats,
             mask=self._mask,
             save_mask=options.save_mask,
             icc=options.icc,
@@ -172,7 +173,7 @@ class SlideJob:
     def _require_same(self, run: RunRecord, request: Request) -> None:
         """Raise OutputError unless an existing result is what this job would produce."""
         changed = run_record.differences(run.request, request)
-        missing = [name for name in run.outputs if not (self._output / name).is_file()]
+        missing = [name for name in run.outputs if not (self._output / name).exists()]
         if missing:
             changed.append(f"missing {', '.join(missing)}")
         if not changed and run.input.sha256 != self._names.sha256:

@@ -340,17 +340,22 @@ def write_channels(path: Path, planes: Sequence[PyramidWriter], info: ImageInfo)
             plane.write_levels(tiff, info.mpp, None if number else ome_xml(info, plane.sizes[0], 1))
 
 
-def read_region(tiff: tifffile.TiffFile, x: int, y: int, width: int, height: int) -> UInt8Array:
-    """A region of level 0 of a file that this module wrote, uint8 [height, width, C]; decodes only its tiles."""
-    page: Any = tiff.pages.first
-    columns = -(-page.imagewidth // SIDE)
-    region = np.empty((height, width, page.samplesperpixel), dtype=np.uint8)
+def read_region(tiff: tifffile.TiffFile, x: int, y: int, width: int, height: int, level: int = 0) -> UInt8Array:
+    """A region of a level of a file that this module wrote, uint8 [height, width, C]; decodes only its tiles."""
+    planes = [_read_plane(tiff, page, x, y, width, height) for page in tiff.series[0].levels[level].pages]
+    return planes[0] if len(planes) == 1 else np.concatenate(planes, axis=-1)
+
+
+def _read_plane(tiff: tifffile.TiffFile, page: Any, x: int, y: int, width: int, height: int) -> UInt8Array:
+    keyframe = page.keyframe
+    columns = -(-keyframe.imagewidth // SIDE)
+    region = np.empty((height, width, keyframe.samplesperpixel), dtype=np.uint8)
     for row in range(y // SIDE, (y + height - 1) // SIDE + 1):
         for column in range(x // SIDE, (x + width - 1) // SIDE + 1):
             index = row * columns + column
             tiff.filehandle.seek(page.dataoffsets[index])
             data = tiff.filehandle.read(page.databytecounts[index])
-            tile: UInt8Array = page.decode(data, index)[0][0]
+            tile: UInt8Array = keyframe.decode(data, index)[0][0]
             left, top = column * SIDE, row * SIDE
             x0, x1 = max(x, left), min(x + width, left + SIDE)
             y0, y1 = max(y, top), min(y + height, top + SIDE)

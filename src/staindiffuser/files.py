@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,17 @@ from platformdirs import user_cache_path
 
 from staindiffuser.errors import UsageError
 
-__all__ = ["cache_folder", "check_file", "check_folder", "file_sha256", "finite", "replacing", "write_json"]
+__all__ = [
+    "cache_folder",
+    "check_file",
+    "check_folder",
+    "file_sha256",
+    "finite",
+    "remove",
+    "replacing",
+    "size_of",
+    "write_json",
+]
 
 
 def cache_folder() -> Path:
@@ -29,6 +40,21 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    if not path.is_dir():
+        return path.stat().st_size
+    return sum(inner.stat().st_size for inner in path.rglob("*") if inner.is_file())
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

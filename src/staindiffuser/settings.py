@@ -32,7 +32,7 @@ _SOURCES = {"ENVIRONMENT": "environment", "DEFAULT_MAP": "file", "DEFAULT": "def
 
 def default_file() -> Path:
     """Where the file is looked for unless one is named."""
-    return platformdirs.user_config_path("staindiffuser") / "config.toml"
+    return platformdirs.user_config_path("staindiffuser", appauthor=False) / "config.toml"
 
 
 def read_settings(path: Path, root: Any) -> dict[str, Any]:

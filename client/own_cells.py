@@ -198,7 +198,7 @@ def _write(
 def _from_geojson(path: Path) -> Iterator[tuple[str, Ring]]:
     with path.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
-    with (gzip.open if packed else open)(path, "rt", encoding="utf-8") as text:
+    with gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as text:
         for number, feature in enumerate(_features(text)):
             geometry = feature["geometry"]
             kind, coordinates = geometry["type"], geometry["coordinates"]

@@ -73,7 +73,9 @@ def stain(
     ] = False,
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", metavar="ome-zarr", help="Also write the images as OME-Zarr (NGFF 0.5)."),
+        typer.Option(
+            "--format", metavar="ome-zarr|dicom", help="Also write the images as OME-Zarr or DICOM; repeat it for both."
+        ),
     ] = None,
     cells_from: Annotated[
         Path | None,
@@ -114,7 +116,8 @@ def stain(
         bool,
         typer.Option(
             "--keep-names",
-            help="Write slides' names and paths into results and logs; by default only a hash of their content.",
+            help="Write slides' names and paths into results and logs, and a DICOM slide's patient, study and specimen "
+            "into DICOM; by default only a hash of their content.",
         ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 __all__ = ["FORMATS", "StainingOptions"]
 
-FORMATS = ("ome-zarr",)
+FORMATS = ("ome-zarr", "dicom")
 """Image formats beside OME-TIFF."""
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -23,10 +22,13 @@ from staindiffuser.client.journal import WorkRow
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.progress import Stopwatch
 from staindiffuser.client.run_record import SYNTHETIC, description, facts, gate_text, printable
+from staindiffuser.files import remove
 from staindiffuser.imaging.instances import PROBABILITY
 from staindiffuser.imaging.ome_tiff import Channel, ImageInfo, PyramidWriter
-from staindiffuser.imaging.ome_zarr import write_ome_zarr
 from staindiffuser.imaging.slides import DamagedRegion
+
+if TYPE_CHECKING:
+    from staindiffuser.imaging.dicom_image import DicomSource
 
 __all__ = ["CELLS_FILE", "MASK_FILE", "PREVIEW_FILE", "ResultFiles", "cell_map_file", "image_file", "output_images"]
 
@@ -82,6 +84,7 @@ class ResultFiles:
         cells: bool,
         combined: bool = False,
         formats: Sequence[str] = (),
+        dicom_source: DicomSource | None = None,
         watch: Stopwatch,
         done: Sequence[WorkRow] = (),
     ) -> None:
@@ -97,6 +100,7 @@ class ResultFiles:
             cells: also write cell maps and cells.
             combined: also write all stains as channels of one image.
             formats: see :class:`~staindiffuser.client.options.StainingOptions`.
+            dicom_source: what DICOM refers to, if the slide is DICOM.
             watch: times the stages ``compose and encode``, ``cells`` and ``assemble``.
             done: rows that an earlier run has written to ``folder``; the files are continued after them.
 
@@ -108,7 +112,7 @@ class ResultFiles:
         self._open = ExitStack()
         self._workers: Executor = self._open.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="code"))
         self._cells: CellsFile | None = None
-        self._formats = tuple(formats)
+        self._formats, self._dicom_source = tuple(formats), dicom_source
         self._combined = self._open.enter_context(CombinedFile(folder, view.size, stains)) if combined else None
         self._source, self._view, self._contract, self._stains, self._seed = source, view, contract, stains, seed
         self._files = [
@@ -228,7 +232,7 @@ class ResultFiles:
         """Complete the files and return their names. Every row must have been written."""
         names = [file.name for file in self._files]
         with self._watch.stage("assemble"):
-            written = [(file.name, file.info, file.image.glass) for file in self._files]
+            written = [(file.name, file.info, file.image) for file in self._files]
             for file in self._files:
                 file.writer.finish(self._folder / file.name, file.info)
             if self._combined is not None:
@@ -236,15 +240,33 @@ class ResultFiles:
                 channels = combined_channels(self._stains)
                 info = self._info("Virtual stains", self._stains, channels, content)
                 names.append(self._combined.finish(info))
-                written.append((names[-1], info, 0))
+                written.append((names[-1], info, OutputImage(tensor="", channels=1, glass=0)))
             if self._cells is not None:
                 self._cells.finish()
                 names.append(CELLS_FILE)
-        for name, info, glass in written if "ome-zarr" in self._formats else ():
-            with self._watch.stage("ome-zarr"):
-                names.append(name.replace(".ome.tiff", ".ome.zarr"))
-                shutil.rmtree(self._folder / names[-1], ignore_errors=True)  # of a run that was killed here
-                write_ome_zarr(self._folder / name, self._folder / names[-1], info, glass=glass)
+        return names + self._convert(written)
+
+    def _convert(self, written: Sequence[tuple[str, ImageInfo, OutputImage]]) -> list[str]:
+        """Write the other formats; return their names."""
+        if not self._formats:
+            return []
+        from staindiffuser.imaging.dicom_image import new_uid, write_dicom
+        from staindiffuser.imaging.ome_zarr import write_ome_zarr
+
+        names = []
+        study = new_uid()
+        for name, info, image in written:
+            for suffix in self._formats:
+                if suffix == "dicom" and image.channels != 3:
+                    continue
+                names.append(name.replace(".ome.tiff", f".{suffix.replace('-', '.')}"))
+                made = self._folder / names[-1]
+                remove(made)  # of a run that was killed here
+                with self._watch.stage(suffix):
+                    if suffix == "dicom":
+                        write_dicom(self._folder / name, made, info, study=study, source=self._dicom_source)
+                    else:
+                        write_ome_zarr(self._folder / name, made, info, glass=image.glass)
         return names
 
     def __enter__(self) -> Self:

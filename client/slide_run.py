@@ -6,6 +6,7 @@ import dataclasses
 import math
 import shutil
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import staindiffuser
 from staindiffuser.client import run_record
@@ -29,6 +30,9 @@ from staindiffuser.client.slide_plan import SlidePlan
 from staindiffuser.files import size_of
 from staindiffuser.imaging.image_files import write_png
 from staindiffuser.imaging.tissue import mask_image, read_overview
+
+if TYPE_CHECKING:
+    from staindiffuser.imaging.dicom_image import DicomSource
 
 __all__ = ["SlideRun"]
 
@@ -180,7 +184,7 @@ class SlideRun:
             return ResultFiles(
                 self.folder.work, self.names.shown, self.plan.view, self.stainer.contract, self.stains,
                 seed=self.options.seed, cells=self.options.cells, combined=self.options.combined,
-                formats=self.options.formats, watch=self.watch,
+                formats=self.options.formats, dicom_source=self._dicom_source(), watch=self.watch,
                 done=saved,
             )  # fmt: skip
 
@@ -195,6 +199,14 @@ class SlideRun:
         if self.quality is not None:
             self.quality.restore(scores for row in saved for scores in row.quality)
         return opened
+
+    def _dicom_source(self) -> DicomSource | None:
+        slide = self.plan.slide
+        if "dicom" not in self.options.formats or not slide.format.startswith("dicom"):
+            return None
+        from staindiffuser.imaging.dicom_image import read_dicom_source
+
+        return read_dicom_source(slide.files, identity=self.options.keep_names)
 
     def _require_space(self) -> None:
         """The finished files need as much space again as the unfinished ones."""

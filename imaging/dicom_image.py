@@ -144,7 +144,7 @@ def _common(info: ImageInfo, study: str, source: DicomSource | None) -> Dataset:
     common.Rows = common.Columns = SIDE
     common.LossyImageCompression, common.LossyImageCompressionMethod = "01", "ISO_10918_1"
     if source is not None:
-        common.update(source.copied)
+        _add(common, source.copied)
         common.ReferencedSeriesSequence = [_referenced_series(source)]
         common.SourceImageSequence = [_source_image(*instance) for instance in source.instances]
         if source.study != common.StudyInstanceUID:
@@ -159,7 +159,7 @@ def _common(info: ImageInfo, study: str, source: DicomSource | None) -> Dataset:
 def _instance(common: Dataset, info: ImageInfo, level: int, size: tuple[int, int], base: Any) -> Dataset:
     """Everything of one level but its pixels."""
     instance = Dataset()
-    instance.update(common)
+    _add(instance, common)
     instance.SOPClassUID, instance.SOPInstanceUID = uid.VLWholeSlideMicroscopyImageStorage, new_uid()
     instance.InstanceNumber = level + 1
     instance.ImageType = ["DERIVED", "PRIMARY", "VOLUME", "RESAMPLED" if level else "NONE"]
@@ -181,6 +181,11 @@ def _instance(common: Dataset, info: ImageInfo, level: int, size: tuple[int, int
     shared.OpticalPathIdentificationSequence = [path]
     instance.SharedFunctionalGroupsSequence = [shared]
     return instance
+
+
+def _add(dataset: Dataset, other: Dataset) -> None:
+    for element in other:
+        dataset.add(element)
 
 
 def _optical_path() -> Dataset:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["check", "info", "stain"]
+__all__ = ["check", "info", "send", "stain"]
 
 
 def stain(
@@ -253,3 +253,34 @@ def check(
         typer.echo(json.dumps(line, ensure_ascii=False) if as_json else text)
     if errors:
         raise typer.Exit(errors[-1].exit_code if len(errors) == len(found) else EXIT_SOME_FAILED)
+
+
+def send(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="Result folders with DICOM.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="URL", help="DICOMweb service, such as https://archive/dicom-web.")
+    ],
+    tls_ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM file of the authority behind the archive.")
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM file of this client's certificate.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM file of its key.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File that holds the token for the archive.")
+    ] = None,
+) -> None:
+    """Store the DICOM of results (`stain --format dicom`) in an archive, by DICOMweb.
+
+    Example: staindiffuser send slide-stained --to http://localhost:8042/dicom-web
+    """
+    from staindiffuser.client.credentials import Credentials
+    from staindiffuser.client.sending import find_instances, send_instances
+    from staindiffuser.errors import UsageError
+
+    try:
+        credentials = Credentials(authority=tls_ca, certificate=tls_cert, key=tls_key, token_file=token_file)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    send_instances(find_instances(results), to, credentials, lambda line: typer.echo(line, err=True))

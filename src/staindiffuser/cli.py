@@ -17,7 +17,7 @@ import typer
 
 from staindiffuser import __version__
 from staindiffuser.benchmarks.cli import app as bench_app
-from staindiffuser.client.cli import check, info, stain
+from staindiffuser.client.cli import check, info, send, stain
 from staindiffuser.errors import EXIT_INTERRUPTED, DependencyError, StainDiffuserError, UsageError
 from staindiffuser.export.cli import app as export_app
 from staindiffuser.serving.cli import doctor, proxy, serve
@@ -111,6 +111,7 @@ app.command(rich_help_panel="Use")(report)
 app.command(rich_help_panel="Use")(qupath)
 app.command(rich_help_panel="Use")(info)
 app.command(rich_help_panel="Use")(check)
+app.command(rich_help_panel="Use")(send)
 app.command(rich_help_panel="Use")(serve)
 app.command(rich_help_panel="Use")(proxy)
 app.command(rich_help_panel="Use")(doctor)

@@ -234,7 +234,7 @@ def _write(path: Path, instance: Dataset, tiff: tifffile.TiffFile, frames: Seque
     basic = starts[-1] < _BASIC_OFFSETS
     if not basic:
         instance.ExtendedOffsetTable = struct.pack(f"<{len(frames)}Q", *starts[:-1])
-        instance.ExtendedOffsetTableLengths = struct.pack(f"<{len(frames)}Q", *(length for _, length in frames))
+        instance.ExtendedOffsetTableLengths = struct.pack(f"<{len(frames)}Q", *lengths)
     instance.file_meta = FileMetaDataset()
     instance.file_meta.TransferSyntaxUID = uid.JPEGBaseline8Bit
     instance.file_meta.MediaStorageSOPClassUID = instance.SOPClassUID

@@ -11,6 +11,7 @@ from staindiffuser.benchmarks.ablations_cli import ablations
 from staindiffuser.benchmarks.engines_cli import engines
 from staindiffuser.benchmarks.load_cli import load
 from staindiffuser.benchmarks.loader import loader
+from staindiffuser.benchmarks.seams import seams
 from staindiffuser.benchmarks.slide import slide
 from staindiffuser.benchmarks.viewer import view
 from staindiffuser.files import check_file
@@ -233,6 +234,7 @@ def quality(
 
 app.command(epilog="Example: staindiffuser bench loader --data tiles --crop 256 --workers 2 --json loader.json")(loader)
 app.command(epilog="Example: staindiffuser bench slide --rounds 3 --json slide.json")(slide)
+app.command(epilog="Example: staindiffuser bench seams checkpoints/demo slide.svs --margin 0 --margin 64 --x 640")(seams)
 app.command()(view)
 app.command()(ablations)
 app.command(

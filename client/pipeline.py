@@ -1,8 +1,9 @@
 """Reads tiles, has them stained, and yields the rows of the result as they are completed.
 
 ``in_flight`` threads each read a batch of tiles, send it and wait for the answer, so reading overlaps with the
-server's work. Batches are sent a few rows ahead of the row that the caller is writing, and no further: memory grows
-with the slide's width, not with its area.
+server's work. They do nothing else that takes long: nuclei are counted in a thread of their own. Batches are sent a few
+rows ahead of the row that the caller is writing, and no further: memory grows with the slide's width, not with its
+area.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from staindiffuser.client.quality import QualityMap
 from staindiffuser.client.scores import NucleusCounter
 from staindiffuser.client.tiling import GridTile, TileGrid
 from staindiffuser.errors import ServerError
+from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.ome_tiff import SIDE
 
 __all__ = ["stained_rows"]
@@ -86,7 +88,13 @@ def stained_rows(
     stop = threading.Event()
     view.expect(((tile.x, tile.y) for batch in batches for tile in batch), grid.tile)
 
-    def stain(batch: Batch) -> None:
+    def count(counter: NucleusCounter, tile: GridTile, he_TT3: UInt8Array, maps: dict[str, UInt8Array]) -> None:
+        if not stop.is_set():
+            with watch.stage("nuclei"):
+                counter.add(tile, he_TT3, maps)
+
+    def stain(batch: Batch) -> list[Future[None]]:
+        """Stain a batch; returns the counts that are still under way."""
         if stop.is_set():
             raise _Stopped
         with watch.stage("read"):
@@ -100,17 +108,20 @@ def stained_rows(
             outputs = stainer.stain_tiles(
                 pixels_BTT3, origins_B2, options.seed, stains=names, cells=options.cells, quality=quality is not None
             )
+        counts: list[Future[None]] = []
         for index, tile in enumerate(batch):
             of_tile = {name: tensor[index] for name, tensor in outputs.items()}
-            if counter is not None:
-                with watch.stage("nuclei"):
-                    counter.add(tile, pixels_BTT3[index], of_tile)
+            if counter is not None and counter.wants(tile):
+                maps = {stain.cells_tensor: of_tile[stain.cells_tensor].copy() for stain in stains}  # not the batch
+                counts.append(counters.submit(count, counter, tile, pixels_BTT3[index].copy(), maps))
             if quality is not None:
                 quality.add(tile, of_tile)
             mosaic.add(tile, of_tile)
+        return counts
 
-    def rows(senders: ThreadPoolExecutor) -> Iterator[int]:
-        sent: deque[tuple[Batch, Future[None]]] = deque()
+    def rows() -> Iterator[int]:
+        sent: deque[tuple[Batch, Future[list[Future[None]]]]] = deque()
+        counts: list[Future[None]] = []
         advance(skipped)
         for row in range(first_row, -(-grid.height // SIDE)):
             needed = _tile_rows(grid, row)
@@ -121,18 +132,24 @@ def stained_rows(
                 sent.append((batch, senders.submit(stain, batch)))
             while sent and sent[0][0][0].row < needed.stop:
                 batch, answer = sent.popleft()
-                answer.result()
+                counts += answer.result()
                 advance(len(batch))
+            while counts:
+                counts.pop().result()
             yield row
 
-    with ThreadPoolExecutor(options.in_flight, thread_name_prefix="stain") as senders:
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="count") as counters,
+        ThreadPoolExecutor(options.in_flight, thread_name_prefix="stain") as senders,
+    ):
         try:
-            yield rows(senders)
+            yield rows()
         except BaseException as error:
             stop.set()
             if isinstance(error, KeyboardInterrupt | SystemExit | ServerError):
                 stainer.cancel()  # nobody will use the answers: do not wait for them
             senders.shutdown(wait=False, cancel_futures=True)
+            counters.shutdown(wait=False, cancel_futures=True)
             raise
 
 

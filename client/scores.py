@@ -104,16 +104,18 @@ class NucleusCounter:
         """Tiles on which nuclei are counted."""
         return len(self._chosen)
 
-    def add(self, tile: GridTile, he_TT3: UInt8Array, outputs: Mapping[str, UInt8Array]) -> None:
-        """Count the nuclei that lie in the central part of a tile, if it is in the sample.
+    def wants(self, tile: GridTile) -> bool:
+        """Whether the tile is in the sample."""
+        return tile in self._chosen
+
+    def add(self, tile: GridTile, he_TT3: UInt8Array, maps: Mapping[str, UInt8Array]) -> None:
+        """Count the nuclei that lie in the central part of a tile.
 
         Args:
-            tile: the tile.
+            tile: one of the sample, see :meth:`wants`.
             he_TT3: its H&E.
-            outputs: what the server returned for it: per tensor, uint8 [T, T, C].
+            maps: its cell maps: per tensor, uint8 [T, T, 1].
         """
-        if tile not in self._chosen:
-            return
         cut = max(0, self._grid.margin - CONTEXT)
         part = np.s_[cut : self._grid.tile - cut, cut : self._grid.tile - cut]
         labels = nuclei_of_he(he_densities(he_TT3[part])[..., 0], self._mpp)
@@ -123,8 +125,8 @@ class NucleusCounter:
         y, x = np.mgrid[: labels.shape[0], : labels.shape[1]]
         across = label_means(labels, x) + 0.5 + tile.x + cut
         down = label_means(labels, y) + 0.5 + tile.y + cut
-        maps = [label_means(labels, outputs[stain.cells_tensor][part][..., 0]) for stain in self._stains]
-        columns = np.stack([np.ones(count), *(mean >= 127.5 for mean in maps)], axis=-1).astype(np.int64)
+        means = [label_means(labels, maps[stain.cells_tensor][part][..., 0]) for stain in self._stains]
+        columns = np.stack([np.ones(count), *(mean >= 127.5 for mean in means)], axis=-1).astype(np.int64)
         left, top = tile.x + self._grid.margin, tile.y + self._grid.margin
         stride, grid = self._grid.stride, self._grid
         own = (across >= max(0, left)) & (across < min(grid.width, left + stride))

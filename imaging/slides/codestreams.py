@@ -10,7 +10,9 @@ import re
 
 import simplejpeg
 
-__all__ = ["DamagedCodestreamError", "require_intact_jpeg", "require_intact_jpeg2000"]
+from staindiffuser.imaging.arrays import UInt8Array
+
+__all__ = ["DamagedCodestreamError", "decode_intact_jpeg", "require_intact_jpeg", "require_intact_jpeg2000"]
 
 _J2K_SIGNATURE = b"\xff\x4f\xff\x51"
 _SOT, _SOD, _EOC = 0xFF90, b"\xff\x93", b"\xff\xd9"
@@ -18,8 +20,43 @@ _NOT_IN_PACKETS = re.compile(rb"\xff[\x90\x93-\xff]")
 """The coder never writes such bytes, but for the markers of packets, SOP and EPH (Annex B.10.1 and D.4.1)."""
 
 
+_IS_RGB = bytes.fromhex("ffee000e") + b"Adobe" + bytes.fromhex("00640000000000")
+"""Adobe's APP14 segment with transform 0: the three components are RGB, whatever a decoder would guess."""
+
+
 class DamagedCodestreamError(ValueError):
     """A compressed image is corrupt or incomplete."""
+
+
+def decode_intact_jpeg(data: bytes, tables: bytes | None = None, *, rgb: bool = False) -> UInt8Array:
+    """Decode a JPEG of three components to RGB and check it on the way, see :func:`require_intact_jpeg`.
+
+    Args:
+        data: the image, which may lack its tables.
+        tables: the tables' own stream.
+        rgb: the components are RGB although nothing in the stream says so, as in Aperio's slides.
+
+    Returns:
+        uint8 [H, W, 3], the pixels that ``imagecodecs.jpeg8_decode`` gives.
+
+    Raises:
+        DamagedCodestreamError: the image is corrupt, or ends before its last row.
+    """
+    stream = _complete(data, tables)
+    if rgb:
+        at = stream.find(_IS_RGB[:9])
+        before, after = (stream[:2], stream[2:]) if at < 0 else (stream[:at], stream[at + len(_IS_RGB) :])
+        stream = before + _IS_RGB + after
+    try:
+        *_, space, _ = simplejpeg.decode_jpeg_header(stream, strict=True)
+        if space not in ("RGB", "YCbCr"):
+            raise DamagedCodestreamError(f"it is {space}, not a colour image of three components")
+        pixels: UInt8Array = simplejpeg.decode_jpeg(stream, colorspace="RGB", strict=True)
+    except DamagedCodestreamError:
+        raise
+    except ValueError as error:
+        raise DamagedCodestreamError(" ".join(str(error).split())) from error
+    return pixels
 
 
 def require_intact_jpeg(data: bytes, tables: bytes | None = None) -> None:
@@ -32,7 +69,7 @@ def require_intact_jpeg(data: bytes, tables: bytes | None = None) -> None:
     Raises:
         DamagedCodestreamError: the image is corrupt, or ends before its last row.
     """
-    stream = data if not tables or len(tables) < 4 else tables[:-2] + data[2:]
+    stream = _complete(data, tables)
     try:
         *_, space, _ = simplejpeg.decode_jpeg_header(stream, strict=True)
         # In greyscale only one component is transformed, but the entropy coding of all of them is read.
@@ -76,3 +113,8 @@ def require_intact_jpeg2000(data: bytes) -> None:
             raise DamagedCodestreamError("a tile-part is damaged")
     if data.rstrip(b"\x00")[-2:] != _EOC or data[position : position + 2] not in (_EOC, b"\xff\x90"):
         raise DamagedCodestreamError("its end marker is missing")
+
+
+def _complete(data: bytes, tables: bytes | None) -> bytes:
+    """A JPEG with its tables."""
+    return data if not tables or len(tables) < 4 else tables[:-2] + data[2:]

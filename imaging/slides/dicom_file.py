@@ -27,7 +27,7 @@ from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.errors import IncompleteSlideError, SlideError, SlideReadError
 from staindiffuser.imaging.image_files import WHITE
 from staindiffuser.imaging.pixel_size import plausible
-from staindiffuser.imaging.slides.codestreams import require_intact_jpeg, require_intact_jpeg2000
+from staindiffuser.imaging.slides.codestreams import decode_intact_jpeg, require_intact_jpeg2000
 from staindiffuser.imaging.slides.kinds import is_dicom
 from staindiffuser.imaging.slides.slide import DamagedRegion, Slide
 
@@ -203,11 +203,10 @@ class DicomSlide(Slide):
         data: bytes = image.get_encoded_tile(place, z, optical_path)
         pixels: UInt8Array
         if level.transfer_syntax in _JPEG:
-            require_intact_jpeg(data)
             if level.photometric == "RGB" and _says_ycbcr(data):
                 raise ValueError("DICOM calls its colours RGB, its JPEG YCbCr")
             # A stream without Adobe's marker is taken for YCbCr, whatever it is.
-            pixels = imagecodecs.jpeg8_decode(data, colorspace="RGB" if level.photometric == "RGB" else None)
+            pixels = decode_intact_jpeg(data, rgb=level.photometric == "RGB")
         elif level.transfer_syntax in _JPEG2000:
             require_intact_jpeg2000(data)
             pixels = imagecodecs.jpeg2k_decode(data)

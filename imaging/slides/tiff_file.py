@@ -23,6 +23,7 @@ from staindiffuser.imaging.image_files import WHITE, on_white
 from staindiffuser.imaging.pixel_size import PixelSize, from_imagej, from_ome_xml, from_resolution
 from staindiffuser.imaging.slides.codestreams import (
     DamagedCodestreamError,
+    decode_intact_jpeg,
     require_intact_jpeg,
     require_intact_jpeg2000,
 )
@@ -77,6 +78,8 @@ class TiffLevels:
                 self.pages = self._pages(series)
                 # These read from the file, which is closed when the tiles are decoded; so they are kept.
                 self._decoders = [(page.decode, page.jpegtables, page.jpegheader) for page in self.pages]
+                # libjpeg's guess is right for all others; see tifffile's jpeg_decode_colorspace.
+                self._unmarked_rgb = [int(page.photometric) == _RGB and not page.is_jfif for page in self.pages]
                 self.mpp = self._find_pixel_size(tiff, series)
                 profile = self.pages[0].tags.valueof("InterColorProfile")
                 self.icc_profile = bytes(profile) if profile else None
@@ -243,7 +246,12 @@ class TiffLevels:
         data = os.pread(self._fd, count, page.dataoffsets[index])
         decode, tables, header = self._decoders[level]
         if page.compression in _JPEG:
-            require_intact_jpeg(header + data if header else data, tables)
+            if not header and page.samplesperpixel == 3 and page.planarconfig == 1:
+                checked = decode_intact_jpeg(data, tables, rgb=self._unmarked_rgb[level])
+                if checked.shape[:2] == self._chunk(level)[::-1]:
+                    return checked
+            else:
+                require_intact_jpeg(header + data if header else data, tables)
         elif page.compression in _JPEG2000:
             require_intact_jpeg2000(data)
         segment = decode(data, index, jpegtables=tables, jpegheader=header)[0]

@@ -234,7 +234,9 @@ def quality(
 
 app.command(epilog="Example: staindiffuser bench loader --data tiles --crop 256 --workers 2 --json loader.json")(loader)
 app.command(epilog="Example: staindiffuser bench slide --rounds 3 --json slide.json")(slide)
-app.command(epilog="Example: staindiffuser bench seams checkpoints/demo slide.svs --margin 0 --margin 64 --x 640")(seams)
+app.command(epilog="Example: staindiffuser bench seams checkpoints/demo slide.svs --margin 0 --margin 64 --x 640")(
+    seams
+)
 app.command()(view)
 app.command()(ablations)
 app.command(

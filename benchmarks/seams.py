@@ -60,7 +60,10 @@ class SeamReport:
 
     def lines(self) -> list[str]:
         """The report as a Markdown table."""
-        lines = ["| margin | pixels computed per pixel | images: mean, p99.9 | cell maps: mean, p99.9 |", "|" + "---|" * 4]
+        lines = [
+            "| margin | pixels computed per pixel | images: mean, p99.9 | cell maps: mean, p99.9 |",
+            "|" + "---|" * 4,
+        ]
         for row in self.rows:
             default = " (default)" if row.margin == self.default_margin else ""
             lines.append(
@@ -95,9 +98,7 @@ class _Region:
         mosaic = Mosaic(grid, self.images)
         for tile in self._tiles(grid):
             mosaic.add(tile, self._stain(tile.x, tile.y, grid.tile))
-        composed = {
-            image.tensor: mosaic.compose(image, self.x, self.y, self.side, self.side) for image in self.images
-        }
+        composed = {image.tensor: mosaic.compose(image, self.x, self.y, self.side, self.side) for image in self.images}
         return {name: pixels for name, pixels in composed.items() if pixels is not None}
 
     def _tiles(self, grid: TileGrid) -> list[GridTile]:
@@ -156,6 +157,7 @@ def bench_seams(
             stride = tile - 2 * margin
             grid = TileGrid(width=view.size[0], height=view.size[1], tile=tile, stride=stride, multiple=MULTIPLE)
             rows.append(_row(margin, (tile / stride) ** 2, whole, region.tiled(grid)))
+            progress(str(rows[-1]))
     return SeamReport(
         slide=slide.name, region=(x, y, side), tile=tile, default_margin=model.config.margin, rows=tuple(rows)
     )
@@ -186,7 +188,9 @@ def seams(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, such as checkpoints/demo.")],
     slide: Annotated[Path, typer.Argument(help="H&E slide that states its pixel size.")],
     margin: Annotated[list[int] | None, typer.Option(min=0, help="Margin in pixels. Repeatable.")] = None,
-    tile: Annotated[int | None, typer.Option(min=64, help="Side of a tile, pixels; the checkpoint's if absent.")] = None,
+    tile: Annotated[
+        int | None, typer.Option(min=64, help="Side of a tile, pixels; the checkpoint's if absent.")
+    ] = None,
     x: Annotated[int, typer.Option(min=0, help="Left edge of the region, pixels at the model's pixel size.")] = 0,
     y: Annotated[int, typer.Option(min=0, help="Upper edge of the region.")] = 0,
     side: Annotated[int, typer.Option(min=64, help="Side of the region.")] = 768,

@@ -60,6 +60,8 @@ class SlideRun:
     """What one run took."""
 
     cells_written: bool
+    megapixels: float
+    """Of the slide."""
     seconds: float
     """From opening the slide to the last file."""
     megapixels_per_second: float
@@ -75,6 +77,8 @@ class SlideRun:
     """Wall time over tiles × the stub's time per tile."""
     stages: dict[str, float]
     """Seconds per stage, summed over threads."""
+    cpu_ms_per_megapixel: dict[str, float]
+    """Processor time per stage, summed over threads; ``other`` is what no stage names, such as opening the slide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,8 @@ class SlideReport:
     images_only: float | None
     ratio: float | None
     """The median over rounds of the rate with cells over that of images alone."""
+    cpu_ratio: float | None
+    """The same by processor time, for a machine that does other things as well."""
 
     def lines(self) -> list[str]:
         """The report for people."""
@@ -104,8 +110,11 @@ class SlideReport:
                 f"peak {run.peak_mib:.0f} MiB ({run.base_mib:.0f} before the slide){share}"
             )
             lines.append("  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in run.stages.items()))
+            parts = ", ".join(f"{name} {ms:.1f}" for name, ms in run.cpu_ms_per_megapixel.items())
+            whole = 1000 * run.cpu_seconds / run.megapixels
+            lines.append(f"  CPU, ms a megapixel: {whole:.1f} ({parts}), {bench.cores * 1000 / whole:.1f} MP/s at most")
         if self.ratio is not None:
-            lines.append(f"with cells / images only: {self.ratio:.3f}")
+            lines.append(f"with cells / images only: {self.ratio:.3f}, by processor time {self.cpu_ratio:.3f}")
         return lines
 
 
@@ -139,15 +148,16 @@ def bench_slide(bench: SlideBench, progress: Callable[[str], None] = lambda line
 
 
 def _report(bench: SlideBench, runs: Sequence[SlideRun]) -> SlideReport:
-    complete = [run.megapixels_per_second for run in runs if run.cells_written]
-    images = [run.megapixels_per_second for run in runs if not run.cells_written]
-    ratios = [one / other for one, other in zip(complete, images, strict=False)]
+    complete = [run for run in runs if run.cells_written]
+    images = [run for run in runs if not run.cells_written]
+    pairs = list(zip(complete, images, strict=False))
     return SlideReport(
         bench=bench,
         runs=tuple(runs),
-        with_cells=statistics.median(complete),
-        images_only=statistics.median(images) if images else None,
-        ratio=statistics.median(ratios) if ratios else None,
+        with_cells=statistics.median(run.megapixels_per_second for run in complete),
+        images_only=statistics.median(run.megapixels_per_second for run in images) if images else None,
+        ratio=statistics.median(c.megapixels_per_second / i.megapixels_per_second for c, i in pairs) if pairs else None,
+        cpu_ratio=statistics.median(i.cpu_seconds / c.cpu_seconds for c, i in pairs) if pairs else None,
     )
 
 
@@ -159,21 +169,29 @@ def _measure(bench: SlideBench, path: Path, cells: bool) -> SlideRun:
 
     from staindiffuser.benchmarks.stub_tissue import StubStainer
     from staindiffuser.client.options import StainingOptions
-    from staindiffuser.client.staining import stain_slide
+    from staindiffuser.client.progress import QuietReporter
+    from staindiffuser.client.staining import SlideJob
 
     with np.load(path.with_name(DRAWINGS)) as drawn:
         stainer = StubStainer(drawn["maps"], drawn["images"], tile=bench.tile, seconds_per_tile=bench.tile_ms / 1000)
     options = StainingOptions(batch=bench.batch, in_flight=bench.in_flight, cells=cells, nuclei=bench.nuclei)
     base, cpu, start = _peak_mib(), time.process_time(), time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=path.parent) as output:
-        run = stain_slide(path, Path(output) / "result", stainer, options)
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent) as output,
+        SlideJob(path, Path(output) / "result", options) as job,
+    ):
+        run = job.stain(stainer, QuietReporter())
         seconds = time.perf_counter() - start
         cpu_seconds = time.process_time() - cpu
     server = run.tiles.stained * bench.tile_ms / 1000
+    megapixels = bench.side**2 / 1e6
+    stages = job.run.watch.cpu_seconds() if job.run is not None else {}
+    stages["other"] = cpu_seconds - sum(stages.values())
     return SlideRun(
         cells_written=cells,
+        megapixels=megapixels,
         seconds=round(seconds, 2),
-        megapixels_per_second=round(bench.side**2 / seconds / 1e6, 3),
+        megapixels_per_second=round(megapixels / seconds, 3),
         cpu_seconds=round(cpu_seconds, 2),
         peak_mib=round(_peak_mib(), 1),
         base_mib=round(base, 1),
@@ -181,6 +199,7 @@ def _measure(bench: SlideBench, path: Path, cells: bool) -> SlideRun:
         cells=run.cells,
         server_share=round(seconds / server, 4) if server else None,
         stages=run.seconds.stages_summed_over_threads,
+        cpu_ms_per_megapixel={name: round(1000 * value / megapixels, 2) for name, value in stages.items()},
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager, contextmanager
+from typing import ParamSpec, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -15,6 +16,9 @@ from staindiffuser.client.run_record import printable
 
 __all__ = ["QuietReporter", "Reporter", "Stopwatch", "TerminalReporter"]
 
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LINE_SECONDS = 60.0
 """Between two lines of progress where there is no terminal."""
@@ -120,6 +124,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._cpu: dict[str, float] = {}
         self._lock = threading.Lock()
         self._start = time.perf_counter()
 
@@ -128,10 +133,15 @@ class Stopwatch:
         """Add the time spent inside the context to ``name``."""
         start = time.perf_counter()
         try:
-            yield
+            with self._working(name):
+                yield
         finally:
             with self._lock:
                 self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def workers(self, name: str, pool: Executor) -> Executor:
+        """``pool``, with the processor time of what is submitted to it added to ``name``."""
+        return _Workers(pool, lambda: self._working(name))
 
     @property
     def total(self) -> float:
@@ -141,3 +151,30 @@ class Stopwatch:
     def seconds(self) -> dict[str, float]:
         """Per stage, rounded to milliseconds."""
         return {name: round(value, 3) for name, value in self._seconds.items()}
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Processor time per stage, of the threads inside it and of its :meth:`workers`, rounded to milliseconds."""
+        return {name: round(value, 3) for name, value in self._cpu.items()}
+
+    @contextmanager
+    def _working(self, name: str) -> Iterator[None]:
+        start = time.thread_time()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._cpu[name] = self._cpu.get(name, 0.0) + time.thread_time() - start
+
+
+class _Workers(Executor):
+    """A pool that does what is submitted to it inside a context."""
+
+    def __init__(self, pool: Executor, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self._pool, self._context = pool, context
+
+    def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        def work() -> T:
+            with self._context():
+                return function(*args, **kwargs)
+
+        return self._pool.submit(work)

@@ -186,7 +186,8 @@ class ResultFiles:
                 return mosaic.compose(image, x, y, width, height)
 
             with self._watch.stage("compose and encode"):
-                blocks = file.writer.write_row(row, compose, self._workers)
+                workers = self._watch.workers("compose and encode", self._workers)
+                blocks = file.writer.write_row(row, compose, workers)
             if file.cells is not None and self._cells is not None:
                 searches += file.cells.add_row(blocks)
                 pixels = sum(int(np.count_nonzero(block >= PROBABILITY)) for block in blocks if block is not None)
@@ -198,7 +199,8 @@ class ResultFiles:
                 self._combined.write_row(row, images, self._workers)
         if self._cells is not None:
             with self._watch.stage("cells"):
-                self._cells.write(list(self._workers.map(lambda search: search(), searches)))
+                workers = self._watch.workers("cells", self._workers)
+                self._cells.write(list(workers.map(lambda search: search(), searches)))
 
     def commit(self, damaged: tuple[DamagedRegion, ...], nuclei: tuple[int, ...] = ()) -> WorkRow:
         """Put the row that was just written on the disk; return what is needed to continue after it.

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
@@ -27,3 +28,9 @@ def test_report(tmp_path: Path) -> None:
     assert report["ratio"] == complete["megapixels_per_second"] / images["megapixels_per_second"]
     assert images["tiles"] == complete["tiles"] > 0
     assert complete["server_share"] > 1
+    parts = complete["cpu_ms_per_megapixel"]
+    assert parts.keys() >= {"read", "stain", "compose and encode", "cells", "nuclei", "other"}
+    assert sum(parts.values()) == pytest.approx(1000 * complete["cpu_seconds"] / complete["megapixels"], rel=0.02)
+    # Most of it happens in pools.
+    assert parts["compose and encode"] + parts["cells"] > 0.1 * sum(parts.values())
+    assert report["cpu_ratio"] == pytest.approx(images["cpu_seconds"] / complete["cpu_seconds"])

@@ -19,6 +19,12 @@ from staindiffuser.imaging.tissue import TissueMask
 
 __all__ = ["Mosaic", "OutputImage", "Rectangle", "ramp_weights"]
 
+_GLASS = (216, 236)
+"""Grey levels of the darkest channel between which a stained image passes from painted to glass; models' glass has 241
+and more (ours)."""
+_PAINTED = np.clip(np.round((_GLASS[1] - np.arange(256)) / (_GLASS[1] - _GLASS[0]) * 256), 0, 256).astype(np.uint16)
+"""By the darkest channel, 0 … 256."""
+
 Rectangle = tuple[int, int, int, int]
 """x0, y0, x1, y1; pixels of the result."""
 
@@ -124,13 +130,39 @@ class Mosaic:
         return ((sums_HWC + (total_HW1 >> np.uint32(1))) // total_HW1).astype(np.uint8)
 
     def _faded(self, image_HWC: UInt8Array, glass: int, x: int, y: int) -> UInt8Array:
-        height, width = image_HWC.shape[:2]
-        opacity_HW = None if self._mask is None else self._mask.opacity(x, y, width, height)
+        """The image as the mask shows it, faded to ``glass``."""
+        if self._mask is None:
+            return image_HWC
+        height, width, channels = image_HWC.shape
+        opacity_HW = self._mask.opacity(x, y, width, height)
+        painted_HW = self._painted(image_HWC, x, y) if channels == 3 else None
+        if opacity_HW is None:
+            opacity_HW = painted_HW
+        elif painted_HW is not None:
+            opacity_HW = _product(opacity_HW, painted_HW)
         if opacity_HW is None:
             return image_HWC
-        opacity_HW1 = opacity_HW[..., None].astype(np.uint32)
-        faded = image_HWC * opacity_HW1 + glass * (256 - opacity_HW1)
-        return ((faded + 128) >> 8).astype(np.uint8)
+        # At most 255 × 256 + 128, which 16 bits hold.
+        opacity_HW1 = opacity_HW[..., None]
+        faded = image_HWC * opacity_HW1 + glass * (256 - opacity_HW1) + np.uint16(128)
+        return (faded >> np.uint16(8)).astype(np.uint8)
+
+    def _painted(self, image_HW3: UInt8Array, x: int, y: int) -> NDArray[np.uint16] | None:
+        """Opacity of a stained image by what it shows: a model's glass is not quite white, and would be a halo beside
+        the glass that no model saw. What it painted stays."""
+        height, width = image_HW3.shape[:2]
+        of_glass = None if self._mask is None else self._mask.glass_opacity(x, y, width, height)
+        if of_glass is None:
+            return None
+        painted = _PAINTED[image_HW3.min(axis=-1)]
+        opacity: NDArray[np.uint16] = painted + _product(256 - painted, of_glass)
+        return opacity
+
+
+def _product(a: NDArray[np.uint16], b: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """Of two opacities, 0 … 256."""
+    product: NDArray[np.uint16] = ((a.astype(np.uint32) * b + 128) >> 8).astype(np.uint16)
+    return product
 
 
 def ramp_weights(grid: TileGrid) -> NDArray[np.uint32]:

@@ -47,6 +47,8 @@ CLOSE_UM = 40.0
 """Gaps below twice this are closed: fat and lumens belong to the tissue."""
 GROW_UM = 32.0
 """The mask is grown by this: what it decides must not cut epithelium or fat."""
+GLASS_UM = 8.0
+"""Within this of tissue, glass that a model painted turns white: one pixel of the overview."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,9 @@ class TissueMask:
     """[H, W], true on marker pen, which is left out even over tissue."""
     unscanned: NDArray[np.bool_] | None = None
     """[H, W], true where nothing was scanned."""
+    near: NDArray[np.float32] | None = None
+    """[H, W], 1 on what absorbs light itself, gaps left out, falling to 0 beside it: how much of the stained image's
+    glass shows. None: all of it."""
 
     @property
     def fraction(self) -> float:
@@ -100,13 +105,21 @@ class TissueMask:
 
         A pixel's value does not depend on the region that is asked for.
         """
-        x0, x1 = _cells(x, width, self.cell[0], self.shown.shape[1])
-        y0, y1 = _cells(y, height, self.cell[1], self.shown.shape[0])
-        if (self.shown[y0:y1, x0:x1] >= 1).all():
+        return self._interpolated(self.shown, x, y, width, height)
+
+    def glass_opacity(self, x: int, y: int, width: int, height: int) -> NDArray[np.uint16] | None:
+        """The same for what is as bright as glass in the stained image, to be multiplied with :meth:`opacity`."""
+        return None if self.near is None else self._interpolated(self.near, x, y, width, height)
+
+    def _interpolated(
+        self, mask: NDArray[np.float32], x: int, y: int, width: int, height: int
+    ) -> NDArray[np.uint16] | None:
+        x0, x1 = _cells(x, width, self.cell[0], mask.shape[1])
+        y0, y1 = _cells(y, height, self.cell[1], mask.shape[0])
+        if (mask[y0:y1, x0:x1] >= 1).all():
             return None
-        rows, row_part = _interpolation(y, height, self.cell[1], self.shown.shape[0])
-        columns, column_part = _interpolation(x, width, self.cell[0], self.shown.shape[1])
-        mask = self.shown
+        rows, row_part = _interpolation(y, height, self.cell[1], mask.shape[0])
+        columns, column_part = _interpolation(x, width, self.cell[0], mask.shape[1])
         upper, lower = mask[rows], mask[np.minimum(rows + 1, len(mask) - 1)]
         across = upper + (lower - upper) * row_part[:, None]
         right = np.minimum(columns + 1, mask.shape[1] - 1)
@@ -171,6 +184,7 @@ def find_tissue(overview: Overview, pixel: PixelSize) -> TissueMask:
     tissue |= texture(balanced) > TEXTURE
     tissue &= ndimage.uniform_filter(tissue.astype(np.float32), 3) > 2.5 / 9  # single pixels are noise
     tissue = without_small(tissue, min(SMALLEST_UM2, 0.02 * tissue.size * mpp * mpp) / (mpp * mpp), diagonal=True)
+    beside = _fading(tissue & ~pen, GLASS_UM / mpp)
     tissue |= ~_near(~_near(tissue, CLOSE_UM / mpp), CLOSE_UM / mpp)
     tissue &= ~pen
     near = _near(tissue, GROW_UM / mpp) & ~pen
@@ -178,12 +192,12 @@ def find_tissue(overview: Overview, pixel: PixelSize) -> TissueMask:
     distance = ndimage.distance_transform_edt(near) if not near.all() else np.full(near.shape, np.inf)
     opacity = np.clip(distance * mpp / (GROW_UM / 2), 0, 1).astype(np.float32)
     cell = (overview.mpp[0] / pixel[0], overview.mpp[1] / pixel[1])
-    return TissueMask(tissue=tissue, shown=opacity, cell=cell, pen=pen, unscanned=unscanned)
+    return TissueMask(tissue=tissue, shown=opacity, cell=cell, pen=pen, unscanned=unscanned, near=beside)
 
 
 def restricted(found: TissueMask, shown: NDArray[np.float32]) -> TissueMask:
     """A mask that shows what ``shown`` says, float32 [H, W] of 0 … 1 on the same grid, pen and all."""
-    return dataclasses.replace(found, tissue=found.tissue & (shown > 0.5), shown=shown)
+    return dataclasses.replace(found, tissue=found.tissue & (shown > 0.5), shown=shown, near=None)
 
 
 def mask_image(mask: TissueMask) -> UInt8Array:
@@ -193,6 +207,15 @@ def mask_image(mask: TissueMask) -> UInt8Array:
         if part is not None:
             image[part] = value
     return image
+
+
+def _fading(mask: NDArray[np.bool_], distance: float) -> NDArray[np.float32]:
+    """1 on the mask, falling linearly to 0 at ``distance`` pixels from it."""
+    if not mask.any():
+        return np.zeros(mask.shape, np.float32)
+    away = ndimage.distance_transform_edt(~mask)
+    faded: NDArray[np.float32] = np.clip(1 - away / max(1.0, distance), 0, 1).astype(np.float32)
+    return faded
 
 
 def _near(mask: NDArray[np.bool_], distance: float) -> NDArray[np.bool_]:

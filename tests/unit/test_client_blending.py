@@ -121,6 +121,26 @@ def test_the_stain_fades_to_glass() -> None:
     np.testing.assert_array_equal(part, image[100:140, 290:350])
 
 
+@pytest.mark.parametrize(("painted", "away"), [(244, 255), (240, 255), (216, 216), (90, 90)])
+def test_a_models_glass_turns_white_away_from_tissue_and_what_it_painted_stays(painted: int, away: int) -> None:
+    grid = grid_of()
+    shown = np.ones((HEIGHT // 16 + 1, WIDTH // 16 + 1), dtype=np.float32)
+    near = np.zeros_like(shown)
+    near[:, :10] = 1
+    mosaic = Mosaic(grid, (IMAGE, CELLS), TissueMask(tissue=shown > 0, shown=shown, cell=(16.0, 16.0), near=near))
+    for tile, outputs in random_tiles(grid).items():
+        mosaic.add(tile, {name: np.full_like(value, painted) for name, value in outputs.items()})
+    image, cells = mosaic.compose(IMAGE, 0, 0, WIDTH, HEIGHT), mosaic.compose(CELLS, 0, 0, WIDTH, HEIGHT)
+    assert image is not None
+    assert cells is not None
+    assert (image[:, :150] == painted).all(), "in the tissue every pixel is the model's"
+    assert (image[:, 180:] == away).all()
+    assert (cells == painted).all()
+    part = mosaic.compose(IMAGE, 140, 100, 60, 40)
+    assert part is not None
+    np.testing.assert_array_equal(part, image[100:140, 140:200])
+
+
 def test_rows_are_forgotten() -> None:
     grid = grid_of()
     mosaic = Mosaic(grid, (IMAGE, CELLS))

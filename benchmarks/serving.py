@@ -21,8 +21,9 @@ import numpy as np
 from staindiffuser.benchmarks.measuring import Spread
 from staindiffuser.export import builders
 from staindiffuser.export.builders import Engine
+from staindiffuser.export.loading import load_engines
 from staindiffuser.export.manifest import Manifest, verify
-from staindiffuser.export.parity import run_pipeline
+from staindiffuser.export.parity import engine_runs, run_pipeline
 from staindiffuser.serving.server import TritonServer
 from staindiffuser.triton_models.noise import philox
 from staindiffuser.triton_models.shared.cpus import available_cpus
@@ -91,10 +92,10 @@ def bench_serving(
     outputs = [f"{kind}_{stain.name}".upper() for stain in manifest.stains for kind in ("stain", "cells")]
     builder = builders.get(manifest.target)
     with contextlib.ExitStack() as stack:
-        engines: dict[str, Engine] = {}
-        for name, record in manifest.engines.items():
-            engines[name] = builder.load(repository / record.file, threads=threads)
-            stack.callback(engines[name].close)
+        files = {name: repository / record.file for name, record in manifest.engines.items()}
+        engines = load_engines(builder, files, threads=threads, flavour=manifest.flavour)
+        for engine in set(engines.values()):
+            stack.callback(engine.close)
         server = stack.enter_context(TritonServer(repository, threads=threads))
         client = stack.enter_context(_Client(server.url, outputs, in_flight))
         served, called = client.run(batches[:1])[0], _direct(engines, manifest, batches[0])
@@ -230,12 +231,8 @@ def _stage_times(
         return {"NOISE": image, "NOISE_CELLS": cells}
 
     measure("noise", noise)
-    for name in ("he_encoder", *(engine for engine in engines if engine != "he_encoder")):
-        record = manifest.engines[name]
-
-        def run(name: str = name, record: Any = record) -> Arrays:
-            arguments = {tensor.name: tensors[tensor.name] for tensor in record.inputs}
-            return dict(engines[name].run(arguments, [tensor.name for tensor in record.outputs]))
-
-        measure(name, run)
+    for run in engine_runs(engines, manifest.engines):
+        # Engines that are one graph are Triton's one model.
+        name = run.names[0] if len(run.names) == 1 else "staindiffuser"
+        measure(name, lambda run=run: run.engine.run({n: tensors[n] for n in run.inputs}, run.outputs))  # type: ignore[misc]
     return times

@@ -25,6 +25,7 @@ from staindiffuser.export.builders import BuildOptions, Engine
 from staindiffuser.export.builders.devices import processor
 from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import BuilderMissingError
+from staindiffuser.export.loading import load_engines
 from staindiffuser.export.parity import Golden, run_pipeline
 from staindiffuser.records import STRICT
 from staindiffuser.triton_models.shared.cpus import available_cpus
@@ -82,20 +83,21 @@ def available(graphs: GraphSet, options: BuildOptions) -> tuple[dict[str, BuildO
     return found, absent
 
 
-def choice_key(graphs: GraphSet, options: BuildOptions) -> str:
-    """Hash of what a choice depends on: processor, cores, candidates with their versions, graphs, options."""
+def choice_key(graphs: GraphSet, options: BuildOptions, flavour: str) -> str:
+    """Hash of what a choice depends on: processor, cores, candidates with their versions, graphs, flavour, options."""
     found, _ = available(graphs, options)
     parts = {
         "processor": dataclasses.asdict(processor()),
         "cpus": available_cpus(),
         "candidates": {name: builders.get(name.split()[0]).version() for name in found},
         "graphs": dataclasses.asdict(graphs),
+        "flavour": flavour,
         "options": dataclasses.asdict(options),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def measure(graphs_dir: Path, options: BuildOptions, progress: Callable[[str], None]) -> Choice:
+def measure(graphs_dir: Path, options: BuildOptions, flavour: str, progress: Callable[[str], None]) -> Choice:
     """Time every candidate on golden samples, in turns, so that a slow moment of the machine meets all."""
     graphs = GraphSet.load(graphs_dir)
     found, absent = available(graphs, options)
@@ -108,7 +110,8 @@ def measure(graphs_dir: Path, options: BuildOptions, progress: Callable[[str], N
     seconds: dict[str, list[float]] = {name: [] for name in found}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         engines = {
-            name: _load(graphs_dir, graphs, name, chosen, Path(folder) / name, stack) for name, chosen in found.items()
+            name: _load(graphs_dir, graphs, name, chosen, flavour, Path(folder) / name, stack)
+            for name, chosen in found.items()
         }
         for index in range(_ROUNDS + 1 if len(found) > 1 else 0):
             for name in found:
@@ -120,7 +123,7 @@ def measure(graphs_dir: Path, options: BuildOptions, progress: Callable[[str], N
     for name, milliseconds in times.items():
         progress(f"{name}: {milliseconds:.0f} ms a tile")
     return Choice(
-        key=choice_key(graphs, options),
+        key=choice_key(graphs, options, flavour),
         processor=processor().name,
         batch=batch,
         rounds=_ROUNDS,
@@ -140,14 +143,20 @@ def fastest(ms_per_tile: Mapping[str, float]) -> str:
 
 
 def _load(
-    graphs_dir: Path, graphs: GraphSet, name: str, options: BuildOptions, folder: Path, stack: contextlib.ExitStack
+    graphs_dir: Path,
+    graphs: GraphSet,
+    name: str,
+    options: BuildOptions,
+    flavour: str,
+    folder: Path,
+    stack: contextlib.ExitStack,
 ) -> dict[str, Engine]:
     builder = builders.get(name.split()[0])
     folder.mkdir()
-    engines = {}
+    files = {engine: folder / f"{engine}{builder.suffix}" for engine in graphs.engines}
     for engine, graph in graphs.engines.items():
-        path = folder / f"{engine}{builder.suffix}"
-        builder.build(graphs_dir / graph.file, graph, path, options)
-        engines[engine] = builder.load(path, threads=options.threads)
-        stack.callback(engines[engine].close)
+        builder.build(graphs_dir / graph.file, graph, files[engine], options)
+    engines = load_engines(builder, files, threads=options.threads, flavour=flavour)
+    for loaded in set(engines.values()):
+        stack.callback(loaded.close)
     return engines

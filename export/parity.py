@@ -26,9 +26,11 @@ __all__ = [
     "MAX_QUALITY",
     "MAX_SHARE_OVER_ONE",
     "EngineParity",
+    "EngineRun",
     "Golden",
     "Limits",
     "check_parity",
+    "engine_runs",
     "run_pipeline",
 ]
 
@@ -123,13 +125,36 @@ class Golden:
         return cls(inputs, {name: array for name, array in arrays.items() if name.startswith(outputs)})
 
 
+@dataclasses.dataclass(frozen=True)
+class EngineRun:
+    """One engine, and the tensors that it reads and gives."""
+
+    engine: Engine
+    names: list[str]
+    """Of the graphs that it computes: more than one where graphs are joined."""
+    inputs: list[str]
+    outputs: list[str]
+
+
+def engine_runs(engines: Mapping[str, Engine], graphs: Mapping[str, HasTensors]) -> list[EngineRun]:
+    """Every engine once, in order; one that stands under several names computes all of these graphs."""
+    runs = []
+    for engine in dict.fromkeys(engines.values()):
+        names = [name for name, other in engines.items() if other is engine]
+        outputs = [tensor.name for name in names for tensor in graphs[name].outputs]
+        read = dict.fromkeys(tensor.name for name in names for tensor in graphs[name].inputs)
+        runs.append(EngineRun(engine, names, [name for name in read if name not in outputs], outputs))
+    return runs
+
+
 def run_pipeline(
     engines: Mapping[str, Engine], graphs: Mapping[str, HasTensors], *, steps: int, tile: int, inputs: Arrays
 ) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, np.ndarray[Any, Any]]]:
     """Compute in this process what the server's ensemble computes for one batch.
 
     Args:
-        engines: by name, ``he_encoder``, the branches to run, and after them the engines that judge their outputs.
+        engines: by name, ``he_encoder``, the branches to run, and after them the engines that judge their outputs. One
+            that stands under several names computes all of these graphs at once.
         graphs: their descriptions, by the same names.
         steps, tile: sampler steps k and tile size, pixels.
         inputs: ``HE``, ``ORIGIN``, ``SEED`` of one batch.
@@ -137,18 +162,15 @@ def run_pipeline(
     Returns:
         The features and the other engines' outputs, by tensor name.
     """
-    features = engines["he_encoder"].run({"HE": inputs["HE"]}, [tensor.name for tensor in graphs["he_encoder"].outputs])
     image, cells = philox.tile_noise(inputs["SEED"], inputs["ORIGIN"], steps=steps, height=tile, width=tile)
-    tensors = {"HE": inputs["HE"], **features, "NOISE": image, "NOISE_CELLS": cells}
-    outputs: dict[str, np.ndarray[Any, Any]] = {}
-    for name, engine in engines.items():
-        if name != "he_encoder":
-            graph = graphs[name]
-            arguments = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
-            found = engine.run(arguments, [tensor.name for tensor in graph.outputs])
-            outputs.update(found)
-            tensors.update(found)
-    return features, outputs
+    tensors = {"HE": inputs["HE"], "NOISE": image, "NOISE_CELLS": cells}
+    computed: dict[str, np.ndarray[Any, Any]] = {}
+    for run in engine_runs(engines, graphs):
+        found = run.engine.run({name: tensors[name] for name in run.inputs}, run.outputs)
+        computed.update(found)
+        tensors.update(found)
+    features = {tensor.name: computed.pop(tensor.name) for tensor in graphs["he_encoder"].outputs}
+    return features, computed
 
 
 def check_parity(

@@ -20,6 +20,7 @@ from staindiffuser.export.builders import Builder, BuildOptions, engine_key
 from staindiffuser.export.choosing import AUTO, Choice, available, choice_key, fastest, measure
 from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import BuilderMissingError, ExportUsageError, ManifestError, ParityError, UngatedError
+from staindiffuser.export.loading import load_engines
 from staindiffuser.export.manifest import MANIFEST_JSON, SAMPLER, EngineRecord, Manifest, PlanRecord, hash_files, verify
 from staindiffuser.export.parity import EngineParity, Golden, check_parity
 from staindiffuser.export.publishing import locked, staging_folder
@@ -132,10 +133,10 @@ def _build_fastest(
     possible, _ = available(graphs, options)
     current = _current(output)
     choice = current.choice if current is not None else None
-    if current is not None and choice is not None and choice.key == choice_key(graphs, options):
+    if current is not None and choice is not None and choice.key == choice_key(graphs, options, flavour):
         left = {f"{current.target} {current.precision}": 0.0}
     else:
-        choice = measure(graphs_dir, options, progress)
+        choice = measure(graphs_dir, options, flavour, progress)
         left = dict(choice.ms_per_tile)
     while True:
         name = fastest(left)
@@ -328,14 +329,12 @@ def _run_parity(wanted: RepositoryBuild, folder: Path, progress: Progress) -> di
     golden = Golden.load(wanted.graphs_dir / wanted.graphs.golden)
     batches = wanted.options.corners(wanted.builder.profiles(wanted.options))
     progress(f"checking {golden.samples} golden samples at batch {', '.join(map(str, batches))}")
-    engines = {
-        name: wanted.builder.load(folder / wanted.engine_path(name), threads=wanted.options.threads)
-        for name in wanted.graphs.engines
-    }
+    files = {name: folder / wanted.engine_path(name) for name in wanted.graphs.engines}
+    engines = load_engines(wanted.builder, files, threads=wanted.options.threads, flavour=wanted.flavour)
     try:
         return check_parity(engines, wanted.graphs, golden, batches)
     finally:
-        for engine in engines.values():
+        for engine in set(engines.values()):
             engine.close()
 
 

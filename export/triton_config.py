@@ -34,6 +34,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from staindiffuser.export.builders import Builder, BuildOptions
 from staindiffuser.export.description import QUALITY, ExportedStain, GraphSet, Quality, TensorSpec
 from staindiffuser.export.errors import ExportUsageError, GraphsError
+from staindiffuser.export.loading import joined_engines
 from staindiffuser.triton_models.noise.philox import IMAGE_CHANNELS, ORIGIN_MULTIPLE
 
 if TYPE_CHECKING:
@@ -342,6 +343,9 @@ def _pipeline(
         "threads": str(options.threads),
         **contract_parameters(graphs, graphs.name),
     }
+    together = joined_engines(builder, graphs.engines, "single")
+    if together:
+        parameters["joined"] = json.dumps(together)
     return _python_model(ENSEMBLE, wire_inputs(graphs.tile), wire_outputs(graphs), options, gpu, parameters)
 
 

@@ -16,6 +16,8 @@ __all__ = ["DEMO", "demo_graphs", "repository_of", "shipped_models"]
 
 DEMO = "demo"
 """The model that is served where none is named."""
+FAST_FLAVOUR = "single"
+"""One process, in which OpenVINO's engines are one graph."""
 
 
 def shipped_models() -> dict[str, Path]:
@@ -65,8 +67,11 @@ def repository_of(asked: Path | None, progress: Progress = lambda message: None,
         graphs = shipped_models()[str(asked)]
     if fast:
         loaded = GraphSet.load(graphs)
-        output = cache_folder() / "repositories" / f"{loaded.name}-fast-{choice_key(loaded, BuildOptions())[:16]}"
-        return build(graphs, output, target=AUTO, progress=progress, allow_ungated=True).repository
+        key = choice_key(loaded, BuildOptions(), FAST_FLAVOUR)
+        output = cache_folder() / "repositories" / f"{loaded.name}-fast-{key[:16]}"
+        return build(
+            graphs, output, target=AUTO, flavour=FAST_FLAVOUR, progress=progress, allow_ungated=True
+        ).repository
     if _has_bfloat16():
         progress("this processor has bfloat16: stain --fast and serve --fast measure which engines are fastest here")
     wanted = prepare_build(graphs)

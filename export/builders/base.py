@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic.dataclasses import dataclass
@@ -21,7 +21,17 @@ from staindiffuser.export.description import EngineGraph
 from staindiffuser.export.errors import ExportUsageError
 from staindiffuser.records import STRICT
 
-__all__ = ["BuildOptions", "Builder", "Device", "Engine", "HostEngine", "Profile", "engine_key", "refuse_unused"]
+__all__ = [
+    "BuildOptions",
+    "Builder",
+    "Device",
+    "Engine",
+    "HostEngine",
+    "Joins",
+    "Profile",
+    "engine_key",
+    "refuse_unused",
+]
 
 Profile = tuple[int, int, int]
 """Smallest, optimal and largest batch of an optimisation profile."""
@@ -188,6 +198,14 @@ class Builder(Protocol):
         Raises:
             BuilderMissingError: this machine cannot run it.
         """
+
+
+@runtime_checkable
+class Joins(Protocol):
+    """A builder of a target in which graphs that are joined into one run faster."""
+
+    def load_joined(self, paths: Sequence[Path], *, threads: int) -> Engine:
+        """Load engine files as one graph with the outputs of all, each file after those whose outputs it reads."""
 
 
 class HostEngine:

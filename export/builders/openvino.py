@@ -94,3 +94,9 @@ class OpenVINOBuilder(GraphEngineBuilder):
         from staindiffuser.triton_models.engine import engine_openvino
 
         return engine_openvino.load(path, threads=threads)
+
+    def load_joined(self, paths: Sequence[Path], *, threads: int) -> Engine:
+        """Compile the graphs as one, as the server's flavour ``single`` does."""
+        from staindiffuser.triton_models.engine import engine_openvino
+
+        return engine_openvino.load_joined(paths, threads=threads)

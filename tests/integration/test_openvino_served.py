@@ -10,6 +10,7 @@ import pytest
 from staindiffuser.client import StainClient
 from staindiffuser.export import builders
 from staindiffuser.export.builders import BuildOptions
+from staindiffuser.export.loading import load_engines
 from staindiffuser.export.parity import run_pipeline
 from staindiffuser.export.repository import build
 from staindiffuser.serving.server import TritonServer
@@ -30,7 +31,8 @@ def test_bytes_are_those_of_the_engines_called_directly(tmp_path: Path, flavour:
     options = BuildOptions(max_batch=3, threads=1, precision=precision)
     report = build(tmp_path / "graphs", tmp_path / "repository", target="openvino", flavour=flavour, options=options)
     manifest, builder = report.manifest, builders.get("openvino")
-    engines = {n: builder.load(report.repository / e.file, threads=1) for n, e in manifest.engines.items()}
+    files = {name: report.repository / engine.file for name, engine in manifest.engines.items()}
+    engines = load_engines(builder, files, threads=1, flavour=flavour)
     with TritonServer(report.repository) as server, StainClient(server.url) as client:
         assert client.contract.model_version == manifest.model_version
         for batch in (1, 3, 2):
@@ -40,5 +42,7 @@ def test_bytes_are_those_of_the_engines_called_directly(tmp_path: Path, flavour:
             ]
             served = client.stain_tiles(TILES[:batch], ORIGINS[:batch], SEED)
             assert sorted(served) == sorted(expected)
-            for name, image in served.items():
+            some = client.stain_tiles(TILES[:batch], ORIGINS[:batch], SEED, stains=["cd3"], cells=False)
+            assert list(some) == ["STAIN_CD3"]
+            for name, image in (*served.items(), *some.items()):
                 np.testing.assert_array_equal(image, expected[name])

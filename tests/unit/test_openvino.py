@@ -19,10 +19,12 @@ from staindiffuser.export.builders import BuildOptions
 from staindiffuser.export.choosing import fastest
 from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import BuilderMissingError, BuildError, ExportUsageError, ParityError
+from staindiffuser.export.loading import load_engines
 from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.export.parity import LIMITS, Golden, check_parity, run_pipeline
 from staindiffuser.export.repository import BuildReport, build
 from staindiffuser.triton_models.engine.engine_onnxruntime import OnnxRuntimeEngine
+from staindiffuser.triton_models.noise.philox import tile_noise
 from tests.synthetic_graphs import write_graphs
 
 openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'staindiffuser[openvino]'")
@@ -140,6 +142,57 @@ def test_openvino_tells_nobody_that_it_was_imported(graphs: Path, tmp_path: Path
     assert result.stdout.split()[0] == "None"
 
 
+def test_joined_engines_compute_what_a_request_needs_and_the_same_bytes_whatever_it_asks(
+    graphs: Path, tmp_path: Path
+) -> None:
+    """Features are not rounded to half precision on their way, so a grey level may differ from the engines apart."""
+    manifest = build(graphs, tmp_path / "repository", target="openvino", flavour="single").manifest
+    files = {name: tmp_path / "repository" / e.file for name, e in manifest.engines.items()}
+    whole = load_engines(builders.get("openvino"), files, threads=1, flavour="single")
+    assert len(set(whole.values())) == 1
+    apart = load_engines(builders.get("openvino"), files, threads=1)
+    golden = Golden.load(graphs / "golden.npz")
+    sizes = {"steps": manifest.steps, "tile": manifest.tile, "inputs": golden.inputs}
+    features, outputs = run_pipeline(whole, manifest.engines, **sizes)
+    assert list(features) == [f"FEATURES_{level}" for level in range(4)]
+    expected = run_pipeline(apart, manifest.engines, **sizes)[1]
+    assert sorted(outputs) == sorted(expected)
+    for name, array in expected.items():
+        difference = np.abs(outputs[name].astype(int) - array)
+        assert difference.max() <= 1, name
+        assert (difference > 0).mean() < 0.05, name
+    image, cells = tile_noise(
+        golden.inputs["SEED"], golden.inputs["ORIGIN"], steps=manifest.steps, height=manifest.tile, width=manifest.tile
+    )
+    he, joined = golden.inputs["HE"], whole["he_encoder"]
+    for asked, inputs in (
+        (["STAIN_CD3"], {"HE": he, "NOISE": image}),
+        (["CELLS_CK818", "CELLS_CD3"], {"HE": he, "NOISE_CELLS": cells}),  # has no image's noise to compute one from
+        (["CELLS_CK818", "STAIN_CK818"], {"HE": he, "NOISE": image, "NOISE_CELLS": cells}),
+        (["FEATURES_3"], {"HE": he}),
+        (["STAIN_CD3", "STAIN_CK818"], {"HE": he, "NOISE": image}),
+    ):
+        found = joined.run(inputs, asked)
+        assert list(found) == asked
+        for name in asked:
+            np.testing.assert_array_equal(found[name], {**features, **outputs}[name])
+
+
+def test_engines_of_two_precisions_are_not_joined(
+    graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_openvino, "computes", lambda precision: True)
+    description = GraphSet.load(graphs).engines["he_encoder"]
+    files = []
+    for precision in ("fp32", "bf16"):
+        files.append(tmp_path / f"{precision}.onnx")
+        model = onnx.load(graphs / description.file)
+        model.metadata_props.add(key=engine_openvino.PRECISION, value=precision)
+        onnx.save(model, files[-1])
+    with pytest.raises(RuntimeError, match="engines of bf16 and fp32 cannot be one graph"):
+        engine_openvino.load_joined(files)
+
+
 def test_signals_reach_python_after_an_engine_is_gone(graphs: Path, tmp_path: Path) -> None:
     program = (
         "import gc, signal, sys\n"
@@ -231,7 +284,7 @@ def test_auto_measures_once_and_keeps_its_choice(graphs: Path, tmp_path: Path, m
 def test_auto_takes_the_next_best_where_the_fastest_does_not_pass(
     graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = choosing.measure(graphs, BuildOptions(max_batch=2, threads=1), lambda line: None)
+    measured = choosing.measure(graphs, BuildOptions(max_batch=2, threads=1), "single", lambda line: None)
     times = dict.fromkeys(measured.ms_per_tile, 100.0) | {"openvino fp32": 10.0}
     monkeypatch.setattr(
         "staindiffuser.export.repository.measure",

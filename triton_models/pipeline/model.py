@@ -10,6 +10,7 @@ that these branches read.
 - ``runner``: the file beside this one that loads engines (``engine_onnxruntime``, ``engine_tensorrt``, …);
 - ``engines``: JSON, per engine its file in this folder, its inputs and its outputs, the encoder first, and an engine
   after those whose outputs it reads;
+- ``joined``: JSON, names of the engines that the runner loads as one graph, from the encoder on; absent for none;
 - ``steps``: sampler steps of the image branches;
 - ``threads``: threads of a CPU engine, 0 for all available; ``STAINDIFFUSER_THREADS`` overrides it.
 """
@@ -52,10 +53,11 @@ class TritonPythonModel:
         device = int(args["model_instance_device_id"])
         self.signatures: dict[str, dict[str, Any]] = json.loads(parameters["engines"])
         self.encoder = next(iter(self.signatures))
-        self.engines = {
-            name: runner.load(Path(__file__).with_name(signature["file"]), threads=threads, device=device)
-            for name, signature in self.signatures.items()
-        }
+        files = {name: Path(__file__).with_name(signature["file"]) for name, signature in self.signatures.items()}
+        together: list[str] = json.loads(parameters.get("joined", "[]"))
+        self.joined = runner.load_joined([files.pop(name) for name in together], threads=threads) if together else None
+        self.given = [output for name in together for output in self.signatures[name]["outputs"]]
+        self.engines = {name: runner.load(file, threads=threads, device=device) for name, file in files.items()}
         self.branches = {
             signature["outputs"][0]: name for name, signature in self.signatures.items() if name != self.encoder
         }
@@ -77,8 +79,9 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Release the engines."""
         self.pool.shutdown()
-        for engine in self.engines.values():
-            engine.close()
+        for engine in (self.joined, *self.engines.values()):
+            if engine is not None:
+                engine.close()
 
     def _respond(self, request: Any) -> Any:
         try:
@@ -93,12 +96,11 @@ class TritonPythonModel:
             return _error(f"{type(error).__name__}: {error}", "INTERNAL")
 
     def _run(self, he: Any, origins: Any, seeds: Any, names: list[str]) -> dict[str, Any]:
-        encoder = self.engines[self.encoder]
-        tensors = {"HE": he, **encoder.run({"HE": encoder.receive(he)}, self.signatures[self.encoder]["outputs"])}
         needed = self._needed(names)
         read = {name for output in needed for name in self.signatures[self.branches[output]]["inputs"]}
+        tensors = {"HE": he}
         if read & {IMAGE_NOISE, CELL_NOISE}:
-            tensors[IMAGE_NOISE], tensors[CELL_NOISE] = self.make_noise(
+            image, cells = self.make_noise(
                 seeds,
                 origins,
                 steps=self.steps if IMAGE_NOISE in read else 1,  # cell maps need one step
@@ -106,6 +108,9 @@ class TritonPythonModel:
                 width=self.tile,
                 cells=CELL_NOISE in read,
             )
+            tensors |= {name: z for name, z in ((IMAGE_NOISE, image), (CELL_NOISE, cells)) if name in read}
+        tensors |= self._begin(tensors, needed)
+        needed = [name for name in needed if name not in tensors]
 
         def run_branch(output: str) -> Any:
             branch = self.branches[output]
@@ -116,12 +121,27 @@ class TritonPythonModel:
         while needed:
             # Side by side on a CPU, whose cores one engine does not fill; in turn on a GPU, where they would only wait.
             ready = [name for name in needed if set(self.signatures[self.branches[name]]["inputs"]) <= tensors.keys()]
-            computed = dict(zip(ready, (map if self.gpu else self.pool.map)(run_branch, ready), strict=True))
-            for name, array in computed.items():
-                self.meters.tiles(name, array)
-            tensors.update(computed)
+            tensors.update(zip(ready, (map if self.gpu else self.pool.map)(run_branch, ready), strict=True))
             needed = [name for name in needed if name not in ready]
+        for name in self.branches:
+            if name in tensors:
+                self.meters.tiles(name, tensors[name])
         return {name: tensors[name] for name in names}
+
+    def _begin(self, tensors: dict[str, Any], needed: list[str]) -> dict[str, Any]:
+        """The features; where engines are joined, all that is needed of them."""
+        if self.joined is None:
+            encoder = self.engines[self.encoder]
+            features: dict[str, Any] = encoder.run(
+                {"HE": encoder.receive(tensors["HE"])}, self.signatures[self.encoder]["outputs"]
+            )
+            return features
+        others = [self.branches[output] for output in needed if output not in self.given]
+        read = {name for engine in others for name in self.signatures[engine]["inputs"]}
+        computed: dict[str, Any] = self.joined.run(
+            tensors, [name for name in self.given if name in read or name in needed]
+        )
+        return computed
 
     def _needed(self, names: list[str]) -> list[str]:
         """The outputs of all engines that must run, apart from the encoder."""

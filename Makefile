@@ -13,8 +13,8 @@ TWO_AT_A_TIME := -n 2 --dist worksteal
 # CI measures coverage, against the floor in pyproject.toml: make test COVERAGE=--cov
 COVERAGE ?=
 SLIDE ?=
-# Names the file of `make bench`: one a kind of machine.
-MACHINE ?= reference
+# Names the file of `make bench`: one a kind of machine (processor and instructions, or GPU).
+MACHINE ?= $(shell $(RUN) -m staindiffuser.benchmarks.measuring)
 OUTPUT ?= demo-output
 REFERENCE ?=
 
@@ -102,7 +102,7 @@ graphs: install  ## export the demonstration model's graphs from its weights; RE
 	$(VENV)/bin/staindiffuser export quality checkpoints/demo/graphs --tiles runs/reference $(addprefix --tiles ,$(REFERENCE))
 
 bench: install  ## measure this machine's engines (minutes), into benchmarks/results; write the page and its charts
-	$(VENV)/bin/staindiffuser bench engines --batch 1 --rounds 5 --json benchmarks/results/engines-$(MACHINE).json
+	$(VENV)/bin/staindiffuser bench engines --batch 1,8 --rounds 4 --json benchmarks/results/engines-$(MACHINE).json
 	$(VENV)/bin/staindiffuser bench report
 
 bench-full: install  ## the same at batch 1 to 32, with torch.compile (an hour)

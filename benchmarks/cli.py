@@ -11,10 +11,10 @@ from staindiffuser.benchmarks.ablations_cli import ablations
 from staindiffuser.benchmarks.engines_cli import engines
 from staindiffuser.benchmarks.load_cli import load
 from staindiffuser.benchmarks.loader import loader
+from staindiffuser.benchmarks.reporting import JsonFile, hand_over
 from staindiffuser.benchmarks.seams import seams
 from staindiffuser.benchmarks.slide import slide
 from staindiffuser.benchmarks.viewer import view
-from staindiffuser.files import check_file
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine: latency, throughput, quality.")
 
@@ -35,19 +35,13 @@ def serving(
     requests: Annotated[int, typer.Option(min=1, help="Requests a round.")] = 4,
     in_flight: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 2,
     threads: Annotated[int | None, typer.Option(help="Threads of each engine; 0 for all cores.")] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", callback=check_file, help="Write the report here as JSON; - for the screen."),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """The same tiles through a real Triton server and through the engines called directly in one process."""
-    import dataclasses
-    import json
 
     from staindiffuser.benchmarks.serving import bench_serving
     from staindiffuser.errors import UsageError
     from staindiffuser.export.manifest import Manifest
-    from staindiffuser.files import write_json
     from staindiffuser.serving.demo import repository_of
 
     def say(message: str) -> None:
@@ -60,11 +54,8 @@ def serving(
     report = bench_serving(
         chosen, batch=batch, rounds=rounds, requests=requests, in_flight=in_flight, threads=threads, progress=say
     )
-    if json_file is not None and str(json_file) == "-":
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
+    if hand_over(report, json_file):
         return
-    if json_file is not None:
-        write_json(json_file, dataclasses.asdict(report))
     typer.echo(f"model {report.model_name} ({report.model_version[:12]}) on {report.device}")
     typer.echo(
         f"batch {report.batch}, {report.in_flight} requests in flight, {report.threads} threads an engine, "
@@ -93,25 +84,22 @@ def plausibility(
             help="H&E slide of a result, or a folder of them; repeat it. Not needed after `--keep-names`.",
         ),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", callback=check_file, help="Write the numbers here as JSON.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Clean glass and kept nuclei: what can be said of a virtual stain on a real slide without its IHC."""
     import dataclasses
 
     from staindiffuser.benchmarks.plausibility import judge
-    from staindiffuser.files import write_json
 
     rows = {str(result): judge(result, slides or ()) for result in results}
+    if hand_over({name: [dataclasses.asdict(row) for row in judged] for name, judged in rows.items()}, json_file):
+        return
     for result, judged in rows.items():
         for row in judged:
             typer.echo(
                 f"{result} {row.stain}: DAB optical density on glass {row.glass_dab:.4f}, "
                 f"nuclei Dice {row.nuclei_dice:.3f}"
             )
-    if json_file is not None:
-        write_json(json_file, {name: [dataclasses.asdict(row) for row in judged] for name, judged in rows.items()})
 
 
 @app.command(epilog="Example: staindiffuser bench registration --pairs anhir-pairs --json registration.json")
@@ -124,24 +112,15 @@ def registration(
         ),
     ],
     angles: Annotated[int, typer.Option(min=1, help="Rotations to try with a third of the IHC erased.")] = 8,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", callback=check_file, help="Write the report here as JSON; - for the screen."),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Register real sections: as scanned, rotated with a third erased, and wrong pairs, which must be refused."""
-    import dataclasses
-    import json
 
     from staindiffuser.benchmarks.registration import bench_registration
-    from staindiffuser.files import write_json
 
     report = bench_registration(pairs, angles=angles, progress=lambda line: typer.echo(line, err=True))
-    if json_file is not None and str(json_file) == "-":
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
+    if hand_over(report, json_file):
         return
-    if json_file is not None:
-        write_json(json_file, dataclasses.asdict(report))
     for line in report.lines():
         typer.echo(line)
 
@@ -170,16 +149,11 @@ def compare(
     batch: Annotated[int, typer.Option(min=1, help="Tiles at a time.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Counted turns of either side.")] = 11,
     threads: Annotated[int, typer.Option(min=0, help="Threads of each engine; 0 for all cores.")] = 0,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", callback=check_file, help="Write the comparison here as JSON."),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """This checkout against a commit of it, tile by tile in turns: ratios of time, with 90 % intervals."""
-    import dataclasses
 
     from staindiffuser.benchmarks.compare import compare as measure
-    from staindiffuser.files import write_json
 
     result = measure(
         base,
@@ -189,8 +163,8 @@ def compare(
         threads=threads,
         progress=lambda message: typer.echo(message, err=True),
     )
-    if json_file is not None:
-        write_json(json_file, dataclasses.asdict(result))
+    if hand_over(result, json_file):
+        return
     typer.echo(f"{result.base}: {result.base_ms.p50:.0f} ms a tile (CPU {result.base_ms.cpu:.0f})")
     typer.echo(f"here: {result.ms.p50:.0f} ms a tile (CPU {result.ms.cpu:.0f})")
     for what, ratio in (("wall", result.wall_ratio), ("CPU", result.cpu_ratio)):
@@ -210,24 +184,15 @@ def quality(
         typer.Option(help="NAME=SLIDE or NAME=SLIDE@MPP: other tissue, to be told from that. Repeatable."),
     ] = None,
     most: Annotated[int, typer.Option(min=2, help="Fields at most from each folder and slide.")] = 60,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", callback=check_file, help="Write the report here as JSON; - for the screen."),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Whether tiles that a model should not judge are told apart: pen, blur, IHC, broken colours; and abstention."""
-    import dataclasses
-    import json
 
     from staindiffuser.benchmarks.quality import bench_quality
-    from staindiffuser.files import write_json
 
     report = bench_quality(graphs, tiles, other or (), most=most, progress=lambda line: typer.echo(line, err=True))
-    if json_file is not None and str(json_file) == "-":
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
+    if hand_over(report, json_file):
         return
-    if json_file is not None:
-        write_json(json_file, dataclasses.asdict(report))
     for line in report.lines():
         typer.echo(line)
 

@@ -20,11 +20,11 @@ import psutil
 from staindiffuser.benchmarks.engine_quality import dab_dice
 from staindiffuser.benchmarks.limits import PEAK, peak_sides
 from staindiffuser.benchmarks.measuring import Machine, Sample, Spread, Timing, in_turns
-from staindiffuser.benchmarks.one_graph import join
 from staindiffuser.benchmarks.torch_sides import COMPILED, EAGER, torch_sides
 from staindiffuser.errors import DependencyError, UsageError
 from staindiffuser.export import builders
 from staindiffuser.export.builders import BuildOptions, Engine
+from staindiffuser.export.builders.base import Joins
 from staindiffuser.export.description import QUALITY, EngineGraph, GraphSet
 from staindiffuser.export.errors import ExportUsageError, ManifestError
 from staindiffuser.export.parity import run_pipeline
@@ -39,6 +39,7 @@ Progress = Callable[[str], None]
 REFERENCE = "onnxruntime fp32"
 """What the embedded server runs by default; others are compared with it."""
 ONE_GRAPH = "one graph"
+"""All engines joined, as the flavour ``single`` runs them; of targets that do."""
 STEPS = (1, 2, 4)
 STAINS = (1, 2, 4)
 _PRECISIONS = ("", "bf16")
@@ -103,6 +104,13 @@ class EnginesReport:
         """The part that is the whole work of this model."""
         return f"{self.stains} stains"
 
+    def whole_work(self, batch: int) -> dict[str, Row]:
+        """Every way to do the whole work, the slowest by CPU time first: ``openvino bf16``, ``openvino bf16, one
+        graph``, …"""
+        ways = {self.headline: "", f"{self.headline}, {ONE_GRAPH}": f", {ONE_GRAPH}"}
+        rows = [row for row in self.rows if row.what in ways and row.batch == batch]
+        return {row.engine + ways[row.what]: row for row in sorted(rows, key=lambda row: -row.ms.cpu)}
+
 
 def bench_engines(
     graphs_dir: Path,
@@ -127,7 +135,8 @@ def bench_engines(
         rounds: counted rounds, after one that is not.
         threads: of every engine; 0 for all that the process may use.
         only: engines to measure, such as ``openvino bf16``; empty for all.
-        parts: also encoder, image of 1, 2 and 4 steps, cell map, and other numbers of stains than the model's.
+        parts: at the first batch size, also encoder, image of 1, 2 and 4 steps, cell map, and other numbers of stains
+            than the model's.
         compiled: also torch.compile, which takes minutes before it runs.
         tiles: paired tiles, on whose test split the engines are scored.
         most_tiles: of them at most.
@@ -151,9 +160,6 @@ def bench_engines(
         sources = {engine: (graphs_dir / graph.file, graph) for engine, graph in painting.items()}
         if parts:
             sources |= _other_steps(checkpoint, graphs, folder, progress)
-            path = folder / "one_graph.onnx"
-            whole_work = _work(graphs, parts=False)[f"{len(graphs.stains)} stains"]
-            sources[ONE_GRAPH] = (path, join(sources, whole_work, path))
         work = _work(graphs, parts)
         inputs = {batch: _inputs(graphs, batch, max(STEPS) if parts else graphs.steps) for batch in {1, *batches}}
         sets, memory, absent = _engine_sets(sources, folder, batches, threads, only, inputs[1], stack, progress)
@@ -163,10 +169,18 @@ def bench_engines(
             encoded = {batch: _run(loaded, sources, ["he_encoder"], arrays) for batch, arrays in inputs.items()}
         sides: dict[str, Callable[[], object]] = {}
         whole = f"{len(graphs.stains)} stains"
+        # More stains than the model has are the same ones again, which one graph would compute once.
+        joinable = [what for what, n in work.items() if "he_encoder" in n[:-1] and len(set(n)) == len(n)]
         for batch in batches:
             for what, names in work.items():
+                if what != whole and batch != batches[0]:
+                    continue
                 for engine, loaded in sets.items():
                     sides[f"{engine}|{what}|{batch}"] = _side(loaded, sources, names, encoded[batch])
+                    if ONE_GRAPH in loaded and what in joinable:
+                        sides[f"{engine}|{what}, {ONE_GRAPH}|{batch}"] = _joined_side(
+                            loaded[ONE_GRAPH], sources, names, inputs[batch]
+                        )
             for engine, run in in_torch.items():
                 sides[f"{engine}|{whole}|{batch}"] = lambda run=run, batch=batch: run(inputs[batch])  # type: ignore[misc]
         limits, operations = peak_sides(folder, threads)
@@ -174,6 +188,7 @@ def bench_engines(
         gflop = {engine: count_flops(path) / 1e9 for engine, (path, _) in sources.items()}
         dice, scored = _dab_dice(sets, graphs, tiles, most_tiles)
     amounts = {what: sum(gflop[name] for name in names) for what, names in work.items()}
+    amounts |= {f"{what}, {ONE_GRAPH}": amounts[what] for what in joinable}
     peaks = _peaks(samples, operations)
     return EnginesReport(
         machine=Machine.here(),
@@ -247,7 +262,6 @@ def _work(graphs: GraphSet, parts: bool) -> dict[str, list[str]]:
     if not parts:
         return {f"{count} stains": stains(count)}
     work = {f"{n} stain{'s' if n > 1 else ''}": stains(n) for n in sorted({*STAINS, count})}
-    work[f"{count} stains, {ONE_GRAPH}"] = [ONE_GRAPH]
     work["encoder"] = ["he_encoder"]
     first = graphs.stains[0].name
     for steps in STEPS:
@@ -314,8 +328,16 @@ def _engine_sets(
             loaded[engine] = builder.load(target, threads=threads)
             stack.callback(loaded[engine].close)
         _run(loaded, sources, list(sources), inputs)
-        sets[name] = loaded
         memory[name] = (psutil.Process().memory_info().rss - before) / 2**20
+        if isinstance(builder, Joins):
+            painting = [engine for engine in sources if not engine.endswith("steps")]
+            files = [folder / f"{name} {engine}{builder.suffix}" for engine in painting]
+            before = psutil.Process().memory_info().rss
+            loaded[ONE_GRAPH] = builder.load_joined(files, threads=threads)
+            stack.callback(loaded[ONE_GRAPH].close)
+            _joined_side(loaded[ONE_GRAPH], sources, painting, inputs)()
+            memory[f"{name}, {ONE_GRAPH}"] = (psutil.Process().memory_info().rss - before) / 2**20
+        sets[name] = loaded
     return sets, memory, absent
 
 
@@ -356,6 +378,19 @@ def _side(
     return lambda: _run(engines, sources, names, inputs)
 
 
+def _joined_side(
+    engine: Engine, sources: Sources, names: Sequence[str], inputs: Arrays
+) -> Callable[[], dict[str, Any]]:
+    """What the joined engine does of some graphs: it computes the features for itself."""
+    specs = [sources[name][1] for name in names]
+    outputs = [tensor.name for spec in specs for tensor in spec.outputs if not tensor.name.startswith("FEATURES")]
+    steps = {tensor.name: tensor.shape[0] for spec in specs for tensor in spec.inputs}
+    taken = {
+        name: array[:, : steps[name]] if name == "NOISE" else array for name, array in inputs.items() if name in steps
+    }
+    return lambda: engine.run(taken, outputs)
+
+
 def _inputs(graphs: GraphSet, batch: int, steps: int) -> Arrays:
     rng = np.random.default_rng(batch)
     image, cells = tile_noise(
@@ -393,7 +428,8 @@ def _row(
     timing = Timing.of(samples[key], batch)
     kept_mm = (graphs.tile - 2 * graphs.margin) * graphs.mpp / 1000
     wall_peak, cpu_peak = peaks.get(f"convolution {'bf16' if engine.endswith('bf16') else 'fp32'}", (None, None))
-    reference = samples.get(f"{REFERENCE}|{what}|{batch}") if engine != REFERENCE else None
+    work = what.removesuffix(f", {ONE_GRAPH}")
+    reference = samples.get(f"{REFERENCE}|{work}|{batch}") if engine != REFERENCE else None
 
     def relative(of: Callable[[Sample], float]) -> Spread | None:
         if reference is None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from staindiffuser.files import check_file
+from staindiffuser.benchmarks.reporting import JsonFile, hand_over
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,8 @@ def engines(
     parts: Annotated[
         bool,
         typer.Option(
-            "--parts/--no-parts", help="Also the encoder, an image of 1, 2, 4 steps, a cell map, 1 and 4 stains."
+            "--parts/--no-parts",
+            help="At the first batch size, also encoder, image of 1, 2, 4 steps, cell map, 1 and 4 stains.",
         ),
     ] = True,
     compiled: Annotated[
@@ -42,22 +43,16 @@ def engines(
     tiles: Annotated[
         Path | None, typer.Option(help="Paired tiles of the model's size, on whose test split DAB-Dice is scored.")
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", callback=check_file, help="Write the report here as JSON; - for the screen."),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Every engine that this machine can run, in turns, against the machine's convolution peak (needs torch).
 
     Wall time counts the machine's other work too; CPU time, of all threads together, hardly does. `?` marks a wall time
     whose quartiles are more than 15 % apart.
     """
-    import dataclasses
-    import json
 
     from staindiffuser.benchmarks.engines import bench_engines
     from staindiffuser.errors import UsageError
-    from staindiffuser.files import write_json
     from staindiffuser.serving.demo import demo_graphs
 
     try:
@@ -79,11 +74,8 @@ def engines(
         tiles=tiles,
         progress=lambda message: typer.echo(message, err=True),
     )
-    if json_file is not None and str(json_file) == "-":
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
+    if hand_over(report, json_file):
         return
-    if json_file is not None:
-        write_json(json_file, dataclasses.asdict(report))
     for line in table(report):
         typer.echo(line)
 

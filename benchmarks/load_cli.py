@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from staindiffuser.files import check_file
+from staindiffuser.benchmarks.reporting import JsonFile, hand_over
 
 __all__ = ["load"]
 
@@ -27,20 +27,16 @@ def load(
     rival: Annotated[
         bool, typer.Option("--rival/--no-rival", help="Also the same engines behind Starlette and uvicorn.")
     ] = True,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", callback=check_file, help="Write the report here as JSON.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """A real Triton server under load, beside the same engines behind Starlette and uvicorn (what FastAPI is made of).
 
     Latency counts from the moment at which a request was due.
     """
-    import dataclasses
 
     from staindiffuser.benchmarks.load import bench_load
     from staindiffuser.errors import UsageError
     from staindiffuser.export.manifest import Manifest
-    from staindiffuser.files import write_json
     from staindiffuser.serving.demo import repository_of
 
     def say(message: str) -> None:
@@ -69,8 +65,8 @@ def load(
         rival=rival,
         progress=say,
     )
-    if json_file is not None:
-        write_json(json_file, dataclasses.asdict(report))
+    if hand_over(report, json_file):
+        return
     typer.echo(
         f"model {report.model_name} on {report.target}, batch {batch}, {report.threads or 'all'} threads an engine"
     )

@@ -10,12 +10,11 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from staindiffuser.files import check_file
+from staindiffuser.benchmarks.reporting import JsonFile, hand_over
 
 if TYPE_CHECKING:
     from staindiffuser.training.data.dataset import CropDataset
@@ -160,16 +159,9 @@ def loader(
     workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 2,
     batch: Annotated[int, typer.Option(min=1, help="Crops a batch.")] = 16,
     samples: Annotated[int, typer.Option(min=1, help="Crops a run.")] = 1024,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", callback=check_file, help="Write the report here as JSON; - for the screen."),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Crops per second of the training loader: decoded from PNG, and from the cache; and the cost of each part."""
-    import dataclasses
-    import json
-
-    from staindiffuser.files import write_json
 
     report = bench_loader(
         data,
@@ -179,11 +171,8 @@ def loader(
         samples=samples,
         progress=lambda message: typer.echo(message, err=True),
     )
-    if json_file is not None and str(json_file) == "-":
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
+    if hand_over(report, json_file):
         return
-    if json_file is not None:
-        write_json(json_file, dataclasses.asdict(report))
     typer.echo(
         f"{report.crop} px, {report.stains} stains, {report.workers} workers on {report.cores} cores, "
         f"{report.samples} crops of {report.tiles} tiles"

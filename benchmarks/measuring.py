@@ -11,8 +11,10 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +51,12 @@ class Machine:
     commit: str
     """Empty outside of a checkout; ends in ``+`` where files differ from it."""
     date: str
+
+    @property
+    def kind(self) -> str:
+        """A file's name for machines of this kind: ``amd-epyc-avx512-bf16``; of one with a GPU that GPU's."""
+        name = self.gpu or " ".join([self.processor, *self.instructions[-1:]])
+        return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
     @classmethod
     def here(cls) -> Machine:
@@ -172,3 +180,7 @@ def _commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{Machine.here().kind}\n")

@@ -44,11 +44,10 @@ def read_results(folder: Path) -> dict[str, EnginesReport]:
 
 
 def headline(report: EnginesReport) -> tuple[str, float]:
-    """The engine that needs least CPU time for the whole work of a tile, and its share of the reference's."""
-    rows = [row for row in report.rows if row.what == report.headline and row.batch == report.rows[0].batch]
-    best = min((row for row in rows if row.relative_cpu is not None), key=lambda row: row.ms.cpu)
-    assert best.relative_cpu is not None
-    return best.engine, best.relative_cpu.median
+    """What needs least CPU time for the whole work of a tile, and its share of the default's."""
+    ways = report.whole_work(report.rows[0].batch)
+    best = list(ways)[-1]
+    return best, ways[best].ms.cpu / ways[REFERENCE].ms.cpu
 
 
 def write_report(results: Path, output: Path) -> Path:
@@ -89,7 +88,7 @@ def _section(name: str, report: EnginesReport) -> list[str]:
     packages = ", ".join(f"{package} {version}" for package, version in machine.packages.items())
     busy = machine.load > machine.cores * 0.75
     lines = [
-        f"## {machine.gpu or machine.processor}",
+        f"## {machine.gpu or f'{machine.processor}, {machine.instructions[-1]}'}",
         "",
         f"{machine.cores} cores ({', '.join(machine.instructions)}), {machine.memory_gib:g} GiB, Python "
         f"{machine.python}, {packages}; {machine.date}, commit `{machine.commit}`, `{name}`. Model {report.model_name} "
@@ -150,7 +149,7 @@ def _sorted(rows: Sequence[Row]) -> list[Row]:
 
 
 def _colour(engine: str) -> str:
-    return _COLOURS.get(engine.split()[-1], "#6d9c6d")
+    return _COLOURS.get(engine.partition(",")[0].split()[-1], "#6d9c6d")
 
 
 def _pyplot() -> Any:
@@ -171,12 +170,13 @@ def _chart_engines(report: EnginesReport, path: Path) -> None:
     """Bars of CPU time, longest first, each with its ratio to the default."""
     plt = _pyplot()
     batch = report.rows[0].batch
-    rows = _of(report, report.headline, batch)
-    figure, axis = plt.subplots(figsize=(8, 0.7 + 0.5 * len(rows)), layout="constrained")
+    rows = report.whole_work(batch)
+    reference = rows[REFERENCE].ms.cpu
+    figure, axis = plt.subplots(figsize=(9, 0.7 + 0.5 * len(rows)), layout="constrained")
     bars = axis.barh(list(rows), [row.ms.cpu for row in rows.values()], color=[_colour(engine) for engine in rows])
     labels = []
     for engine, row in rows.items():
-        ratio = "the default" if engine == REFERENCE else f"× {row.relative_cpu.median:.2f}" if row.relative_cpu else ""
+        ratio = "the default" if engine == REFERENCE else f"× {row.ms.cpu / reference:.2f}"
         share = "" if row.share_of_peak_cpu is None else f", {row.share_of_peak_cpu:.0%} of the peak"
         labels.append(f" {row.ms.cpu:.0f} ms  {ratio}{share}")
     axis.bar_label(bars, labels)
@@ -224,20 +224,19 @@ def _chart_batches(report: EnginesReport, path: Path) -> None:
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     markers = "osD^vP"
-    engines = sorted({row.engine for row in report.rows})
-    for index, engine in enumerate(engines):
-        rows = sorted(
-            (row for row in report.rows if row.engine == engine and row.what == report.headline),
-            key=lambda row: row.batch,
-        )
+    batches = sorted({row.batch for row in report.rows})
+    ways = {batch: report.whole_work(batch) for batch in batches}
+    for index, engine in enumerate(reversed(ways[batches[0]])):
+        rows = [ways[batch][engine] for batch in batches if engine in ways[batch]]
         axis.plot(
             [row.batch for row in rows],
             [1e3 / row.ms.cpu for row in rows],
             marker=markers[index % 6],
             color=_colour(engine),
+            linestyle="-" if engine.endswith("one graph") else "--",
             label=engine,
         )
-    axis.set_xticks(sorted({row.batch for row in report.rows}))
+    axis.set_xticks(batches)
     axis.set_ylim(0)
     axis.set(xlabel="batch size", ylabel="tiles a second of CPU time", title="Throughput against batch size")
     axis.legend()

@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from staindiffuser.files import check_file
+from staindiffuser.benchmarks.reporting import JsonFile, hand_over
 
 __all__ = ["SlideBench", "SlideReport", "SlideRun", "bench_slide", "slide"]
 
@@ -230,16 +230,9 @@ def slide(
     images_only: Annotated[
         bool, typer.Option("--images-only/--no-images-only", help="Also measure without cells, for the ratio.")
     ] = True,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", callback=check_file, help="Write the report here as JSON; - for the screen."),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """The slide client alone: speed and memory on a made-up slide, with a stub of known cost as the server."""
-    import dataclasses
-    import json
-
-    from staindiffuser.files import write_json
 
     bench = SlideBench(
         side=side,
@@ -257,10 +250,7 @@ def slide(
         images_only=images_only,
     )
     report = bench_slide(bench, progress=lambda line: typer.echo(line, err=True))
-    if json_file is not None and str(json_file) == "-":
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
+    if hand_over(report, json_file):
         return
-    if json_file is not None:
-        write_json(json_file, dataclasses.asdict(report))
     for line in report.lines():
         typer.echo(line)

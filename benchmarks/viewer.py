@@ -24,8 +24,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from staindiffuser.benchmarks.reporting import JsonFile, hand_over
 from staindiffuser.errors import UsageError
-from staindiffuser.files import check_file
 from staindiffuser.viewer.cell_index import BLOCK
 
 __all__ = ["ViewReport", "bench_view", "view"]
@@ -246,24 +246,15 @@ def view(
     people: Annotated[int, typer.Option(min=1, help="People at once.")] = 10,
     seconds: Annotated[float, typer.Option(min=1, help="For how long they look.")] = 10,
     wait: Annotated[float, typer.Option(min=0, help="Seconds after the start until the first of them comes.")] = 3,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", callback=check_file, help="Write the report here as JSON; - for the screen."),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """The viewer: time to the first view, time per tile with several people at once, memory of the server.
 
     Example: staindiffuser bench view slide-stained --people 10
     """
-    import dataclasses
-
-    from staindiffuser.files import write_json
 
     report = bench_view(result, slides=tuple(slides or ()), people=people, seconds=seconds, wait=wait)
-    if json_file is not None and str(json_file) == "-":
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
+    if hand_over(report, json_file):
         return
-    if json_file is not None:
-        write_json(json_file, dataclasses.asdict(report))
     for line in report.lines():
         typer.echo(line)

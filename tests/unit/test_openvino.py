@@ -152,7 +152,7 @@ def test_joined_engines_compute_what_a_request_needs_and_the_same_bytes_whatever
     assert len(set(whole.values())) == 1
     apart = load_engines(builders.get("openvino"), files, threads=1)
     golden = Golden.load(graphs / "golden.npz")
-    sizes = {"steps": manifest.steps, "tile": manifest.tile, "inputs": golden.inputs}
+    sizes: dict[str, Any] = {"steps": manifest.steps, "tile": manifest.tile, "inputs": golden.inputs}
     features, outputs = run_pipeline(whole, manifest.engines, **sizes)
     assert list(features) == [f"FEATURES_{level}" for level in range(4)]
     expected = run_pipeline(apart, manifest.engines, **sizes)[1]

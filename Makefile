@@ -19,7 +19,7 @@ OUTPUT ?= demo-output
 REFERENCE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-timing test-numpy2 lint format types docs demo-weights graphs bench bench-full bench-compare verify-gpu clean
+.PHONY: help install demo test test-all test-timing test-numpy2 lint format types docs demo-weights graphs bench bench-full bench-frontier bench-compare verify-gpu clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -107,6 +107,11 @@ bench: install  ## measure this machine's engines (minutes), into benchmarks/res
 
 bench-full: install  ## the same at batch 1 to 32, with torch.compile (an hour)
 	$(VENV)/bin/staindiffuser bench engines --batch 1,2,4,8,16,32 --rounds 9 --compile --json benchmarks/results/engines-$(MACHINE).json
+	$(VENV)/bin/staindiffuser bench report
+
+bench-frontier: install  ## quality against time, one step to fifty (minutes), into benchmarks/results; write the page and its charts
+	$(VENV)/bin/staindiffuser simulate tiles --output runs/frontier --count 40 --seed 999 --val-share 0 --test-share 0.6
+	$(VENV)/bin/staindiffuser bench frontier --tiles runs/frontier --json benchmarks/results/frontier-$(MACHINE).json
 	$(VENV)/bin/staindiffuser bench report
 
 bench-compare: install  ## this checkout against commit BASE, tile by tile in turns

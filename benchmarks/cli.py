@@ -9,6 +9,7 @@ import typer
 
 from staindiffuser.benchmarks.ablations_cli import ablations
 from staindiffuser.benchmarks.engines_cli import engines
+from staindiffuser.benchmarks.frontier import frontier
 from staindiffuser.benchmarks.load_cli import load
 from staindiffuser.benchmarks.loader import loader
 from staindiffuser.benchmarks.reporting import JsonFile, hand_over
@@ -203,6 +204,7 @@ app.command(epilog="Example: staindiffuser bench seams checkpoints/demo slide.sv
     seams
 )
 app.command()(view)
+app.command(epilog="Example: staindiffuser bench frontier --tiles unseen --json frontier.json")(frontier)
 app.command()(ablations)
 app.command(
     epilog="Examples: staindiffuser bench engines --rounds 5 --json engines.json\n\n"

@@ -1,22 +1,27 @@
-"""The page and the charts of what ``bench engines`` measured, from its JSON files alone.
+"""The page and the charts of what ``bench engines`` and ``bench frontier`` measured, from their JSON files alone.
 
-One file a machine, in ``benchmarks/results``. Where a machine was not idle, the page quotes CPU time, and says so.
+One file of each a machine, in ``benchmarks/results``. Where a machine was not idle, the page quotes CPU time, and says
+so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from staindiffuser.benchmarks.engines import REFERENCE, EnginesReport, Row
+from staindiffuser.benchmarks.frontier import FrontierReport, mean
+from staindiffuser.benchmarks.measuring import Machine
 from staindiffuser.errors import InputError, UsageError
 
-__all__ = ["PATTERN", "headline", "read_results", "write_report"]
+__all__ = ["PATTERN", "headline", "read_frontiers", "read_results", "write_report"]
 
 PATTERN = "engines-*.json"
+FRONTIERS = "frontier-*.json"
+_Report = TypeVar("_Report")
 _PARTS = ("encoder", "image, 1 step", "image, 2 steps", "image, 4 steps", "cell map")
 _COLOURS = {"fp32": "#4a6fa5", "bf16": "#c8553d", "trained": "#8a8a8a"}
 
@@ -31,16 +36,26 @@ def read_results(folder: Path) -> dict[str, EnginesReport]:
     files = sorted(folder.glob(PATTERN))
     if not files:
         raise UsageError(f"{folder} holds no {PATTERN}: write one with `staindiffuser bench engines --json`")
-    adapter = TypeAdapter(EnginesReport)
-    reports = {}
-    for file in files:
-        try:
-            reports[file.name] = adapter.validate_json(file.read_bytes())
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise InputError(f"{file} is no report of `bench engines`: {where}: {first['msg']}") from error
-    return reports
+    return {file.name: _read(file, TypeAdapter(EnginesReport), "engines") for file in files}
+
+
+def read_frontiers(folder: Path) -> dict[str, FrontierReport]:
+    """The reports of ``bench frontier``, by file name; there may be none.
+
+    Raises:
+        InputError: a file is not one.
+    """
+    adapter = TypeAdapter(FrontierReport)
+    return {file.name: _read(file, adapter, "frontier") for file in sorted(folder.glob(FRONTIERS))}
+
+
+def _read(file: Path, adapter: TypeAdapter[_Report], command: str) -> _Report:
+    try:
+        return adapter.validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{file} is no report of `bench {command}`: {where}: {first['msg']}") from error
 
 
 def headline(report: EnginesReport) -> tuple[str, float]:
@@ -78,6 +93,10 @@ def write_report(results: Path, output: Path) -> Path:
             _chart_batches(report, output / f"{stem}-batches.png")
             lines += ["", f"![Throughput against batch size]({stem}-batches.png)"]
         lines += [""]
+    for name, frontier in read_frontiers(results).items():
+        stem = Path(name).stem
+        lines += [*_frontier_section(name, frontier), "", f"![Quality against time]({stem}.png)", ""]
+        _chart_frontier(frontier, output / f"{stem}.png")
     page = output / "benchmarks.md"
     page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return page
@@ -86,9 +105,8 @@ def write_report(results: Path, output: Path) -> Path:
 def _section(name: str, report: EnginesReport) -> list[str]:
     machine = report.machine
     packages = ", ".join(f"{package} {version}" for package, version in machine.packages.items())
-    busy = machine.load > machine.cores * 0.75
     lines = [
-        f"## {machine.gpu or f'{machine.processor}, {machine.instructions[-1]}'}",
+        f"## {_title(machine)}",
         "",
         f"{machine.cores} cores ({', '.join(machine.instructions)}), {machine.memory_gib:g} GiB, Python "
         f"{machine.python}, {packages}; {machine.date}, commit `{machine.commit}`, `{name}`. Model {report.model_name} "
@@ -96,12 +114,7 @@ def _section(name: str, report: EnginesReport) -> list[str]:
         f"step(s); {report.threads} thread(s) an engine, {report.rounds} rounds.",
         "",
     ]
-    if busy:
-        lines += [
-            f"**The machine was not idle**: {machine.load:g} runnable processes on {machine.cores} cores. Wall times "
-            "are what its other users left over; only CPU times and their ratios mean something.",
-            "",
-        ]
+    lines += _busy(machine)
     peaks = ", ".join(f"{precision} {gflops:.0f}" for precision, gflops in _peaks(report).items())
     lines += [f"Peak of a convolution, GFLOP/s for each second of CPU time: {peaks}.", ""]
     lines += [
@@ -118,6 +131,47 @@ def _section(name: str, report: EnginesReport) -> list[str]:
         reasons = {name.split()[0]: why.partition(":")[0].partition(" (")[0] for name, why in report.absent.items()}
         lines += ["", "Not here: " + "; ".join(f"{target}: {why}" for target, why in reasons.items()) + "."]
     return lines
+
+
+def _title(machine: Machine) -> str:
+    return machine.gpu or ", ".join([machine.processor, *machine.instructions[-1:]])
+
+
+def _busy(machine: Machine) -> list[str]:
+    """A warning where others used the machine."""
+    if machine.load <= machine.cores * 0.75:
+        return []
+    return [
+        f"**The machine was not idle**: {machine.load:g} runnable processes on {machine.cores} cores. Wall times "
+        "are what its other users left over; only CPU times and their ratios mean something.",
+        "",
+    ]
+
+
+def _frontier_section(name: str, report: FrontierReport) -> list[str]:
+    served = report.points[report.gated]
+    return [
+        f"## Quality against time: {_title(report.machine)}",
+        "",
+        f"Every sampler in torch, in turns, on the same {report.tiles} simulated tiles of {report.tile} px from the "
+        f"same noise; encoder and images of all stains. {report.threads} thread(s), {report.machine.date}, commit "
+        f"`{report.machine.commit}`, `{name}`. Cell AUROC: how well the image's brown tells the positive cells.",
+        "",
+        *_busy(report.machine),
+        "| model | sampler | evaluations | CPU, ms a tile | × of what is served | DAB-Dice | cell AUROC |",
+        "|---|---|--:|--:|--:|---|---|",
+        *(
+            f"| {point.model} | {point.sampler} | {point.evaluations} | {point.cpu_ms:.0f} | "
+            f"{point.cpu_ms / served.cpu_ms:.1f} | {_scores(point.dab_dice)} | {_scores(point.cell_auroc)} |"
+            for point in report.points
+        ),
+        "",
+        f"Served: {served.model}, {served.sampler}.",
+    ]
+
+
+def _scores(scores: Mapping[str, float]) -> str:
+    return ", ".join(f"{stain} {value:.3f}" for stain, value in scores.items())
 
 
 def _peaks(report: EnginesReport) -> dict[str, float]:
@@ -241,5 +295,41 @@ def _chart_batches(report: EnginesReport, path: Path) -> None:
     axis.set(xlabel="batch size", ylabel="tiles a second of CPU time", title="Throughput against batch size")
     axis.legend()
     axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _chart_frontier(report: FrontierReport, path: Path) -> None:
+    """Points: DAB-Dice and cell AUROC against CPU time, each named."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    models = list(dict.fromkeys(point.model for point in report.points))
+    for axis, title, score in (
+        (axes[0], "DAB-Dice, mean of the stains", lambda point: mean(point.dab_dice)),
+        (axes[1], "AUROC of the cells, mean of the stains", lambda point: mean(point.cell_auroc)),
+    ):
+        for index, point in enumerate(report.points):
+            served = index == report.gated
+            axis.plot(
+                point.cpu_ms,
+                score(point),
+                marker="*" if served else "os"[models.index(point.model) % 2],
+                markersize=16 if served else 8,
+                color=list(_COLOURS.values())[1 - models.index(point.model) % 2],
+            )
+            label = f"{point.model}, {point.sampler}" + (" (served)" if served else "")
+            below = index % 2
+            axis.annotate(
+                label,
+                (point.cpu_ms, score(point)),
+                xytext=(0, -16 if below else 10),
+                textcoords="offset points",
+                ha="left" if point.cpu_ms < 3 * report.points[report.gated].cpu_ms else "right",
+                fontsize=9,
+            )
+        axis.set_xscale("log")
+        axis.margins(0.12, 0.25)
+        axis.set(xlabel="CPU time of a tile, ms (further left is faster)", title=title)
+        axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(figure)

@@ -15,6 +15,7 @@ from staindiffuser.cli import app
 from staindiffuser.errors import UsageError
 from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import ManifestError
+from tests.synthetic_graphs import write_graphs
 
 
 def test_report(
@@ -69,6 +70,31 @@ def test_report(
     assert all(0 <= value <= 1 for value in exact.values())
     assert "convolution fp32 peak:" in result.stdout
     assert "tensorrt fp32: not here: " in result.stdout
+
+
+def test_one_graph_stands_beside_the_engines_that_it_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On graphs without a network: no export, no torch."""
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("staindiffuser.benchmarks.engines.STEPS", (2,))
+    for name in ("torch_sides", "_other_steps"):
+        monkeypatch.setattr(f"staindiffuser.benchmarks.engines.{name}", lambda *arguments: {})
+    for name in ("_CHANNELS", "_MATRIX"):
+        monkeypatch.setattr(f"staindiffuser.benchmarks.limits.{name}", 16)
+    write_graphs(tmp_path, tile=32, steps=2)
+    (tmp_path / "model.safetensors").write_text("0", encoding="ascii")  # what the synthetic graphs say they come from
+    only = ["onnxruntime fp32", "openvino fp32"]
+    report = bench_engines(tmp_path, tmp_path, batches=(1, 2), rounds=1, threads=1, only=only)
+    rows = {(row.engine, row.what, row.batch): row for row in report.rows}
+    joined = {(engine, what) for engine, what, _ in rows if what.endswith("one graph")}
+    assert joined == {("openvino fp32", "1 stain, one graph"), ("openvino fp32", "2 stains, one graph")}
+    assert {what for _, what, batch in rows if batch == 2} == {"2 stains", "2 stains, one graph"}
+    assert report.gflop["1 stain, one graph"] == report.gflop["1 stain"]
+    assert "openvino fp32, one graph" in report.memory_mib
+    row = rows["openvino fp32", "2 stains, one graph", 2]
+    assert row.relative_cpu is not None
+    default = rows["onnxruntime fp32", "2 stains", 2]
+    assert row.relative_cpu.median == pytest.approx(row.ms.cpu / default.ms.cpu)
+    assert set(report.whole_work(2)) == {"onnxruntime fp32", "openvino fp32", "openvino fp32, one graph"}
 
 
 def test_an_engine_that_is_not_there_is_refused(tiny_checkpoint: Path, tiny_graphs: Path) -> None:

@@ -316,19 +316,19 @@ def _chart_frontier(report: FrontierReport, path: Path) -> None:
                 marker="*" if served else "os"[models.index(point.model) % 2],
                 markersize=16 if served else 8,
                 color=list(_COLOURS.values())[1 - models.index(point.model) % 2],
+                linestyle="none",
+                label=point.model if point.model not in axis.get_legend_handles_labels()[1] else None,
             )
-            label = f"{point.model}, {point.sampler}" + (" (served)" if served else "")
-            below = index % 2
             axis.annotate(
-                label,
+                f"{point.sampler}, served" if served else point.sampler,
                 (point.cpu_ms, score(point)),
-                xytext=(0, -16 if below else 10),
+                xytext=(0, -18 if index % 2 else 11),
                 textcoords="offset points",
-                ha="left" if point.cpu_ms < 3 * report.points[report.gated].cpu_ms else "right",
-                fontsize=9,
+                ha="center",
             )
         axis.set_xscale("log")
-        axis.margins(0.12, 0.25)
+        axis.margins(0.15, 0.25)
+        axis.legend()
         axis.set(xlabel="CPU time of a tile, ms (further left is faster)", title=title)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100, metadata={"Software": None})

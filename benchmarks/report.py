@@ -317,10 +317,10 @@ def _chart_frontier(report: FrontierReport, path: Path) -> None:
                 markersize=16 if served else 8,
                 color=list(_COLOURS.values())[1 - models.index(point.model) % 2],
                 linestyle="none",
-                label=point.model if point.model not in axis.get_legend_handles_labels()[1] else None,
+                label=f"{point.model}, served" if served else point.model,
             )
             axis.annotate(
-                f"{point.sampler}, served" if served else point.sampler,
+                point.sampler,
                 (point.cpu_ms, score(point)),
                 xytext=(0, -18 if index % 2 else 11),
                 textcoords="offset points",
@@ -328,7 +328,8 @@ def _chart_frontier(report: FrontierReport, path: Path) -> None:
             )
         axis.set_xscale("log")
         axis.margins(0.15, 0.25)
-        axis.legend()
+        handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))  # one a label
+        axis.legend(handles.values(), handles.keys())
         axis.set(xlabel="CPU time of a tile, ms (further left is faster)", title=title)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100, metadata={"Software": None})

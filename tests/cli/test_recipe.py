@@ -1,4 +1,4 @@
-"""The whole recipe on the debug preset: train → distill → evaluate → export, with the defaults that a user gets."""
+"""The whole recipe on the debug preset: train → distill → evaluate → export, as a user types it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def test_debug_preset_from_tiles_to_a_verified_repository(
 ) -> None:
     teacher, student = tmp_path / "teacher" / "checkpoint", tmp_path / "student" / "checkpoint"
     tiles, quiet = ["--data", tiles_folder], "--no-progress"
-    staindiffuser("train", *tiles, "--output", teacher.parent, "--preset", "debug", quiet)
-    staindiffuser("distill", teacher, *tiles, "--output", student.parent, quiet)
-    staindiffuser("evaluate", student, *tiles, "--json", tmp_path / "scores.json", quiet)
+    staindiffuser("train", *tiles, "--output", teacher.parent, "--preset", "debug", "--steps", "24", quiet)
+    few = ["--search-tiles", "1", "--gate-tiles", "2"]
+    staindiffuser("distill", teacher, *tiles, "--output", student.parent, *few, quiet)
+    staindiffuser("evaluate", student, *tiles, "--quick", "--limit", "2", "--json", tmp_path / "scores.json", quiet)
     staindiffuser("export", "graphs", student, "--tile", "64", "--output", tmp_path / "graphs")
     staindiffuser(
         # So small a model does not pass its gate.

@@ -226,19 +226,18 @@ def saved_rows(folder: Path) -> int:
     return max(0, len(journal.read_bytes().splitlines()) - 1) if journal.exists() else 0
 
 
-def test_killed_again_and_again(real_data: Path, tmp_path: Path) -> None:
-    """SIGKILL, which nothing can catch: the same command goes on each time, to the same result."""
+def test_killed_and_continued(real_data: Path, tmp_path: Path) -> None:
+    """SIGKILL, which nothing can catch: the same command goes on (ten times: test_stain_killed.py)."""
     command = (real_data / CMU, "--batch", 2, "--stains", "cd3")
     with FakeTriton(delay=0.1) as fake:
         assert stain(tmp_path, *command, "--server", fake.url, "--output", "whole").returncode == 0
-        for rows in (1, 2, 4):
-            process = started(tmp_path, fake, *command, "--output", "out")
-            deadline = time.monotonic() + 60
-            while saved_rows(tmp_path / "out") < rows and time.monotonic() < deadline:
-                time.sleep(0.02)
-            process.kill()
-            ended(process)
-            assert unfinished_only(tmp_path / "out")
+        process = started(tmp_path, fake, *command, "--output", "out")
+        deadline = time.monotonic() + 60
+        while saved_rows(tmp_path / "out") < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.kill()
+        ended(process)
+        assert unfinished_only(tmp_path / "out")
         result = stain(tmp_path, *command, "--server", fake.url, "--output", "out")
     assert result.returncode == 0, result.stderr
     assert "continuing interrupted work" in result.stderr

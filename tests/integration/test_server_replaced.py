@@ -52,15 +52,24 @@ def wait_until_under_way(client: StainClient, process: subprocess.Popen[str]) ->
         time.sleep(0.02)
 
 
-def stain_while_replacing(slide: Path, output: Path, first: Path, second: Path) -> tuple[int, str]:
-    """Stain a slide on one server that is replaced by another; the exit code and standard error."""
+def stain_while_replacing(
+    slide: Path, output: Path, first: Path, second: Path, *, again: Path | None = None
+) -> tuple[int, str]:
+    """Stain a slide on one server that is replaced by another; the exit code and standard error.
+
+    Args:
+        again: where the second server stains the slide once more, undisturbed.
+    """
     with TritonServer(first) as server:
         port = int(server.url.rpartition(":")[2])
         process = start(slide, output, server.url)
         with StainClient(server.url) as client:
             wait_until_under_way(client, process)
-    with TritonServer(second, grpc_port=port):
+    with TritonServer(second, grpc_port=port) as server:
         _, stderr = process.communicate(timeout=120)
+        if again is not None:
+            undisturbed = start(slide, again, server.url)
+            assert undisturbed.wait(timeout=120) == 0
     return process.returncode, stderr
 
 
@@ -74,12 +83,9 @@ def test_another_model_ends_the_slide(repositories: list[Path], slide: Path, tmp
 
 
 def test_the_same_model_goes_on_with_the_same_pixels(repositories: list[Path], slide: Path, tmp_path: Path) -> None:
-    code, stderr = stain_while_replacing(slide, tmp_path / "replaced", repositories[0], repositories[0])
+    same = repositories[0]
+    code, stderr = stain_while_replacing(slide, tmp_path / "replaced", same, same, again=tmp_path / "undisturbed")
     assert code == 0, stderr
-    with TritonServer(repositories[0]) as server:
-        undisturbed = start(slide, tmp_path / "undisturbed", server.url)
-        _, stderr = undisturbed.communicate(timeout=120)
-        assert undisturbed.returncode == 0, stderr
     for name in ("cd3.ome.tiff", "cd3.cells.ome.tiff", "ck818.ome.tiff", "ck818.cells.ome.tiff"):
         expected = tifffile.imread(tmp_path / "undisturbed" / name)
         np.testing.assert_array_equal(tifffile.imread(tmp_path / "replaced" / name), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -53,6 +54,16 @@ def processes(pid: int) -> list[int]:
                 if os.getpgid(int(folder.name)) == pid and "State:\tZ" not in (folder / "status").read_text():
                     found.append(int(folder.name))
     return found
+
+
+def started_with(pid: int) -> tuple[str, Path]:
+    """What a tritonserver was told: the prefix of its shared memory, and the folder that is its own."""
+    command = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
+    prefix = re.search(r"shm-region-prefix-name=([^\0]+)", command)
+    models = re.search(r"--model-repository=([^\0]+)", command)
+    assert prefix is not None
+    assert models is not None
+    return prefix[1], Path(models[1]).parent
 
 
 def shared_memory() -> set[str]:
@@ -128,24 +139,26 @@ def test_stopping_leaves_nothing_behind(repository: Path) -> None:
         pid = server.pid
         assert len(processes(pid)) == 7
         assert shared_memory()
-        folder = server._folder
+        prefix, folder = started_with(pid)
+        assert folder.is_dir()
     assert processes(pid) == []
     assert not server.alive
-    assert folder is not None
     assert not folder.exists()
-    assert eventually(lambda: not {n for n in shared_memory() if server._prefix in n})
+    assert eventually(lambda: not {n for n in shared_memory() if n.startswith(prefix)})
     server.stop()  # a second time is nothing
 
 
 def test_killed_server_is_reported_and_cleaned_up(repository: Path) -> None:
     with TritonServer(repository) as server:
-        pid, prefix = server.pid, server._prefix
+        pid = server.pid
+        prefix = started_with(pid)[0]
+        assert any(name.startswith(prefix) for name in shared_memory())
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(ServerLostError, match="Triton was ended by SIGKILL"):
             server.wait(20)
         assert not server.alive
     assert eventually(lambda: processes(pid) == [])
-    assert not {name for name in shared_memory() if prefix in name}
+    assert not {name for name in shared_memory() if name.startswith(prefix)}
 
 
 PARENT = """
@@ -157,7 +170,7 @@ PARENT = """
     thread.start()
     thread.join()          # the thread that started the server ends; the server must not
     time.sleep(1)
-    print(server.pid, server._prefix, server._folder, server.alive, flush=True)
+    print(server.pid, server.alive, flush=True)
     time.sleep(60)
 """
 
@@ -167,14 +180,17 @@ def test_the_server_dies_with_whoever_started_it(repository: Path) -> None:
         [sys.executable, "-c", textwrap.dedent(PARENT), str(repository)], stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None
-    pid, prefix, folder, alive = parent.stdout.readline().split()
+    number, alive = parent.stdout.readline().split()
+    pid = int(number)
     assert alive == "True"
-    assert processes(int(pid))
+    assert processes(pid)
+    prefix, folder = started_with(pid)
+    assert list(Path("/dev/shm").glob(f"{prefix}*"))
     parent.kill()
     parent.communicate()
-    assert eventually(lambda: processes(int(pid)) == [])
+    assert eventually(lambda: processes(pid) == [])
     assert eventually(lambda: not list(Path("/dev/shm").glob(f"{prefix}*")))
-    assert eventually(lambda: not Path(folder).exists())
+    assert eventually(lambda: not folder.exists())
 
 
 def test_port_in_use_is_named(repository: Path) -> None:

@@ -79,16 +79,12 @@ def test_default_capabilities_are_those_that_are_promised() -> None:
     assert set(DEFAULT_CAPABILITIES) <= set(TensorRTRtxBuilder().capabilities())
 
 
-def test_demo_compiles_and_unrolling_shares_the_weights(tmp_path: Path) -> None:
-    """Every engine of the demo preset, k = 1, 2, 4, in both precisions, for all default GPUs at once."""
-    written = write_graphs("demo", tmp_path, tile=256)
-    check_sizes(compile_all(written, tmp_path))
-
-
-@pytest.mark.slow  # minutes: graphs of 50 M parameters are exported six times
+@pytest.mark.slow  # graphs are exported six times, for the base preset with 50 M parameters
 @pytest.mark.timeout(1800)
-def test_base_compiles_and_unrolling_shares_the_weights(tmp_path: Path) -> None:
-    written = write_graphs("base", tmp_path, tile=256)
+@pytest.mark.parametrize("preset", ["demo", "base"])
+def test_presets_compile_and_unrolling_shares_the_weights(preset: str, tmp_path: Path) -> None:
+    """Every engine of a preset, k = 1, 2, 4, in both precisions, for all default GPUs at once."""
+    written = write_graphs(preset, tmp_path, tile=256)
     check_sizes(compile_all(written, tmp_path))
 
 

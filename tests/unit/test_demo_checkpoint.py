@@ -94,9 +94,9 @@ def test_a_tile_alone_looks_as_it_does_inside_a_larger_one(
     around = 192
     size = tile + 2 * around
     with openslide.OpenSlide(real_data / "slides" / "CMU-1-Small-Region.svs") as slide:
-        places = [(400, 400), (1000, 1200), (1200, 1900)]
+        places = [(400, 400), (1000, 1200)]
         real = [np.asarray(slide.read_region(place, 0, (size, size)).convert("RGB")) for place in places]
-    he = np.stack([*real, *(simulate_tile(7, 50 * i, size=size, masks=False).he for i in range(3))])
+    he = np.stack([*real, *(simulate_tile(7, 50 * i, size=size, masks=False).he for i in range(1))])
     seeds = np.zeros((len(he), 1), np.int64)
     origins = np.zeros((len(he), 2), np.int64)
     inner = slice(around, around + tile)

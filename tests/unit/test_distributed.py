@@ -33,7 +33,7 @@ from staindiffuser.training.train import train
 
 pytestmark = pytest.mark.timeout(1500)  # on busy cores; a minute or two on free ones
 
-STEPS = 20
+STEPS = 12
 RUNS: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp": {"strategy": "fsdp"},
@@ -86,7 +86,7 @@ def test_two_processes_give_the_curve_of_one(
     for curve in one:
         if curve.startswith(("loss", "error")):
             np.testing.assert_allclose(both[curve][1], one[curve][1], atol=1e-3, err_msg=curve)
-    assert sorted(path.name for path in (two / name / "snapshots").iterdir()) == ["last.ckpt", "step-00000020.ckpt"]
+    assert sorted(path.name for path in (two / name / "snapshots").iterdir()) == ["last.ckpt", "step-00000012.ckpt"]
     assert (two / name / "checkpoint" / "config.json").is_file()
     of_two, of_one = (read_snapshot(folder / "snapshots" / "last.ckpt") for folder in (two / name, tmp_path))
     for tensor in of_one.learner:  # one file, of the whole, whatever each process held
@@ -111,12 +111,13 @@ def test_what_one_process_cannot_stops_both(two: Path) -> None:
     assert not (two / "uneven").exists()
 
 
+@pytest.mark.slow
 def test_killed_run_ends_with_the_weights_of_one_that_was_not(tiles_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, __file__, "one", str(tiles_folder), str(tmp_path / "parts")]
     moments = random.Random()
     reached = 0
     for number, code in ((signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)):
-        wanted = moments.randint(reached + 2, reached + 10)
+        wanted = moments.randint(reached + 2, reached + 6)
         process = subprocess.Popen(
             command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -157,7 +158,7 @@ def main(what: str, data: Path, output: Path) -> None:
         loss = real(teacher, batch, step)
         if what == "one":
             time.sleep(0.03)  # so that a signal meets a step
-        if name == RESUMED and step == 12:
+        if name == RESUMED and step == 8:
             raise RuntimeError("lost")
         bad = name in FAILURES and rank == "1" and step == 2
         return dataclasses.replace(loss, value=loss.value * float("nan")) if bad else loss

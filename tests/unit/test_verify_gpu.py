@@ -81,12 +81,12 @@ def test_checks_that_need_no_server(tiny_graphs: Path, tmp_path: Path) -> None:
 
 
 def test_a_step_that_fails_is_named_and_the_others_are_done(tmp_path: Path) -> None:
-    arguments = ["--graphs", str(tmp_path / "absent"), "--only", "noise,engines,training", "--train-preset", "debug"]
+    arguments = ["--graphs", str(tmp_path / "absent"), "--only", "noise,engines,environment"]
     code, steps = verify(tmp_path, *arguments, "--limit", "120")
     assert code == verify_gpu.FAILED
     assert [name for name, step in steps.items() if step["status"] == "failed"] == ["engines"]
     assert "absent" in steps["engines"]["errors"][0]
-    assert steps["noise"]["status"] == steps["training"]["status"] == "passed"
+    assert steps["noise"]["status"] == steps["environment"]["status"] == "passed"
     assert "## engines" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 

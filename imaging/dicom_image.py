@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pydicom
 import tifffile
@@ -88,7 +88,7 @@ def write_dicom(image: Path, folder: Path, info: ImageInfo, *, study: str, sourc
     folder.mkdir()
     common = _common(info, study, source)
     with tifffile.TiffFile(image) as tiff:
-        levels = [level.pages[0].keyframe for level in tiff.series[0].levels]
+        levels = [cast("tifffile.TiffPage", level.pages[0]).keyframe for level in tiff.series[0].levels]
         for number, page in enumerate(levels):
             instance = _instance(common, info, number, (page.imagewidth, page.imagelength), levels[0])
             frames = list(zip(page.dataoffsets, page.databytecounts, strict=True))

@@ -54,7 +54,7 @@ def read_settings(path: Path, root: Any) -> dict[str, Any]:
     return _of_group(data, root, path, "")
 
 
-def in_force(context: typer.Context, root: Any) -> Iterator[tuple[str, str, Any, str]]:
+def in_force(context: Any, root: Any) -> Iterator[tuple[str, str, Any, str]]:
     """Every option of every command: command, long name, value, and where it is from."""
     for command, inner in _commands(root, context):
         for option in _options(inner.command):

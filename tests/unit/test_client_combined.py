@@ -22,7 +22,7 @@ def paint(tensor: str, tiles_BTT3: UInt8Array, origins_B2: NDArray[np.int64]) ->
     """CD3 is all blue hematoxylin, CK8/18 all brown DAB."""
     if tensor.startswith("STAIN"):
         colour = DAB_OD_1 if tensor.endswith("CK818") else (57, 50, 132)
-        return np.broadcast_to(np.uint8(colour), tiles_BTT3.shape).copy()
+        return np.broadcast_to(np.array(colour, np.uint8), tiles_BTT3.shape).copy()
     return np.zeros((*tiles_BTT3.shape[:3], 1), np.uint8)
 
 

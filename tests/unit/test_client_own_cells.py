@@ -30,7 +30,7 @@ def paint(tensor: str, tiles_BTT3: UInt8Array, origins_B2: NDArray[np.int64]) ->
     x = origins_B2[:, 0, None, None, None] + np.arange(tiles_BTT3.shape[2])[None, None, :, None]
     positive = (x < BROWN_UNTIL // 2) & np.full(tiles_BTT3[..., :1].shape, tensor.endswith("CD3"))
     if tensor.startswith("STAIN"):
-        return np.where(positive, np.uint8((138, 69, 43)), np.uint8(255))
+        return np.where(positive, np.array((138, 69, 43), np.uint8), np.uint8(255))
     return np.where(positive, 255, 0).astype(np.uint8)
 
 

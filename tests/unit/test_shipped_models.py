@@ -36,11 +36,11 @@ def test_a_model_that_ships_without_passing_its_gate_is_served_and_says_so(
     ungated = tmp_path / "graphs"
     shutil.copytree(tiny_graphs, ungated)
     graphs = GraphSet.load(ungated)
-    dataclasses.replace(graphs, gate="failed", notice=f"{graphs.notice} {UNGATED}").save(ungated)
+    dataclasses.replace(graphs, gate={"cd3": ("DAB-Dice",)}, notice=f"{graphs.notice} {UNGATED}").save(ungated)
     monkeypatch.setenv("STAINDIFFUSER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "shipped_models", lambda: {"colon": ungated})
     manifest = Manifest.load(demo.repository_of(Path("colon")))
-    assert manifest.gate == "failed"
+    assert manifest.gate == {"cd3": ("DAB-Dice",)}
     assert manifest.notice.endswith(UNGATED)
 
 

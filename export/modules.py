@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from staindiffuser.export.folding import FoldedBranch, FoldedEncoder, features_unit
 from staindiffuser.training.config import StainConfig
 from staindiffuser.training.model.denoiser import precondition
-from staindiffuser.training.model.network import DualDiffusion, Task, he_to_network
+from staindiffuser.training.model.network import DualDiffusion, Task, he_to_network, tempered
 
 __all__ = ["PRECISIONS", "BranchEngine", "EncoderEngine"]
 
@@ -75,6 +75,7 @@ class BranchEngine(nn.Module):
         self.register_buffer("scale", 255 / sd * torch.tensor(std).view(1, -1, 1, 1))
         self.offset: Tensor
         self.scale: Tensor
+        self.temperature = network.temperatures.get(stain.name, 1.0) if task == "cells" else 1.0
 
     def forward(
         self, FEATURES_0: Tensor, FEATURES_1: Tensor, FEATURES_2: Tensor, FEATURES_3: Tensor, NOISE: Tensor
@@ -90,6 +91,9 @@ class BranchEngine(nn.Module):
             f = self.branch((x * self.c_in[step]).to(self.trunk), step, injections).float()
             y = x * self.c_skip[step] + f * self.c_out[step]
         assert y is not None
-        result = (F.pixel_shuffle(y, 2) * self.scale + self.offset).clamp(0, 255).round()
+        shown = (F.pixel_shuffle(y, 2) * self.scale + self.offset).clamp(0, 255)
+        if self.temperature != 1:
+            shown = 255 * tempered(shown / 255, self.temperature)
+        result = shown.round()
         # Permute before the cast: TensorRT's UINT8 tensors may only be cast.
         return result.permute(0, 2, 3, 1).to(torch.uint8)

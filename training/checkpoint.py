@@ -65,6 +65,8 @@ class CheckpointConfig:
         default_factory=lambda: {str(k): sigmas for k, sigmas in START_SIGMAS.items()}
     )
     """Noise levels of the few-step sampler, by number of steps."""
+    temperatures: dict[str, float] = field(default_factory=dict)
+    """By what the logit of a stain's cell map is divided, by the stain's name (``evaluate --calibrate``); 1 if absent."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """How the weights were made: recipe, data, steps, time, versions."""
     format: int = FORMAT
@@ -79,6 +81,9 @@ class CheckpointConfig:
         for k, sigmas in self.sigmas.items():
             if not k.isdecimal() or len(sigmas) != int(k) or not all(0 < sigma < math.inf for sigma in sigmas):
                 raise ConfigError("sigmas must be, per number of steps, as many positive noise levels")
+        for stain, temperature in self.temperatures.items():
+            if stain not in self.model.stain_names or not 0 < temperature < math.inf:
+                raise ConfigError(f"temperatures: {stain} {temperature}: must be positive numbers of the model's stains")
         if str(self.steps) not in self.sigmas:
             raise ConfigError(f"steps is {self.steps}, but sigmas has none for it")
 
@@ -174,6 +179,7 @@ class Checkpoint:
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise CheckpointError(f"{folder / WEIGHTS} does not fit {CONFIG}: {first}") from None
+        network.temperatures = dict(config.temperatures)
         curves = folder / CURVES
         return cls(
             config=config,

@@ -70,6 +70,8 @@ def model_card(
         lines.append("")
     if "cells" in metrics:
         lines += _cell_lines(metrics["cells"])
+    if "calibration" in metrics:
+        lines += _calibration_lines(metrics["calibration"])
     if "gate" in metrics:
         lines += gate_lines(metrics["gate"])
     return "\n".join(lines)
@@ -104,6 +106,25 @@ def _cell_lines(cells: Mapping[str, Any]) -> list[str]:
     if weak:
         lines += ["", f"**Not shown to tell more than the H&E's hematoxylin does: {', '.join(weak)}.**"]
     return [*lines, ""]
+
+
+def _calibration_lines(found: Mapping[str, Any]) -> list[str]:
+    """The temperatures that ``evaluate --calibrate`` fitted, and what they changed on the tiles they were fitted on."""
+    stains: Mapping[str, Any] = found["stains"]
+    rows = [
+        f"| {name} | {one['temperature']} | {shown(one['error_before'])} | {shown(one['error_after'])} | {one['cells']} |"
+        for name, one in stains.items()
+    ]
+    return [
+        "## Calibration of the cell maps",
+        "",
+        f"Fitted on {found['tiles']} tiles of the split `{found['split']}`; errors on the same tiles.",
+        "",
+        "| stain | temperature | calibration error at 1 | with it | cells |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def _provenance(provenance: Mapping[str, Any], depth: int = 0) -> list[str]:

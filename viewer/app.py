@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -19,10 +19,11 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from staindiffuser.errors import InputError, StainDiffuserError
+from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.viewer.comparison import difference
 from staindiffuser.viewer.describe import about_cells, about_result, list_entries
 from staindiffuser.viewer.errors import NotThereError, RequestError, ResultGoneError
-from staindiffuser.viewer.fluorescence import NUCLEI_COLOUR, colours_of, fluorescent
+from staindiffuser.viewer.fluorescence import NUCLEI, colours_of, fluorescent
 from staindiffuser.viewer.pyramids import Pyramid, encode
 from staindiffuser.viewer.regions import parse_polygon, region_scores
 from staindiffuser.viewer.results import Library, OpenResult
@@ -46,8 +47,6 @@ def make_app(library: Library) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         to_thread.current_default_thread_limiter().total_tokens = THREADS
-        # Finding the slide means reading it once: begin before somebody asks.
-        threading.Thread(target=library.open_first, daemon=True).start()
         yield
         library.close()
 
@@ -61,8 +60,8 @@ def make_app(library: Library) -> Starlette:
         Route("/api" + slide + "/region", views.region, methods=["POST"]),
         Route(slide + "/he/{level}/{place}.jpg", views.he),
         Route(slide + "/thumbnail.jpg", views.thumbnail),
-        Route(slide + "/stain/{stain}/{level}/{place}.jpg", views.stain),
-        Route(slide + "/fluorescence/{stain}/{level}/{place}.jpg", views.fluorescence),
+        Route(slide + "/stain/{stains}/{level}/{place}.jpg", views.stain),
+        Route(slide + "/fluorescence/{stains}/{level}/{place}.jpg", views.fluorescence),
         Route(slide + "/reference/{reference}/{stain}/{level}/{place}.jpg", views.reference),
         Route(slide + "/difference/{reference}/{stain}/{level}/{place}.jpg", views.difference),
         Route(slide + "/cells/{zoom}/{place}.json", views.cell_block),
@@ -130,19 +129,28 @@ class _Views:
         return _tile(result.source, request)
 
     def stain(self, request: Request) -> Response:
-        return _tile(self._result(request).stain(request.path_params["stain"]), request)
+        """A stain as it lies in its file; of several, ``cd3~ck818``, the darkest: none hides the brown of another."""
+        result, names = self._result(request), _names(request)
+        images = [result.stain(name) for name in names]
+        if len(images) == 1:
+            return _tile(images[0], request)
+        return self._made(
+            request, result, lambda *place: np.minimum.reduce([image.pixels(*place) for image in images])
+        )
 
     def fluorescence(self, request: Request) -> Response:
-        result, name = self._result(request), request.path_params["stain"]
-        nuclei = name == "nuclei"
-        image = result.stain(next(iter(result.stains)) if nuclei else name)
-        colour = NUCLEI_COLOUR if nuclei else colours_of(list(result.stains).index(name))[0]
-        level, (column, row) = _level(request), _place(request)
-        key = (result.version, "fluorescence", name, level, column, row)
-        data = self._library.cache.get(
-            key, lambda: encode(fluorescent(image.pixels(level, column, row), colour, nuclei=nuclei))
-        )
-        return Response(data, media_type="image/jpeg", headers=KEEP)
+        """Stains as light, ``nuclei~cd3~ck818`` in one image: a browser that adds up layers is too slow to zoom."""
+        result, names = self._result(request), _names(request)
+        colours = {name: colours_of(number)[0] for number, name in enumerate(result.stains)}
+        first = next(iter(result.stains))
+        images = {name: result.stain(first if name == NUCLEI else name) for name in names}
+
+        def make(level: int, column: int, row: int) -> UInt8Array:
+            pixels = {name: image.pixels(level, column, row) for name, image in images.items()}
+            counterstained = pixels.pop(NUCLEI, None)
+            return fluorescent([(shown, colours[name]) for name, shown in pixels.items()], counterstained)
+
+        return self._made(request, result, make)
 
     def reference(self, request: Request) -> Response:
         path = request.path_params
@@ -151,12 +159,7 @@ class _Views:
     def difference(self, request: Request) -> Response:
         result, path = self._result(request), request.path_params
         virtual, other = result.stain(path["stain"]), self._library.reference(result, path["reference"], path["stain"])
-        level, (column, row) = _level(request), _place(request)
-        key = (result.version, "difference", path["reference"], path["stain"], level, column, row)
-        data = self._library.cache.get(
-            key, lambda: encode(difference(virtual.pixels(level, column, row), other.pixels(level, column, row)))
-        )
-        return Response(data, media_type="image/jpeg", headers=KEEP)
+        return self._made(request, result, lambda *place: difference(virtual.pixels(*place), other.pixels(*place)))
 
     def thumbnail(self, request: Request) -> Response:
         result = self._result(request)
@@ -180,6 +183,13 @@ class _Views:
             raise RequestError("threshold: must be a number") from None
         return JSONResponse(index.counts(int(zoom), column, row, threshold), headers=KEEP)
 
+    def _made(self, request: Request, result: OpenResult, make: Callable[[int, int, int], UInt8Array]) -> Response:
+        """A tile that is computed, by ``make(level, column, row)``, unless it is still there."""
+        level, (column, row) = _level(request), _place(request)
+        key = (result.version, request.url.path)
+        data = self._library.cache.get(key, lambda: encode(make(level, column, row)))
+        return Response(data, media_type="image/jpeg", headers=KEEP)
+
     def _result(self, request: Request) -> OpenResult:
         return self._library.open(request.path_params["slide"])
 
@@ -187,6 +197,11 @@ class _Views:
 def _tile(image: Pyramid, request: Request) -> Response:
     column, row = _place(request)
     return Response(image.tile(_level(request), column, row), media_type="image/jpeg", headers=KEEP)
+
+
+def _names(request: Request) -> list[str]:
+    """The stains of an address, each once."""
+    return list(dict.fromkeys(request.path_params["stains"].split("~")))
 
 
 def _level(request: Request) -> int:

@@ -31,7 +31,7 @@ SIDE = 512
 """Side of a tile, pixels."""
 QUALITY = 88
 """JPEG quality of tiles that are encoded here."""
-MAX_READ = 4096**2
+MAX_READ = 1024**2
 """Pixels read for one tile; where a slide has no level that is small enough, tiles are made of the tiles below."""
 _JPEG = 7
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import os
 import re
 import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
@@ -34,8 +36,8 @@ OPEN_RESULTS = 12
 """Results whose files stay open."""
 SEVERAL_FILES = (".mrxs", ".dcm")
 """Slides of which several files together have the size that is known."""
-WHOLE_LEVELS = 2
-"""Smallest levels of a slide, in which the whole of it is shown."""
+WHOLE_LEVELS = 3
+"""Smallest levels of a slide, in which the whole of it is shown: on a panel, and on a large screen."""
 CACHE_BYTES = 32 * 2**20
 
 
@@ -241,6 +243,16 @@ class OpenResult:
             return SlidePyramid(open_slide(path), cache, (self.version, stain.name))
 
 
+def _whole(image: Pyramid) -> list[tuple[int, int, int]]:
+    """Level, column and row of the tiles that show the whole of an image."""
+    return [
+        (level, column, row)
+        for level in range(max(0, len(image.levels) - WHOLE_LEVELS), len(image.levels))
+        for row in range(-(-image.levels[level][1] // SIDE))
+        for column in range(-(-image.levels[level][0] // SIDE))
+    ]
+
+
 class Library:
     """All results that are shown; opens them as they are asked for. Thread-safe."""
 
@@ -303,13 +315,12 @@ class Library:
             return
         with contextlib.suppress(StainDiffuserError, OSError):  # whoever asks for it will be told
             result = self.open(first)
-            result.cells.index()
+            images = [image for _, image in result.stains.values()]
             if result.source is not None:
-                for level in range(max(0, len(result.source.levels) - WHOLE_LEVELS), len(result.source.levels)):
-                    width, height = result.source.levels[level]
-                    for row in range(-(-height // SIDE)):
-                        for column in range(-(-width // SIDE)):
-                            result.source.tile(level, column, row)
+                images.append(result.source)
+            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+                list(pool.map(lambda one: one[0].tile(*one[1]), [(i, place) for i in images for place in _whole(i)]))
+            result.cells.index()  # begins to read them
 
     def references(self, result: OpenResult) -> list[Reference]:
         """What a result's stains can be compared with: real ones, and results of the same slide and size."""

@@ -7,6 +7,7 @@ import errno
 import ipaddress
 import secrets
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from staindiffuser.viewer.results import Library, find_results
 __all__ = ["DEFAULT_PORT", "OPENSEADRAGON", "require_openseadragon", "view_results"]
 
 DEFAULT_PORT = 8127
+START_SECONDS = 5.0
+"""Longest that the address is held back while the first slide is read; a slide of gigabytes takes longer."""
 OPENSEADRAGON = STATIC / "vendor" / "openseadragon.min.js"
 
 
@@ -66,6 +69,9 @@ def view_results(
     require_openseadragon()
     entries = find_results(results)
     library = Library(entries, slides, truth)
+    # Finding the H&E means reading it once: before somebody waits for it.
+    first = threading.Thread(target=library.open_first, daemon=True)
+    first.start()
     if truth:  # refuse one that does not fit before a page is opened
         library.open(next(entry.name for entry in entries if entry.error is None))
     listening = _listen(host, port)
@@ -83,6 +89,7 @@ def view_results(
         say(f"{len(entries)} slides" + (f", {failed} of them without a result" if failed else ""))
         if not local:
             say("the connection is not encrypted, and whoever has this address sees the slides")
+        first.join(START_SECONDS)
         say(f"open {address(host, listening.getsockname()[1], token)} (Ctrl-C ends)")
         server = uvicorn.Server(config)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn ends cleanly, then passes the signal on

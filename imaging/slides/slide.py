@@ -7,10 +7,13 @@ what it cannot read faithfully, and says why.
 
 from __future__ import annotations
 
+import functools
+import os
 import stat
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +35,8 @@ _SPOTS, _SPOT = 12, 8
 """Regions per axis, and their side in pixels of the reduced level, that are compared with the level above."""
 _STEEPEST = 64
 """Steps between levels are 2 or 4, in some files 16 or 32."""
+_THREADS = 4
+"""Threads that compare levels: what takes the time is decoding."""
 _DIFFERENT, _SPOTS_WRONG = 40.0, 2
 """Mean colours this many grey levels apart, in this many regions, are not the same image (ours)."""
 
@@ -188,19 +193,25 @@ def ignore_wrong_levels(slide: Slide) -> None:
         if width > _STEEPEST * reduced_width:  # comparing would read most of the level above; nothing reads this one
             _drop_levels(slide, level, f"is more than {_STEEPEST} times smaller than the one above")
             return
-        side_x, side_y = min(_SPOT, reduced_width), min(_SPOT, reduced_height)
-        scale_x, scale_y = width / reduced_width, height / reduced_height
-        wrong = 0
-        for row, column in np.ndindex(_SPOTS, _SPOTS):
-            x, y = (reduced_width - side_x) * column // (_SPOTS - 1), (reduced_height - side_y) * row // (_SPOTS - 1)
-            left, top = int(x * scale_x), int(y * scale_y)
-            right, bottom = min(width, int((x + side_x) * scale_x)), min(height, int((y + side_y) * scale_y))
-            reduced = slide.read(level, x, y, side_x, side_y).mean(axis=(0, 1))
-            full = slide.read(level - 1, left, top, max(1, right - left), max(1, bottom - top)).mean(axis=(0, 1))
-            wrong += bool(np.abs(reduced - full).max() > _DIFFERENT)
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+            wrong = sum(pool.map(functools.partial(_differs, slide, level), np.ndindex(_SPOTS, _SPOTS)))
         if wrong >= _SPOTS_WRONG:
             _drop_levels(slide, level, "does not show the same image as the one above")
             return
+
+
+def _differs(slide: Slide, level: int, spot: tuple[int, ...]) -> bool:
+    """Whether a spot of a level has another colour than the same place on the level above."""
+    (width, height), (reduced_width, reduced_height) = slide.level_sizes[level - 1 : level + 1]
+    side_x, side_y = min(_SPOT, reduced_width), min(_SPOT, reduced_height)
+    scale_x, scale_y = width / reduced_width, height / reduced_height
+    row, column = spot
+    x, y = (reduced_width - side_x) * column // (_SPOTS - 1), (reduced_height - side_y) * row // (_SPOTS - 1)
+    left, top = int(x * scale_x), int(y * scale_y)
+    right, bottom = min(width, int((x + side_x) * scale_x)), min(height, int((y + side_y) * scale_y))
+    reduced = slide.read(level, x, y, side_x, side_y).mean(axis=(0, 1))
+    full = slide.read(level - 1, left, top, max(1, right - left), max(1, bottom - top)).mean(axis=(0, 1))
+    return bool(np.abs(reduced - full).max() > _DIFFERENT)
 
 
 def _drop_levels(slide: Slide, first: int, why: str) -> None:

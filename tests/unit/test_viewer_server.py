@@ -146,6 +146,17 @@ def test_fluorescence_is_bright_where_the_stain_is_brown(viewer: Viewer) -> None
     assert lit[~brown][:, 1].mean() < 20
     nuclei = pixels(viewer.get("/slides/slide/fluorescence/nuclei/0/0_1.jpg").body).astype(int)
     assert nuclei[..., 2].max() > 60
+    all_ = pixels(viewer.get("/slides/slide/fluorescence/nuclei~cd3~ck818/0/0_1.jpg").body).astype(int)
+    assert np.abs(all_ - np.minimum(lit + nuclei, 255)).mean() < 3  # at x < 512 no CK8/18; light adds up
+    assert viewer.get("/slides/slide/fluorescence/nuclei~none/0/0_1.jpg").status == 404
+
+
+def test_of_several_stains_the_darkest_pixel_is_shown(viewer: Viewer) -> None:
+    place = "1/0_0.jpg"
+    cd3, ck = (pixels(viewer.get(f"/slides/slide/stain/{name}/{place}").body).astype(int) for name in ("cd3", "ck818"))
+    both = pixels(viewer.get(f"/slides/slide/stain/cd3~ck818/{place}").body).astype(int)
+    assert np.abs(both - np.minimum(cd3, ck)).mean() < 2
+    assert np.abs(both - cd3).mean() > 2
 
 
 def test_cells_come_by_block_and_as_counts(viewer: Viewer, folder: Path) -> None:

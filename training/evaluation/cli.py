@@ -66,6 +66,14 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Instead of scoring, fit the temperatures of the cell maps on the validation split, and write them "
+            "into the checkpoint.",
+        ),
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option(callback=check_folder, help="Write report.md here, with the best, median and worst tiles."),
@@ -81,6 +89,9 @@ def evaluate(
 
     Example: staindiffuser evaluate runs/demo/checkpoint --data tiles --steps 1,2,4,18 --json s.json --report scores
     """
+    if calibrate:
+        _calibrate(checkpoint, data, limit=limit, seed=seed, json_file=json_file, progress=progress)
+        return
     import dataclasses
 
     import torch
@@ -156,6 +167,37 @@ def evaluate(
         write_json(json_file, summarize(evaluations))
     if report is not None:
         typer.echo(f"report: {write_report(evaluations, report)}")
+
+
+def _calibrate(
+    checkpoint: Path, data: Path, *, limit: int | None, seed: int, json_file: Path | None, progress: bool
+) -> None:
+    import dataclasses
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from staindiffuser.files import write_json
+    from staindiffuser.training.evaluation.calibration import calibrate
+    from staindiffuser.training.tiles.paired_tiles import PairedTiles
+
+    screen = Console(stderr=True)
+    with Progress(console=screen, disable=not (progress and screen.is_terminal), transient=True) as bar:
+        task = bar.add_task("tiles", total=None)
+        found = calibrate(
+            checkpoint,
+            PairedTiles.load(data),
+            limit=limit,
+            seed=seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    for stain, one in found.items():
+        typer.echo(
+            f"{stain}: temperature {one.temperature:g}, calibration error {one.error_before:.3f} → "
+            f"{one.error_after:.3f} on {one.cells} cells, {one.positive_cells} of them positive"
+        )
+    if json_file is not None:
+        write_json(json_file, {stain: dataclasses.asdict(one) for stain, one in found.items()})
 
 
 def _numbers(text: str) -> tuple[int, ...]:

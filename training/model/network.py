@@ -10,7 +10,7 @@ from staindiffuser.training.model.branch import Branch
 from staindiffuser.training.model.denoiser import Denoiser
 from staindiffuser.training.model.encoder import HEEncoder
 
-__all__ = ["DualDiffusion", "Task", "he_to_network", "standardize", "unstandardize"]
+__all__ = ["DualDiffusion", "Task", "he_to_network", "standardize", "tempered", "unstandardize"]
 
 
 class DualDiffusion(nn.Module):
@@ -19,6 +19,8 @@ class DualDiffusion(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.temperatures: dict[str, float] = {}
+        """By what the logit of a stain's cell map is divided; of these weights, so not of the architecture."""
         features = config.features
         self.encoder = HEEncoder(config.encoder, config.backbone)
         self.images = nn.ModuleDict(
@@ -37,6 +39,12 @@ class DualDiffusion(nn.Module):
         branch = self.branch(task, stain)
         injections = branch.attend(features)
         return Denoiser(lambda x, c_noise: branch(x, c_noise, injections), self.config.sigma_data)
+
+
+def tempered(probability: Tensor, temperature: float) -> Tensor:
+    """Probabilities in [0, 1] with their logit divided by ``temperature``: where they say 0.8, it is 80 % then."""
+    yes, no = probability ** (1 / temperature), (1 - probability) ** (1 / temperature)
+    return yes / (yes + no)
 
 
 def he_to_network(he: Tensor) -> Tensor:

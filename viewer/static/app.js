@@ -18,7 +18,7 @@ let slide = null;
 let aboutCells = { state: "reading", problem: "", classes: [] };
 let asked = 0; // number of the newest question about a region
 
-const cells = new Cells(() => panels.redraw());
+const cells = new Cells(() => panels.redraw({ atOnce: false }));
 const panels = new Panels($("panels"), { onMove: moved, draw: drawMarks, onMessage: say });
 const tool = new RegionTool(panels, regionChanged);
 
@@ -120,10 +120,10 @@ function moved(place) {
 
 function drawMarks(panel) {
   const context = panel.marks.getContext("2d");
-  const ratio = panel.marks.width / Math.max(1, panel.element.clientWidth);
-  context.setTransform(ratio, 0, 0, ratio, 0, 0);
-  context.clearRect(0, 0, panel.marks.width, panel.marks.height);
   const projection = panels.projection(panel);
+  const ratio = panel.marks.width / Math.max(1, projection.width);
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  context.clearRect(0, 0, projection.width, projection.height);
   drawFlags(context, projection, slide.flags);
   cells.draw(context, projection, panel);
   tool.draw(context, projection);

@@ -7,12 +7,9 @@ import { state } from "./state.js";
 const ANIMATION = matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : 0.35;
 const SIDE = 512;
 const MAX_PIXEL_RATIO = 8;
-
-// Lights add up; of several stains over one another the darker pixel shows, so that none hides the brown of another.
-function blending({ kind }, position) {
-  if (kind === "fluorescence") return "lighter";
-  return kind === "stain" && position > 1 ? "darken" : undefined;
-}
+const FRAME = 20; // ms: drawing marks that takes no longer is no hindrance
+const PATIENCE = 10; // marks that take longer are drawn anew once in so many times of what they take
+const REST = 100; // ms after which a view that moved is at rest
 
 export class Panels {
   // onMove(place): the view changed. draw(panel): time to draw marks over a panel.
@@ -64,27 +61,30 @@ export class Panels {
     const he = slide.he ? [{ kind: "he", levels: slide.he.levels }] : [];
     if (state.mode === "fluorescence") {
       const first = slide.stains[0];
-      const images = [{ kind: "fluorescence", name: "nuclei", levels: first.levels }];
-      images.push(...stains.map((stain) => ({ kind: "fluorescence", name: stain.name, levels: stain.levels })));
+      const names = ["nuclei", ...stains.map((stain) => stain.name)].join("~");
+      const images = [{ kind: "fluorescence", name: names, levels: first.levels }];
       const title = [...stains.map((stain) => stain.label), "nuclei"].join(" + ");
       return [{ title: `${title} (virtual, as fluorescence)`, images, classes: null, dark: true }];
     }
-    const pictures = stains.map((stain) => ({ kind: "stain", name: stain.name, levels: stain.levels }));
     if (state.mode === "overlay") {
       const over = stains.map((stain) => stain.label).join(", ");
       const title = he.length ? (over ? `${over} (virtual) over H&E` : "H&E (input)") : `${over} (virtual)`;
-      return [{ title, images: [...he, ...pictures], classes: null, layered: he.length > 0 }];
+      const names = stains.map((stain) => stain.name).join("~");
+      const darkest = stains.length ? [{ kind: "stain", name: names, levels: stains[0].levels }] : [];
+      const layered = he.length > 0 && stains.length > 0;
+      return [{ title, images: [...he, ...darkest], classes: null, layered }];
     }
     const panels = he.length ? [{ title: "H&E (input)", images: he, classes: null }] : [];
     const other = slide.references.find((one) => one.name === state.compare);
-    stains.forEach((stain, i) => {
-      panels.push({ title: `${stain.label} (virtual)`, images: [pictures[i]], classes: [stain.label] });
-      if (!other?.stains.includes(stain.name)) return;
+    for (const stain of stains) {
+      const image = { kind: "stain", name: stain.name, levels: stain.levels };
+      panels.push({ title: `${stain.label} (virtual)`, images: [image], classes: [stain.label] });
+      if (!other?.stains.includes(stain.name)) continue;
       for (const [kind, title] of [["reference", `${stain.label} (${other.label})`], ["difference", `${stain.label}: difference`]]) {
         const image = { kind: `${kind}/${encodeURIComponent(other.name)}`, name: stain.name, levels: stain.levels };
         panels.push({ title, images: [image], classes: [] });
       }
-    });
+    }
     return panels;
   }
 
@@ -131,16 +131,11 @@ export class Panels {
       this.style(panel);
     });
     viewer.addHandler("viewport-change", () => this.moved(panel));
-    viewer.addHandler("update-viewport", () => this.drawMarks(panel));
+    viewer.addHandler("update-viewport", () => this.follow(panel));
     viewer.addHandler("tile-load-failed", () => this.onMessage(`Part of ${title} could not be read.`));
     viewer.addHandler("open-failed", () => this.onMessage(`${title} could not be opened.`));
-    viewer.open(
-      images.map((one, i) => ({
-        tileSource: this.source(one),
-        width: 1,
-        compositeOperation: blending(one, i),
-      })),
-    );
+    // The H&E that a stain covers is not drawn, but loaded: it may be uncovered at any time.
+    viewer.open(images.map((one, i) => ({ tileSource: this.source(one), width: 1, preload: layered && i === 0 })));
     this.sizeMarks(panel);
     return panel;
   }
@@ -159,27 +154,32 @@ export class Panels {
     };
   }
 
-  // Opacity and swipe line of the stains that lie over the H&E.
+  // Opacity and swipe line of the stains that lie over the H&E; what they cover is not drawn.
   style(panel) {
-    const { world, viewport } = panel.viewer;
-    const line = panel.element.querySelector(".swipe");
-    const swipes = panel.layered && state.swipe !== null;
-    if (line) line.hidden = !swipes;
     if (!panel.layered || !panel.ready) return;
-    if (swipes && !line) panel.element.append(this.swipeLine(panel));
-    if (swipes) panel.element.querySelector(".swipe").style.left = `${100 * state.swipe}%`;
-    const width = panel.viewer.container.clientWidth;
-    for (let i = 1; i < world.getItemCount(); i++) {
-      const item = world.getItemAt(i);
-      item.setOpacity(state.opacity);
-      if (!swipes) {
-        if (item.getClip()) item.setClip(null);
-        continue;
-      }
-      const edge = viewport.pointFromPixel(new OpenSeadragon.Point(state.swipe * width, 0), true).x * item.source.dimensions.x;
-      const left = Math.min(item.source.dimensions.x, Math.max(0, edge));
-      item.setClip(new OpenSeadragon.Rect(left, 0, item.source.dimensions.x - left, item.source.dimensions.y));
+    const { world, viewport } = panel.viewer;
+    const [below, above] = [world.getItemAt(0), world.getItemAt(1)];
+    if (!below || !above) return;
+    const swipes = state.swipe !== null;
+    let line = panel.element.querySelector(".swipe");
+    if (swipes && !line) panel.element.append((line = this.swipeLine(panel)));
+    if (line) line.hidden = !swipes;
+    if (swipes) line.style.left = `${100 * state.swipe}%`;
+    const covers = state.opacity === 1;
+    above.setOpacity(state.opacity);
+    below.setOpacity(covers && !swipes ? 0 : 1);
+    if (!swipes) {
+      for (const item of [below, above]) if (item.getClip()) item.setClip(null);
+      return;
     }
+    const place = new OpenSeadragon.Point(state.swipe * viewport.getContainerSize().x, 0);
+    const share = Math.min(1, Math.max(0, viewport.pointFromPixel(place, true).x));
+    const clip = (item, from, to) => {
+      const { x, y } = item.source.dimensions;
+      item.setClip(new OpenSeadragon.Rect(from * x, 0, (to - from) * x, y));
+    };
+    clip(above, share, 1);
+    clip(below, 0, covers ? share : 1);
   }
 
   swipeLine(panel) {
@@ -203,23 +203,53 @@ export class Panels {
     this.list.forEach((panel) => this.style(panel));
   }
 
-  redraw() {
-    this.list.forEach((panel) => panel.ready && panel.viewer.forceRedraw());
+  // Something about the marks changed: draws them at once, or when they are due while the view moves.
+  redraw({ atOnce = true } = {}) {
+    for (const panel of this.list) if (panel.ready) atOnce ? this.renew(panel) : this.follow(panel);
+  }
+
+  // Marks are drawn for the view as it is. Where that takes longer than a frame, what was drawn is moved and scaled with
+  // the view instead, and drawn anew now and then, and when the view rests.
+  follow(panel) {
+    if (!panel.ready) return;
+    if (!panel.drawn || performance.now() >= panel.due) return this.renew(panel);
+    const { x, y, scale } = this.projection(panel);
+    const times = scale / panel.drawn.scale;
+    panel.marks.style.transform = `translate(${x - times * panel.drawn.x}px, ${y - times * panel.drawn.y}px) scale(${times})`;
+    clearTimeout(panel.resting);
+    panel.resting = setTimeout(() => this.list.includes(panel) && this.renew(panel), REST);
+  }
+
+  renew(panel) {
+    clearTimeout(panel.resting);
+    const began = performance.now();
+    panel.drawn = this.projection(panel);
+    panel.marks.style.transform = "";
+    this.drawMarks(panel);
+    // The browser rasters after this: only the next frame tells how long it took.
+    panel.due = Infinity;
+    requestAnimationFrame(() =>
+      requestAnimationFrame(() => {
+        const took = (performance.now() - began) / 2;
+        panel.due = took > FRAME ? began + PATIENCE * took : 0;
+      }),
+    );
   }
 
   // Where a panel looks: centre in level-0 pixels, and screen pixels per level-0 pixel.
-  place(panel) {
-    const { viewport, container } = panel.viewer;
-    const centre = viewport.getCenter(true);
+  place(panel, current = true) {
+    const { viewport } = panel.viewer;
+    const centre = viewport.getCenter(current);
     const width = this.slide.size[0];
-    return { x: centre.x * width, y: centre.y * width, scale: (viewport.getZoom(true) * container.clientWidth) / width };
+    // Not the element's clientWidth: asking for it makes the browser lay out the page, in every frame.
+    return { x: centre.x * width, y: centre.y * width, scale: (viewport.getZoom(current) * viewport.getContainerSize().x) / width };
   }
 
   put(panel, { x, y, scale }, immediately = true) {
     if (!panel.ready) return;
-    const { viewport, container } = panel.viewer;
+    const { viewport } = panel.viewer;
     const width = this.slide.size[0];
-    viewport.zoomTo((scale * width) / container.clientWidth, null, immediately);
+    viewport.zoomTo((scale * width) / viewport.getContainerSize().x, null, immediately);
     viewport.panTo(new OpenSeadragon.Point(x / width, y / width), immediately);
     if (immediately) viewport.applyConstraints(true);
   }
@@ -249,11 +279,7 @@ export class Panels {
   // Where the first panel is going: keys that follow one another add up.
   target() {
     const [panel] = this.list;
-    if (!panel?.ready) return null;
-    const { viewport, container } = panel.viewer;
-    const centre = viewport.getCenter(false);
-    const width = this.slide.size[0];
-    return { x: centre.x * width, y: centre.y * width, scale: (viewport.getZoom(false) * container.clientWidth) / width };
+    return panel?.ready ? this.place(panel, false) : null;
   }
 
   moved(panel) {
@@ -268,16 +294,16 @@ export class Panels {
 
   // Position of a level-0 pixel on a panel's screen, and the scale.
   projection(panel) {
-    const { viewport, container } = panel.viewer;
+    const { viewport } = panel.viewer;
     const origin = viewport.pixelFromPoint(new OpenSeadragon.Point(0, 0), true);
-    const scale = (viewport.getZoom(true) * container.clientWidth) / this.slide.size[0];
-    return { x: origin.x, y: origin.y, scale, width: container.clientWidth, height: container.clientHeight };
+    const { x: width, y: height } = viewport.getContainerSize();
+    return { x: origin.x, y: origin.y, scale: (viewport.getZoom(true) * width) / this.slide.size[0], width, height };
   }
 
   sizeMarks(panel) {
     const ratio = devicePixelRatio || 1;
     panel.marks.width = Math.round(panel.element.clientWidth * ratio);
     panel.marks.height = Math.round(panel.element.clientHeight * ratio);
-    if (panel.ready) this.drawMarks(panel);
+    if (panel.ready) this.renew(panel);
   }
 }

@@ -100,3 +100,14 @@ def tiles_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     he[blob], images[stain][blob] = colour, (130, 80, 45)
             writer.add(f"t{i:02d}", he=he, stains=images, slide=f"s{i % 4}", split=splits[i % 4], mpp=0.5)
     return folder
+
+
+@pytest.fixture(scope="session")
+def viewed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a slide, ``slide.ome.tiff``, and its result, ``slide-stained``, for the viewer to show."""
+    from tests.viewer_results import stain, write_slide
+
+    folder = tmp_path_factory.mktemp("viewed")
+    write_slide(folder / "slide.ome.tiff")
+    stain(folder / "slide.ome.tiff", folder / "slide-stained")
+    return folder

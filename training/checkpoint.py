@@ -66,7 +66,7 @@ class CheckpointConfig:
     )
     """Noise levels of the few-step sampler, by number of steps."""
     temperatures: dict[str, float] = field(default_factory=dict)
-    """By what the logit of a stain's cell map is divided, by the stain's name (``evaluate --calibrate``); 1 if absent."""
+    """By what the logit of a stain's cell map is divided (``evaluate --calibrate``), by the stain's name; else 1."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """How the weights were made: recipe, data, steps, time, versions."""
     format: int = FORMAT
@@ -83,7 +83,9 @@ class CheckpointConfig:
                 raise ConfigError("sigmas must be, per number of steps, as many positive noise levels")
         for stain, temperature in self.temperatures.items():
             if stain not in self.model.stain_names or not 0 < temperature < math.inf:
-                raise ConfigError(f"temperatures: {stain} {temperature}: must be positive numbers of the model's stains")
+                raise ConfigError(
+                    f"temperatures: {stain} {temperature}: must be positive numbers of the model's stains"
+                )
         if str(self.steps) not in self.sigmas:
             raise ConfigError(f"steps is {self.steps}, but sigmas has none for it")
 

@@ -111,8 +111,9 @@ def _cell_lines(cells: Mapping[str, Any]) -> list[str]:
 def _calibration_lines(found: Mapping[str, Any]) -> list[str]:
     """The temperatures that ``evaluate --calibrate`` fitted, and what they changed on the tiles they were fitted on."""
     stains: Mapping[str, Any] = found["stains"]
+    columns = ("temperature", "error_before", "error_after")
     rows = [
-        f"| {name} | {one['temperature']} | {shown(one['error_before'])} | {shown(one['error_after'])} | {one['cells']} |"
+        f"| {name} | {' | '.join(shown(one[column]) for column in columns)} | {one['cells']} |"
         for name, one in stains.items()
     ]
     return [

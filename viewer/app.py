@@ -134,9 +134,7 @@ class _Views:
         images = [result.stain(name) for name in names]
         if len(images) == 1:
             return _tile(images[0], request)
-        return self._made(
-            request, result, lambda *place: np.minimum.reduce([image.pixels(*place) for image in images])
-        )
+        return self._made(request, result, lambda *place: np.minimum.reduce([image.pixels(*place) for image in images]))
 
     def fluorescence(self, request: Request) -> Response:
         """Stains as light, ``nuclei~cd3~ck818`` in one image: a browser that adds up layers is too slow to zoom."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from staindiffuser.client.names import slide_identity
-from staindiffuser.client.run_record import SYNTHETIC, RunRecord
+from staindiffuser.client.run_record import SYNTHETIC, RunRecord, gate_text
 from staindiffuser.viewer.cell_index import BLOCK
 from staindiffuser.viewer.comparison import Reference
 from staindiffuser.viewer.flags import REASONS
@@ -65,7 +65,7 @@ def about_result(result: OpenResult, references: Sequence[Reference] = ()) -> di
         "synthetic": SYNTHETIC,
         "notice": run.model.notice,
         "model": {"name": run.model.name, "version": run.model.version, "steps": run.steps, "mpp": run.model.mpp},
-        "gate": "not recorded",
+        "gate": gate_text(run.model.gate, run.stains),
         "size": list(run.input.size),
         "mpp": list(run.input.mpp),
         "objective": objective(run.input.mpp),

@@ -16,7 +16,7 @@ from staindiffuser.client.run_record import read_run
 from staindiffuser.viewer.report import write_reports
 from staindiffuser.viewer.results import find_results
 from staindiffuser.viewer.server import OPENSEADRAGON
-from tests.viewer_results import Viewer, stain, viewing, write_quality, write_slide
+from tests.viewer_results import Viewer, stain, viewing, write_quality
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -41,11 +41,11 @@ Open = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(viewed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two results, and a slide that failed."""
     folder = tmp_path_factory.mktemp("browser")
-    write_slide(folder / "slide.ome.tiff")
-    stain(folder / "slide.ome.tiff", folder / "first-stained")
+    shutil.copy(viewed / "slide.ome.tiff", folder)
+    shutil.copytree(viewed / "slide-stained", folder / "first-stained")
     shutil.copytree(folder / "first-stained", folder / "second-stained")
     (folder / "summary.csv").write_text(
         "slide,output,status,exit_code,error\nx.svs,third-stained,failed,4,x.svs is damaged\n", encoding="utf-8"
@@ -169,7 +169,7 @@ def test_the_page_shows_slide_stains_scores_and_what_they_are(open_page: Open, f
     assert notice.is_visible()
     assert "Synthetic image, research use only." in notice.inner_text()
     assert "Model fake" in notice.inner_text()
-    assert "gate: not recorded" in notice.inner_text()
+    assert "gate: not passed: CD3 (radial power 0.34)" in notice.inner_text()
     run = read_run(folder / "first-stained")
     assert re.findall(r"\d+", page.locator("#slide-scores td").first.inner_text()) == [str(run.cells["CD3"])]
     assert page.locator("#slide-list li").count() == 3

@@ -1,4 +1,4 @@
-"""The temperature of a stain's cell map: fitted on validation tiles, so that where it says 0.8, 80 % of cells are positive.
+"""The temperature of a stain's cell map: fitted on validation tiles, so that its 0.8 means that 80 % are positive.
 
 The map's logit is divided by the temperature (Guo et al., ICML 2017): one half stays one half, so no cell appears or
 disappears. A cell's probability is the mean of the map over its nucleus, found in the H&E, as in ``cell_scores``.

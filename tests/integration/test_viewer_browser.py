@@ -37,6 +37,9 @@ pytestmark = [
     ),
 ]
 
+PATIENCE_MS = 60_000
+"""A busy machine takes half a minute to open a page."""
+
 Open = Callable[..., Any]
 
 
@@ -77,7 +80,7 @@ def open_page(browser: Any, viewer: Viewer) -> Iterator[Open]:
         context = browser.new_context(viewport={"width": size[0], "height": size[1]}, reduced_motion="reduce")
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(PATIENCE_MS)
 
         def asked(request: Any) -> None:
             if not request.url.startswith((at.address, "data:", "blob:")):
@@ -111,11 +114,11 @@ def open_page(browser: Any, viewer: Viewer) -> Iterator[Open]:
 
 def until(page: Any, expression: str) -> None:
     """Wait until an expression holds; Playwright's own way evaluates strings in the page, which the page forbids."""
-    for _ in range(150):
+    for _ in range(PATIENCE_MS // 100):
         if page.evaluate(expression):
             return
         page.wait_for_timeout(100)
-    raise AssertionError(f"not within 15 s: {expression}")
+    raise AssertionError(f"not in time: {expression}")
 
 
 def address(page: Any) -> dict[str, str]:

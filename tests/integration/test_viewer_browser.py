@@ -122,8 +122,8 @@ def until(page: Any, expression: str) -> None:
 
 
 def address(page: Any) -> dict[str, str]:
-    """What stands behind "#", after the page had time to write it there."""
-    page.wait_for_timeout(350)
+    """What stands behind "#", after the page had time, by its own clock, to write it there."""
+    page.evaluate("() => new Promise((done) => setTimeout(done, 350))")
     return {name: values[0] for name, values in parse_qs(page.url.partition("#")[2]).items()}
 
 

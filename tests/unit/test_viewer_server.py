@@ -153,7 +153,7 @@ def test_of_several_stains_the_darkest_pixel_is_shown(viewer: Viewer) -> None:
     cd3, ck = (pixels(viewer.get(f"/slides/slide/stain/{name}/{place}").body).astype(int) for name in ("cd3", "ck818"))
     both = pixels(viewer.get(f"/slides/slide/stain/cd3~ck818/{place}").body).astype(int)
     assert np.abs(both - np.minimum(cd3, ck)).mean() < 2
-    assert np.abs(both - cd3).mean() > 2
+    assert (np.abs(both - cd3).max(axis=-1) > 30).sum() > 500  # brown of CK8/18 that CD3 lacks
 
 
 def test_cells_come_by_block_and_as_counts(viewer: Viewer, folder: Path) -> None:

@@ -180,7 +180,8 @@ class _Batch:
     def _plan(self, names: SlideNames, slide: SlideInput, job: SlideJob, client: Stainer) -> Outcome:
         plan = job.plan(client.contract)
         stains = client.contract.select(self._options.stains)
-        estimate = plan.estimate(len(stains), cells=self._options.cells)
+        options = self._options
+        estimate = plan.estimate(len(stains), cells=options.cells, combined=options.combined, formats=options.formats)
         for line in [plan.announcement(), *plan.warnings]:
             self.reporter.say(line)
         self.reporter.say(

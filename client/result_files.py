@@ -252,6 +252,7 @@ class ResultFiles:
         """Write the other formats; return their names."""
         if not self._formats:
             return []
+        from staindiffuser.client.cells_dicom import write_annotations
         from staindiffuser.imaging.dicom_image import new_uid, write_dicom
         from staindiffuser.imaging.ome_zarr import write_ome_zarr
 
@@ -267,6 +268,9 @@ class ResultFiles:
                 with self._watch.stage(suffix):
                     if suffix == "dicom":
                         write_dicom(self._folder / name, made, info, study=study, source=self._dicom_source)
+                        if self._cells is not None:
+                            (channel,) = info.channels
+                            write_annotations(self._folder / CELLS_FILE, made, channel.name, self._view.scale)
                     else:
                         write_ome_zarr(self._folder / name, made, info, glass=image.glass)
         return names

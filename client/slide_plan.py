@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +31,9 @@ COARSE, UPSAMPLING = 1.5, 2.0
 """Input pixels larger than the model's by the first factor cause a warning, by the second a refusal."""
 
 
-DISK_BYTES_PER_PIXEL = (0.8, 0.3)
-"""Of an image and of a cell map with tissue all over, generously: 0.3 and 0.2 were measured (ours)."""
+IMAGE_BYTES, MAP_BYTES, CHANNEL_BYTES, ZARR_BYTES = 0.8, 0.3, 0.5, 2.2
+"""Per pixel of an image, a cell map, a channel of ``combined.ome.tiff`` and an image in OME-Zarr, with tissue all over,
+generously: 0.3, 0.2, 0.36 and 1.7 were measured (ours)."""
 MEMORY_BYTES = 300 * 2**20
 """Of the client without any tiles."""
 
@@ -41,7 +43,7 @@ class Estimate:
     """What staining a slide will need, roughly."""
 
     disk_bytes: int
-    """While staining; the result takes half of it."""
+    """While staining: the result, and the unfinished files of its OME-TIFFs."""
     memory_bytes: int
 
 
@@ -64,11 +66,15 @@ class SlidePlan:
         """Rows of the result."""
         return -(-self.view.size[1] // SIDE)
 
-    def estimate(self, stains: int, *, cells: bool) -> Estimate:
-        """Disk and memory for so many stains."""
+    def estimate(self, stains: int, *, cells: bool, combined: bool = False, formats: Collection[str] = ()) -> Estimate:
+        """Disk and memory for so many stains, and what else of :class:`StainingOptions` is asked for."""
         pixels = len(self.tiles) * self.grid.stride**2
-        image, cell_map = DISK_BYTES_PER_PIXEL
-        disk = 2 * stains * pixels * (image + cell_map * cells)
+        channels = (stains + 1) * combined
+        disk = 2.0 * pixels * (stains * (IMAGE_BYTES + MAP_BYTES * cells) + channels * CHANNEL_BYTES)
+        if "ome-zarr" in formats:
+            disk += pixels * (stains * (ZARR_BYTES + MAP_BYTES * cells) + channels * CHANNEL_BYTES)
+        if "dicom" in formats:
+            disk += pixels * stains * IMAGE_BYTES
         # Rows of tiles that wait for the writer and those being stained, and the rows of the slide that they show.
         waiting = self.view.size[0] * (4 * SIDE + self.grid.tile) * (3 + stains * (3 + cells))
         return Estimate(disk_bytes=round(disk), memory_bytes=MEMORY_BYTES + waiting)

@@ -1,6 +1,8 @@
 """``--format dicom``: valid instances, the OME-TIFF's pixels, references to the source, and nobody's name unasked."""
 
 import dataclasses
+import gzip
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,6 +30,8 @@ SIZE = (900, 640)
 def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     y, x = np.mgrid[: SIZE[1], : SIZE[0]]
     pixels = np.stack([180 + 40 * np.sin(x / 30), 110 + 40 * np.cos(y / 25), 160 + 0 * x], axis=-1).astype(np.uint8)
+    for top in range(40, 600, 100):
+        pixels[top : top + 20, 50 + top : 70 + top] = 40  # cells
     folder = tmp_path_factory.mktemp("dicom") / "he"
     write_series(folder, pixels, mark=MARK)
     return folder
@@ -40,7 +44,7 @@ def result(slide: Path) -> Path:
 
 
 def headers(folder: Path) -> list[Any]:
-    return [pydicom.dcmread(path) for path in sorted(folder.glob("*.dcm"))]
+    return [pydicom.dcmread(path) for path in sorted(folder.glob("level-*.dcm"))]
 
 
 def test_every_level_has_the_pixels_of_the_tiff(result: Path) -> None:
@@ -83,12 +87,31 @@ def test_whose_slide_it_is_is_copied_only_on_request(slide: Path, result: Path, 
         assert header.ReferencedSeriesSequence[0].SeriesInstanceUID == source.SeriesInstanceUID
 
 
+def test_cells_are_bulk_annotations_of_the_image(result: Path) -> None:
+    ann = pytest.importorskip("highdicom.ann", reason="annotations need highdicom")
+    with gzip.open(result / "cells.geojson.gz") as file:
+        features = json.load(file)["features"]
+    expected = [f for f in features if f["properties"]["classification"]["name"] == "CD3"]
+    assert len(expected) > 3
+    annotations = ann.annread(result / "cd3.dicom/cells.dcm")
+    (group,) = annotations.get_annotation_groups()
+    outlines = group.get_graphic_data(coordinate_type="2D")
+    assert len(outlines) == len(expected)
+    for outline, feature in zip(outlines, expected, strict=True):
+        np.testing.assert_allclose(outline, feature["geometry"]["coordinates"][0][:-1], atol=0.01)
+    level = headers(result / "cd3.dicom")[0]
+    assert annotations.ReferencedImageSequence[0].ReferencedSOPInstanceUID == level.SOPInstanceUID
+    assert annotations.StudyInstanceUID == level.StudyInstanceUID
+    _, values, _ = group.get_measurements()
+    assert values[:, 0] == pytest.approx([f["properties"]["measurements"]["Area µm^2"] for f in expected], rel=1e-4)
+
+
 def test_it_validates(result: Path) -> None:
     if shutil.which("dciodvfy") is None:
         pytest.skip("validating DICOM needs dciodvfy (Debian's dicom3tools)")
     for path in sorted((result / "cd3.dicom").glob("*.dcm")):
         done = subprocess.run(["dciodvfy", path], capture_output=True, text=True, check=False, errors="replace")
-        assert "VLWholeSlideMicroscopyImage" in done.stdout + done.stderr
+        assert "Microscopy" in done.stdout + done.stderr
         assert "Error" not in done.stdout + done.stderr
 
 

@@ -112,7 +112,10 @@ def test_it_validates(result: Path) -> None:
     for path in sorted((result / "cd3.dicom").glob("*.dcm")):
         done = subprocess.run(["dciodvfy", path], capture_output=True, text=True, check=False, errors="replace")
         assert "Microscopy" in done.stdout + done.stderr
-        assert "Error" not in done.stdout + done.stderr
+        errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("Error")]
+        if path.name == "cells.dcm":  # dciodvfy of 2022 asks 2D annotations for it, which have none, as they should
+            errors = [line for line in errors if "CommonZCoordinateValue> = <>" not in line]
+        assert errors == []
 
 
 def test_long_frames_are_found_by_the_extended_table(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:

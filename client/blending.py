@@ -155,7 +155,7 @@ class Mosaic:
         if of_glass is None:
             return None
         painted = _PAINTED[image_HW3.min(axis=-1)]
-        opacity: NDArray[np.uint16] = painted + _product(256 - painted, of_glass)
+        opacity: NDArray[np.uint16] = painted + _product(np.uint16(256) - painted, of_glass)
         return opacity
 
 

@@ -16,10 +16,10 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from staindiffuser.benchmarks.reporting import JsonFile, hand_over
 from staindiffuser.client.blending import Mosaic, OutputImage
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.tiling import GridTile, TileGrid
-from staindiffuser.files import check_file
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.slides import open_slide
 
@@ -194,16 +194,9 @@ def seams(
     x: Annotated[int, typer.Option(min=0, help="Left edge of the region, pixels at the model's pixel size.")] = 0,
     y: Annotated[int, typer.Option(min=0, help="Upper edge of the region.")] = 0,
     side: Annotated[int, typer.Option(min=64, help="Side of the region.")] = 768,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", callback=check_file, help="Write the report here as JSON; - for the screen."),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """A region in tiles against the same region as one large tile, by margin: how much the grid of tiles shows."""
-    import dataclasses
-    import json
-
-    from staindiffuser.files import write_json
 
     report = bench_seams(
         checkpoint,
@@ -214,10 +207,7 @@ def seams(
         side=side,
         progress=lambda line: typer.echo(line, err=True),
     )
-    if json_file is not None and str(json_file) == "-":
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=1))
+    if hand_over(report, json_file):
         return
-    if json_file is not None:
-        write_json(json_file, dataclasses.asdict(report))
     for line in report.lines():
         typer.echo(line)

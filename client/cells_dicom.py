@@ -9,6 +9,7 @@ import numpy as np
 import orjson
 import pydicom
 from numpy.typing import NDArray
+from pydicom.sr.coding import Code
 
 import staindiffuser
 from staindiffuser.imaging.dicom_image import new_uid
@@ -16,6 +17,11 @@ from staindiffuser.imaging.dicom_image import new_uid
 __all__ = ["ANNOTATIONS_FILE", "write_annotations"]
 
 ANNOTATIONS_FILE = "cells.dcm"
+_STRUCTURE = Code("91723000", "SCT", "Anatomical structure")
+_CELL = Code("4421005", "SCT", "Cell")
+_AREA = Code("42798000", "SCT", "Area")
+_UM2 = Code("um2", "UCUM", "Square Micrometer")
+_AI = Code("123109", "DCM", "Artificial Intelligence")
 
 
 def write_annotations(geojson: Path, folder: Path, label: str, scale: tuple[float, float]) -> int:
@@ -35,26 +41,25 @@ def write_annotations(geojson: Path, folder: Path, label: str, scale: tuple[floa
     """
     import highdicom
     from highdicom.ann import AnnotationGroup, Measurements, MicroscopyBulkSimpleAnnotations
-    from pydicom.sr.codedict import codes
 
     outlines, areas = _cells_of(geojson, label, scale)
     if not outlines:
         return 0
     image = pydicom.dcmread(folder / "level-0.dcm", stop_before_pixels=True)
     algorithm = highdicom.AlgorithmIdentificationSequence(
-        name="StainDiffuser", family=codes.DCM.ArtificialIntelligence, version=staindiffuser.__version__
+        name="StainDiffuser", family=_AI, version=staindiffuser.__version__
     )
     group = AnnotationGroup(
         number=1,
         uid=new_uid(),
         label=f"{label}: cells (virtual)"[:64],
-        annotated_property_category=codes.SCT.AnatomicalStructure,
-        annotated_property_type=codes.SCT.Cell,
+        annotated_property_category=_STRUCTURE,
+        annotated_property_type=_CELL,
         graphic_type="POLYGON",
         graphic_data=outlines,
         algorithm_type="AUTOMATIC",
         algorithm_identification=algorithm,
-        measurements=[Measurements(name=codes.SCT.Area, values=areas, unit=codes.UCUM.SquareMicrometer)],
+        measurements=[Measurements(name=_AREA, values=areas, unit=_UM2)],
         description=str(image.DerivationDescription)[:1024],
     )
     annotations = MicroscopyBulkSimpleAnnotations(
@@ -70,7 +75,7 @@ def write_annotations(geojson: Path, folder: Path, label: str, scale: tuple[floa
         software_versions=str(image.SoftwareVersions),
         device_serial_number=str(image.DeviceSerialNumber),
         content_label="VIRTUAL_CELLS",
-        content_description="Cells of a virtual stain"[:64],
+        content_description="Cells of a virtual stain",
     )
     annotations.save_as(folder / ANNOTATIONS_FILE)
     return len(outlines)

@@ -17,11 +17,11 @@ from staindiffuser.imaging.dicom_image import new_uid
 __all__ = ["ANNOTATIONS_FILE", "write_annotations"]
 
 ANNOTATIONS_FILE = "cells.dcm"
-_STRUCTURE = Code("91723000", "SCT", "Anatomical structure")
+_STRUCTURE = Code("91723000", "SCT", "Anatomical Structure")
 _CELL = Code("4421005", "SCT", "Cell")
 _AREA = Code("42798000", "SCT", "Area")
-_UM2 = Code("um2", "UCUM", "Square Micrometer")
-_AI = Code("123109", "DCM", "Artificial Intelligence")
+_UM2 = Code("um2", "UCUM", "square micrometer")
+_AI = Code("123110", "DCM", "Artificial Intelligence")
 
 
 def write_annotations(geojson: Path, folder: Path, label: str, scale: tuple[float, float]) -> int:

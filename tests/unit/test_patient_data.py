@@ -206,7 +206,7 @@ def test_no_output_and_no_log_names_the_patient(
     assert run.input.path is None
     for file in out.rglob("*"):
         assert not reveals(str(file.relative_to(out)).encode())
-        assert not reveals(file.read_bytes()), file.name
+        assert file.is_dir() or not reveals(file.read_bytes()), file.name
     assert not reveals(printed.out.encode() + printed.err.encode())
     with tifffile.TiffFile(out / "cd3.ome.tiff") as image:
         assert identity in (image.ome_metadata or "")

@@ -5,7 +5,8 @@ a server does. Open loop: requests arrive at random moments (Poisson), whether o
 people's do. Latency counts from the moment at which a request was due, so that a slow server cannot hide its queue by
 slowing its clients down.
 
-The other side is the same engines behind Starlette and uvicorn, see :mod:`~staindiffuser.benchmarks.rival`.
+The other sides are the same engines behind Starlette and uvicorn, see :mod:`~staindiffuser.benchmarks.rival`, and
+behind PyTriton's ``@batch``, see :mod:`~staindiffuser.benchmarks.rival_pytriton`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from staindiffuser.benchmarks.measuring import Machine
 from staindiffuser.benchmarks.rival import encode, output_names
 from staindiffuser.errors import DependencyError
 from staindiffuser.export.manifest import Manifest, verify
+from staindiffuser.serving.runtime import find_runtime
 from staindiffuser.serving.server import TritonServer
 from staindiffuser.triton_models.noise import philox
 
@@ -36,7 +38,7 @@ __all__ = ["LoadReport", "OpenLoop", "bench_load"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 Call = Callable[[Arrays], Arrays]
-TRITON, RIVAL = "Triton", "Starlette + uvicorn"
+TRITON, RIVAL, PYTRITON = "Triton", "Starlette + uvicorn", "PyTriton @batch"
 _MESSAGE_BYTES = 1 << 30
 _MOST_WAITING = 512
 
@@ -99,7 +101,7 @@ def bench_load(
         shares: of the saturated throughput, at which requests arrive in the open loop.
         seconds: of each measurement.
         threads: of each engine; the repository's by default.
-        rival: also the other side.
+        rival: also the other sides.
         progress: called with one line per step.
 
     Raises:
@@ -112,7 +114,7 @@ def bench_load(
     opened: dict[str, tuple[OpenLoop, ...]] = {}
     answers: list[Arrays] = []
     statistics: Mapping[str, Mapping[str, float]] = {}
-    for name, serve in ((TRITON, _triton), (RIVAL, _rival))[: 2 if rival else 1]:
+    for name, serve in ((TRITON, _triton), (RIVAL, _rival), (PYTRITON, _pytriton))[: 3 if rival else 1]:
         with serve(repository, manifest, threads) as (call, account):
             answers.append(call(batches[0]))
             rates = []
@@ -204,25 +206,7 @@ Account = Callable[[], Mapping[str, Mapping[str, float]]]
 
 @contextlib.contextmanager
 def _triton(repository: Path, manifest: Manifest, threads: int) -> Iterator[tuple[Call, Account]]:
-    import tritonclient.grpc as triton
-
-    names = output_names(manifest)
-    options = [
-        ("grpc.enable_http_proxy", 0),
-        ("grpc.max_send_message_length", _MESSAGE_BYTES),
-        ("grpc.max_receive_message_length", _MESSAGE_BYTES),
-    ]
-    with TritonServer(repository, threads=threads) as server:
-        client = triton.InferenceServerClient(server.url, channel_args=options)
-
-        def call(inputs: Arrays) -> Arrays:
-            tensors = []
-            for name, dtype in (("HE", "UINT8"), ("ORIGIN", "INT64"), ("SEED", "INT64")):
-                tensor = triton.InferInput(name, inputs[name].shape, dtype)
-                tensors.append(tensor.set_data_from_numpy(inputs[name]))
-            asked = [triton.InferRequestedOutput(name) for name in names]
-            result = client.infer("staindiffuser", tensors, outputs=asked)
-            return {name: result.as_numpy(name) for name in names}
+    with TritonServer(repository, threads=threads) as server, _grpc(server.url, manifest) as (client, call):
 
         def account() -> Mapping[str, Mapping[str, float]]:
             told = {}
@@ -237,10 +221,58 @@ def _triton(repository: Path, manifest: Manifest, threads: int) -> Iterator[tupl
                 told[model.name] = {name: int(part.ns) / 1e6 / count for name, part in parts.items()}
             return told
 
+        yield call, account
+
+
+@contextlib.contextmanager
+def _grpc(url: str, manifest: Manifest) -> Iterator[tuple[Any, Call]]:
+    """A client of Triton's, and what sends a request through it."""
+    import tritonclient.grpc as triton
+
+    names = output_names(manifest)
+    options = [
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.max_send_message_length", _MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+    ]
+    client = triton.InferenceServerClient(url, channel_args=options)
+
+    def call(inputs: Arrays) -> Arrays:
+        tensors = []
+        for name, dtype in (("HE", "UINT8"), ("ORIGIN", "INT64"), ("SEED", "INT64")):
+            tensor = triton.InferInput(name, inputs[name].shape, dtype)
+            tensors.append(tensor.set_data_from_numpy(inputs[name]))
+        asked = [triton.InferRequestedOutput(name) for name in names]
+        result = client.infer("staindiffuser", tensors, outputs=asked)
+        return {name: result.as_numpy(name) for name in names}
+
+    try:
+        yield client, call
+    finally:
+        client.close()
+
+
+@contextlib.contextmanager
+def _pytriton(repository: Path, manifest: Manifest, threads: int) -> Iterator[tuple[Call, Account]]:
+    command = [sys.executable, "-m", "staindiffuser.benchmarks.rival_pytriton", os.fspath(repository), str(threads)]
+    environment = find_runtime().environment(os.environ)  # PyTriton leaves it to chance which libpython it finds
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
         try:
-            yield call, account
+            port = next((line.split()[1] for line in process.stdout if line.startswith("port ")), None)
+            if port is None:
+                raise DependencyError(f"{PYTRITON} did not start: pip install 'staindiffuser[serve]', or --no-rival")
+            with _grpc(f"127.0.0.1:{port}", manifest) as (_, call):
+                yield call, dict
         finally:
-            client.close()
+            process.communicate()  # ends its standard input, upon which it stops its server
 
 
 @contextlib.contextmanager

@@ -25,11 +25,14 @@ def load(
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each measurement.")] = 10.0,
     threads: Annotated[int | None, typer.Option(help="Threads of each engine; 0 for all cores.")] = None,
     rival: Annotated[
-        bool, typer.Option("--rival/--no-rival", help="Also the same engines behind Starlette and uvicorn.")
+        bool,
+        typer.Option(
+            "--rival/--no-rival", help="Also the same engines behind Starlette and uvicorn, and behind PyTriton."
+        ),
     ] = True,
     json_file: JsonFile = None,
 ) -> None:
-    """A real Triton server under load, beside the same engines behind Starlette and uvicorn (what FastAPI is made of).
+    """A real Triton server under load, beside the same engines behind Starlette and uvicorn (FastAPI) and PyTriton.
 
     Latency counts from the moment at which a request was due.
     """
@@ -74,8 +77,9 @@ def load(
         told = ", ".join(f"{rate:.2f} with {count}" for count, rate in zip(report.clients, rates, strict=True))
         typer.echo(f"{name}: requests/s by clients: {told}")
     if rival:
-        ours, theirs = report.closed.values()
-        typer.echo(f"{' / '.join(report.closed)}, {report.clients[-1]} clients: {ours[-1] / theirs[-1]:.2f}")
+        (name, ours), *others = report.closed.items()
+        for other, theirs in others:
+            typer.echo(f"{name} / {other}, {report.clients[-1]} clients: {ours[-1] / theirs[-1]:.2f}")
         typer.echo(f"same bytes: {'yes' if report.same_bytes else 'NO'}")
     for name, loops in report.open.items():
         for loop in loops:

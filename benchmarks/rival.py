@@ -10,12 +10,14 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from staindiffuser.export import builders
+from staindiffuser.export.loading import load_engines
 from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.export.parity import run_pipeline
 from staindiffuser.triton_models.shared.cpus import available_cpus
@@ -23,7 +25,7 @@ from staindiffuser.triton_models.shared.cpus import available_cpus
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-__all__ = ["decode", "encode", "output_names"]
+__all__ = ["decode", "encode", "load_pipeline", "output_names"]
 
 Arrays = dict[str, np.ndarray]  # type: ignore[type-arg]
 
@@ -51,6 +53,22 @@ def decode(body: bytes, tile: int) -> Arrays:
     }
 
 
+def load_pipeline(manifest: Manifest, repository: Path, threads: int) -> Callable[[Arrays], Arrays]:
+    """What computes all outputs of a batch; may be called from several threads."""
+    builder = builders.get(manifest.target)
+    files = {name: repository / record.file for name, record in manifest.engines.items()}
+    engines = load_engines(builder, files, threads=threads, flavour=manifest.flavour)
+    # As many at a time as there are cores for; an OpenVINO engine takes one.
+    at_once = max(1, available_cpus() // (threads or available_cpus())) if manifest.target == "onnxruntime" else 1
+    slots = threading.Semaphore(at_once)
+
+    def run(inputs: Arrays) -> Arrays:
+        with slots:
+            return run_pipeline(engines, manifest.engines, steps=manifest.steps, tile=manifest.tile, inputs=inputs)[1]
+
+    return run
+
+
 def _application(repository: Path, threads: int) -> Starlette:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -59,19 +77,10 @@ def _application(repository: Path, threads: int) -> Starlette:
     from starlette.routing import Route
 
     manifest = verify(repository)
-    builder = builders.get(manifest.target)
-    engines = {n: builder.load(repository / record.file, threads=threads) for n, record in manifest.engines.items()}
-    # As many at a time as there are cores for; an OpenVINO engine takes one.
-    at_once = max(1, available_cpus() // (threads or available_cpus())) if manifest.target == "onnxruntime" else 1
-    slots = threading.Semaphore(at_once)
-    names = output_names(manifest)
+    run, names = load_pipeline(manifest, repository, threads), output_names(manifest)
 
     def compute(body: bytes) -> bytes:
-        inputs = decode(body, manifest.tile)
-        with slots:
-            _, outputs = run_pipeline(
-                engines, manifest.engines, steps=manifest.steps, tile=manifest.tile, inputs=inputs
-            )
+        outputs = run(decode(body, manifest.tile))
         return b"".join(outputs[name].tobytes() for name in names)
 
     async def stain(request: Request) -> Response:

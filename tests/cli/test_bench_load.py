@@ -27,7 +27,7 @@ def test_report(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     report = json.loads(file.read_text(encoding="utf-8"))
     assert report["same_bytes"] is True
-    assert set(report["closed"]) == set(report["open"]) == {"Triton", "Starlette + uvicorn"}
+    assert set(report["closed"]) == set(report["open"]) == {"Triton", "Starlette + uvicorn", "PyTriton @batch"}
     for name, rates in report["closed"].items():
         assert len(rates) == 2
         assert all(rate > 0 for rate in rates)
@@ -38,6 +38,7 @@ def test_report(tmp_path: Path) -> None:
     assert set(report["triton_ms"]) >= {"staindiffuser", "he_encoder", "noise", "stain_cd3", "cells_ck818"}
     assert report["triton_ms"]["stain_cd3"]["compute"] > 0
     assert "Triton / Starlette + uvicorn" in result.output
+    assert "Triton / PyTriton @batch" in result.output
     assert "p99" in result.output
 
 

@@ -6,14 +6,14 @@ so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from staindiffuser.benchmarks.engines import REFERENCE, EnginesReport, Row
-from staindiffuser.benchmarks.frontier import FrontierReport, mean
+from staindiffuser.benchmarks.frontier import FrontierReport, Point, mean
 from staindiffuser.benchmarks.measuring import Machine
 from staindiffuser.errors import InputError, UsageError
 
@@ -304,10 +304,11 @@ def _chart_frontier(report: FrontierReport, path: Path) -> None:
     plt = _pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     models = list(dict.fromkeys(point.model for point in report.points))
-    for axis, title, score in (
-        (axes[0], "DAB-Dice, mean of the stains", lambda point: mean(point.dab_dice)),
-        (axes[1], "AUROC of the cells, mean of the stains", lambda point: mean(point.cell_auroc)),
-    ):
+    scores: dict[str, Callable[[Point], float]] = {
+        "DAB-Dice, mean of the stains": lambda point: mean(point.dab_dice),
+        "AUROC of the cells, mean of the stains": lambda point: mean(point.cell_auroc),
+    }
+    for axis, (title, score) in zip(axes, scores.items(), strict=True):
         for index, point in enumerate(report.points):
             served = index == report.gated
             axis.plot(

@@ -27,7 +27,7 @@ def main(repository: Path, threads: int) -> None:
     manifest = verify(repository)
     run, names = load_pipeline(manifest, repository, threads), output_names(manifest)
 
-    @batch
+    @batch  # type: ignore[untyped-decorator]
     def stain(**inputs: np.ndarray) -> Arrays:  # type: ignore[type-arg]
         outputs = run(inputs)
         return {name: outputs[name] for name in names}

@@ -144,7 +144,7 @@ class Mosaic:
             return image_HWC
         # At most 255 × 256 + 128, which 16 bits hold.
         opacity_HW1 = opacity_HW[..., None]
-        faded = image_HWC * opacity_HW1 + glass * (256 - opacity_HW1) + np.uint16(128)
+        faded: NDArray[np.uint16] = image_HWC * opacity_HW1 + glass * (256 - opacity_HW1) + np.uint16(128)
         return (faded >> np.uint16(8)).astype(np.uint8)
 
     def _painted(self, image_HW3: UInt8Array, x: int, y: int) -> NDArray[np.uint16] | None:

@@ -23,7 +23,12 @@ def framed(network: object, he: np.ndarray, **options: Any) -> dict[str, np.ndar
 def test_the_frame_shows_by_the_margin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).integers(100, 255, (512, 640, 3), np.uint8)
     path = tmp_path / "slide.tif"
-    options = {"tile": (256, 256), "photometric": "rgb", "resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}
+    options: dict[str, Any] = {
+        "tile": (256, 256),
+        "photometric": "rgb",
+        "resolution": (20000, 20000),
+        "resolutionunit": "CENTIMETER",
+    }
     tifffile.imwrite(path, pixels, **options)
     config = SimpleNamespace(
         model=SimpleNamespace(stains=[SimpleNamespace(name="cd3")], mpp=0.5),

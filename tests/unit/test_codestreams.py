@@ -1,5 +1,7 @@
 """JPEG tiles: decoded once, with the pixels of the reference decoder, or refused."""
 
+from typing import Any
+
 import imagecodecs
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ def tissue() -> np.ndarray:
 
 
 def jpeg(colours: str, subsampling: str = "444") -> bytes:
-    options = {"colorspace": "RGB", "outcolorspace": colours, "subsampling": subsampling}
+    options: dict[str, Any] = {"colorspace": "RGB", "outcolorspace": colours, "subsampling": subsampling}
     return bytes(imagecodecs.jpeg8_encode(tissue(), level=85, **options))
 
 

@@ -24,7 +24,7 @@ from staindiffuser.client.errors import (
     ServerBusyError,
     ServerUnreachableError,
 )
-from staindiffuser.errors import ServerError, ServerLostError, StainDiffuserError
+from staindiffuser.errors import ServerError, ServerLostError, StainDiffuserError, UsageError
 from staindiffuser.imaging.arrays import UInt8Array
 
 __all__ = ["StainClient"]
@@ -44,6 +44,8 @@ _BUSY = ("Exceeds maximum queue size", "Request timeout expired")
 """What Triton says, as UNAVAILABLE, of a request that finds a queue full or has waited too long."""
 URGENT, ORDINARY = 1, 2
 """Priority levels of the server's queues."""
+_PRIORITY_LEVELS = "priority_levels"
+"""The model's parameter that says that requests wait in queues which know urgent ones."""
 _LOST = ("UNAVAILABLE", "CANCELLED", "NOT_FOUND")
 """Statuses of a server that is gone, stopping, overloaded, or replaced by one with another model."""
 
@@ -56,6 +58,8 @@ class _Served:
     server_version: str
     server_id: str
     """Random for each start; empty for a server that does not say."""
+    has_queues: bool
+    """Whether requests wait where urgent ones go first."""
     ensemble_version: str
     """The number that Triton gives the ensemble's version; it is derived from the model version."""
 
@@ -71,6 +75,7 @@ class StainClient:
     Raises:
         ServerUnreachableError: no server answers at ``url``, or it is not ready.
         ContractError: the server has no ensemble that this client understands.
+        UsageError: urgent requests, to a server that has no queues.
     """
 
     def __init__(
@@ -127,6 +132,11 @@ class StainClient:
         )
         try:
             self._served = self._introduce(connect_timeout)
+            if urgent and not self._served.has_queues:
+                raise UsageError(
+                    f"the server at {url} has no queue in which urgent requests could go first: leave out --urgent, or "
+                    "build its repository with --flavour single"
+                )
         except BaseException:
             self.close()
             raise
@@ -321,6 +331,7 @@ class StainClient:
             contract=contract,
             server_version=f"{metadata.name} {metadata.version}",
             server_id=parameters.get(SERVER_ID, ""),
+            has_queues=_PRIORITY_LEVELS in parameters,
             ensemble_version=version,
         )
 

@@ -238,4 +238,5 @@ def _parameters(contract: ModelContract) -> dict[str, str]:
         "model_version": contract.model_version,
         "notice": contract.notice,
         "server_id": secrets.token_hex(16),
+        "priority_levels": "2",
     }

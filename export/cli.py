@@ -130,9 +130,10 @@ def build(
     flavour: Annotated[
         str,
         typer.Option(
-            help="python: a process per engine; single: one for all; native: TensorRT backend, in the container."
+            help="single: one process for all engines (default on a CPU); python: one for each (default on a GPU); "
+            "native: TensorRT backend, in the container."
         ),
-    ] = "python",
+    ] = "",
     max_batch: Annotated[int, typer.Option(help="Largest batch of tiles that a client may send.")] = 8,
     batch: BatchOption = "",
     threads: Annotated[int, typer.Option(help="Threads of each CPU engine; 0: all cores that the server may use.")] = 0,
@@ -149,9 +150,14 @@ def build(
         bool, typer.Option("--weight-stripped", help="Build plans without weights; they are refitted on loading.")
     ] = False,
     queue_length: Annotated[
-        int, typer.Option(help="Requests that may wait (flavours single and native); more are refused as unavailable.")
-    ] = 64,
-    queue_seconds: Annotated[float, typer.Option(help="Longest wait of a request; then it is refused as well.")] = 30.0,
+        int | None,
+        typer.Option(
+            help="Requests that may wait (flavours single and native); more are refused as unavailable. (default: 64)"
+        ),
+    ] = None,
+    queue_seconds: Annotated[
+        float | None, typer.Option(help="Longest wait of a request; then it is refused as well. (default: 30)")
+    ] = None,
     allow_ungated: Annotated[
         bool,
         typer.Option("--allow-ungated", help="Build graphs whose checkpoint failed its gate; outputs say so."),

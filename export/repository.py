@@ -72,12 +72,17 @@ class BuildReport:
 
 
 def build_repository(
-    graphs_dir: Path, output: Path, *, target: str = "onnxruntime", max_batch: int = 8, threads: int = 0
+    graphs_dir: Path,
+    output: Path,
+    *,
+    target: str = "onnxruntime",
+    flavour: str = "",
+    max_batch: int = 8,
+    threads: int = 0,
 ) -> Path:
     """Build and publish a model repository; see :func:`build`. Returns ``output``."""
-    return build(
-        graphs_dir, output, target=target, options=BuildOptions(max_batch=max_batch, threads=threads)
-    ).repository
+    options = BuildOptions(max_batch=max_batch, threads=threads)
+    return build(graphs_dir, output, target=target, flavour=flavour, options=options).repository
 
 
 def build(
@@ -85,7 +90,7 @@ def build(
     output: Path,
     *,
     target: str = "onnxruntime",
-    flavour: str = "python",
+    flavour: str = "",
     options: BuildOptions | None = None,
     progress: Progress = lambda message: None,
     allow_ungated: bool = False,
@@ -97,7 +102,8 @@ def build(
         output: folder of the repository; an existing repository is replaced as a whole.
         target: one of :data:`staindiffuser.export.builders.TARGETS`, or ``auto``: the fastest CPU engines that pass,
             see :mod:`staindiffuser.export.choosing`.
-        flavour: one of :data:`staindiffuser.export.triton_config.FLAVOURS`.
+        flavour: one of :data:`staindiffuser.export.triton_config.FLAVOURS`; by default ``single`` on a CPU and
+            ``python`` on a GPU.
         options: batch sizes, threads and the target's own options.
         progress: called with one line per step.
         allow_ungated: build graphs of a checkpoint whose gate was not passed; every output says so.
@@ -171,7 +177,7 @@ def _build(wanted: RepositoryBuild, output: Path, progress: Progress) -> BuildRe
 
 
 def prepare_build(
-    graphs_dir: Path, *, target: str = "onnxruntime", flavour: str = "python", options: BuildOptions | None = None
+    graphs_dir: Path, *, target: str = "onnxruntime", flavour: str = "", options: BuildOptions | None = None
 ) -> RepositoryBuild:
     """Work out everything that determines a repository, without building it; fast.
 
@@ -183,6 +189,7 @@ def prepare_build(
     builder.version()  # refuse a target that is not installed before anything else
     builder.check(options)
     graphs = GraphSet.load(graphs_dir)
+    flavour = flavour or ("single" if builder.device().kind == "cpu" else "python")
     if flavour == "native":
         graphs = triton_config.without_stain_measures(graphs)
     if graphs.precision not in builder.precisions:

@@ -64,9 +64,9 @@ JUDGED = "JUDGED_"
 AFTER = "AFTER"
 """Input of the noise model whose only purpose is to order it after the encoder."""
 _TYPES = {"uint8": pb.TYPE_UINT8, "float16": pb.TYPE_FP16, "float32": pb.TYPE_FP32, "int64": pb.TYPE_INT64}
-FLAVOURS = ("python", "single", "native")
-"""``python``: Triton's Python backend runs an ensemble, each engine in a process of its own. ``single``: it runs one
-model that holds all engines in one process. ``native``: an ensemble for Triton's TensorRT backend, in the vendor's
+FLAVOURS = ("single", "python", "native")
+"""``single``: Triton's Python backend runs one model that holds all engines in one process. ``python``: it runs an
+ensemble, each engine in a process of its own. ``native``: an ensemble for Triton's TensorRT backend, in the vendor's
 container. Clients see no difference."""
 EngineFiles = Mapping[str, str]
 """Compute capability ("8.9"; "" on a CPU) to file name."""
@@ -78,6 +78,10 @@ IN_FLIGHT = 4
 URGENT, ORDINARY = 1, 2
 """Priority levels of requests: all urgent ones that wait run before ordinary ones, which is what a request is that
 does not say."""
+PRIORITY_LEVELS = "priority_levels"
+"""Parameter of a model whose requests wait in queues that know urgent ones."""
+QUEUE_LENGTH, QUEUE_SECONDS = 64, 30.0
+"""Of a queue, where the build does not say (ours)."""
 
 
 class Contract(Protocol):
@@ -202,7 +206,7 @@ def model_configs(
     builder: Builder,
     engine_files: Mapping[str, EngineFiles],
     options: BuildOptions,
-    flavour: str = "python",
+    flavour: str = "single",
 ) -> dict[str, str]:
     """The text of every model's ``config.pbtxt``, by model name.
 
@@ -211,7 +215,7 @@ def model_configs(
         builder: of the engines.
         engine_files: by engine name; the first file of each is the one built on this machine.
         options: batch sizes and threads.
-        flavour: ``python`` or ``native``.
+        flavour: one of :data:`FLAVOURS`.
 
     Raises:
         GraphsError: the engines' tensors are inconsistent.
@@ -223,12 +227,14 @@ def model_configs(
     if flavour == "native" and builder.target != "tensorrt":
         raise ExportUsageError(
             f"flavour native is for Triton's TensorRT backend, which runs target tensorrt only, not {builder.target}: "
-            "take flavour python"
+            "take flavour single"
+        )
+    if flavour == "python" and (options.queue_length, options.queue_seconds) != (None, None):
+        raise ExportUsageError(
+            "flavour python has no queue: take flavour single, or leave out --queue-length and --queue-seconds"
         )
     if flavour != "python" and options.weight_stripped:
-        raise ExportUsageError(
-            f"flavour {flavour} cannot put weights back into stripped plans: leave out one of the two"
-        )
+        raise ExportUsageError(f"flavour {flavour} cannot put weights back into stripped plans: take flavour python")
     gpu = builder.device().kind == "cuda"
     if flavour == "single":
         message = _pipeline(graphs, builder, engine_files, options, gpu)
@@ -252,7 +258,10 @@ def model_configs(
         if copies:
             parameters["copies"] = json.dumps({spec.name: spec.name.removeprefix(JUDGED) for spec in copies})
         messages.append(_python_model(name, engine.inputs, (*engine.outputs, *copies), options, gpu, parameters))
-    messages.append(_ensemble(graphs, options))
+    ensemble = _ensemble(graphs, options)
+    if flavour == "native":
+        ensemble.parameters[PRIORITY_LEVELS].string_value = str(ORDINARY)
+    messages.append(ensemble)
     return {message.name: to_text(message) for message in messages}
 
 
@@ -341,6 +350,7 @@ def _pipeline(
         "runner": builder.runner,
         "engines": json.dumps(engines),
         "threads": str(options.threads),
+        PRIORITY_LEVELS: str(ORDINARY),
         **contract_parameters(graphs, graphs.name),
     }
     together = joined_engines(builder, graphs.engines, "single")
@@ -389,9 +399,9 @@ def _queue(message: ModelConfig, options: BuildOptions) -> None:
     batching.default_priority_level = ORDINARY
     queue = batching.default_queue_policy
     queue.timeout_action = pb.ModelQueuePolicy.REJECT
-    queue.default_timeout_microseconds = round(options.queue_seconds * 1e6)
+    queue.default_timeout_microseconds = round((options.queue_seconds or QUEUE_SECONDS) * 1e6)
     queue.allow_timeout_override = True  # a request may ask for less
-    queue.max_queue_size = options.queue_length
+    queue.max_queue_size = options.queue_length or QUEUE_LENGTH
 
 
 def _finish(message: ModelConfig, inputs: Iterable[TensorSpec], options: BuildOptions) -> None:

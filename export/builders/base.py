@@ -64,17 +64,16 @@ class BuildOptions:
     weight_stripped: bool = False
     """Plans without weights, refitted on loading from the graph that is stored beside the plan."""
 
-    queue_length: int = 64
-    """Requests of one priority that may wait for a model; the next one is refused (ours)."""
-    queue_seconds: float = 30.0
-    """Longest wait in a model's queue; then the request is refused (ours)."""
+    queue_length: int | None = None
+    """Requests of one priority that may wait for a model; the next one is refused. None: 64 (ours)."""
+    queue_seconds: float | None = None
+    """Longest wait in a model's queue; then the request is refused. None: 30 (ours)."""
 
     def __post_init__(self) -> None:
-        if self.queue_length < 1 or not 0.001 <= self.queue_seconds <= 3600:
-            raise ExportUsageError(
-                f"queue of {self.queue_length} requests for {self.queue_seconds:g} s: must be at least 1, and from 1 "
-                "ms to an hour"
-            )
+        if self.queue_length is not None and self.queue_length < 1:
+            raise ExportUsageError(f"queue length {self.queue_length}: must be at least 1")
+        if self.queue_seconds is not None and not 0.001 <= self.queue_seconds <= 3600:
+            raise ExportUsageError(f"queue seconds {self.queue_seconds:g}: must be from 1 ms to an hour")
         if self.batches:
             if min(self.batches) < 1 or len(set(self.batches)) != len(self.batches):
                 raise ExportUsageError(f"batches {list(self.batches)}: must be distinct and at least 1")

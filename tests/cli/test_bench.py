@@ -22,7 +22,9 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_report(tmp_path: Path) -> None:
     write_graphs(tmp_path / "graphs", tile=64)
-    repository = build_repository(tmp_path / "graphs", tmp_path / "repository", max_batch=2, threads=1)
+    repository = build_repository(
+        tmp_path / "graphs", tmp_path / "repository", flavour="python", max_batch=2, threads=1
+    )
     file = tmp_path / "report.json"
     result = run(repository, "--batch", 2, "--rounds", 2, "--requests", 2, "--json", file)
     assert result.returncode == 0, result.stderr

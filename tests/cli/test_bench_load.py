@@ -35,8 +35,7 @@ def test_report(tmp_path: Path) -> None:
         assert loop["offered"] == pytest.approx(0.5 * rates[-1])
         assert loop["failed"] == 0
         assert 0 < loop["p50"] <= loop["p95"] <= loop["p99"]
-    assert set(report["triton_ms"]) >= {"staindiffuser", "he_encoder", "noise", "stain_cd3", "cells_ck818"}
-    assert report["triton_ms"]["stain_cd3"]["compute"] > 0
+    assert report["triton_ms"]["staindiffuser"]["compute"] > 0
     assert "Triton / Starlette + uvicorn" in result.output
     assert "Triton / PyTriton @batch" in result.output
     assert "p99" in result.output

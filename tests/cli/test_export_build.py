@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from staindiffuser.export.manifest import Manifest
 from tests.synthetic_graphs import write_graphs
 
 BLOCKED = "torch safetensors torchmetrics"
@@ -55,7 +56,7 @@ def test_build_twice_then_verify(graphs: Path, tmp_path: Path) -> None:
     assert json.loads(verified.stdout)["model_version"] == report["model_version"]
     assert "engines" in run("export", "verify", output).stdout
 
-    (engine,) = output.glob("cells_cd3/1/*.onnx")
+    engine = output / Manifest.load(output).engines["cells_cd3"].file
     engine.write_bytes(engine.read_bytes()[:-1])
     refused(run("export", "verify", output), 5, f"{engine} differs from manifest.json (sha256)")
     refused(run("serve", output, "--grpc-port", 0, "--metrics-port", 0), 5, f"{engine} differs")

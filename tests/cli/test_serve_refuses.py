@@ -26,7 +26,7 @@ ENGINES = ("he_encoder", "stain_cd3", "cells_cd3", "stain_ck818", "cells_ck818")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("build")
     write_graphs(folder / "graphs", tile=32)
-    return build_repository(folder / "graphs", folder / "repository", max_batch=1)
+    return build_repository(folder / "graphs", folder / "repository", flavour="python", max_batch=1)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What the ensemble computes, asked through a real Triton server."""
+"""What an ensemble of Python models computes, asked through a real Triton server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ POISON = 255
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ensemble")
     write_graphs(folder / "graphs", tile=64)
-    return build_repository(folder / "graphs", folder / "repository", threads=1)
+    return build_repository(folder / "graphs", folder / "repository", flavour="python", threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,9 @@ def break_encoder(folder: Path) -> None:
 def test_an_engine_that_fails_answers_with_its_error_and_the_server_goes_on(tmp_path: Path) -> None:
     write_graphs(tmp_path / "graphs", tile=32)
     break_encoder(tmp_path / "graphs")
-    repository = build_repository(tmp_path / "graphs", tmp_path / "repository", max_batch=2, threads=1)
+    repository = build_repository(
+        tmp_path / "graphs", tmp_path / "repository", flavour="python", max_batch=2, threads=1
+    )
     with TritonServer(repository) as server, triton.InferenceServerClient(server.url) as client:
         good = tiles(2, size=32)
         expected = ask(client, good)

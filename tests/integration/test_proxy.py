@@ -144,8 +144,11 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[TritonSer
     haproxy()
     folder = tmp_path_factory.mktemp("servers")
     write_graphs(folder / "graphs", tile=TILE)
-    repository = build_repository(folder / "graphs", folder / "models", max_batch=2, threads=1)
-    with TritonServer(repository) as one, TritonServer(repository) as two:
+    ensemble, single = (
+        build_repository(folder / "graphs", folder / flavour, flavour=flavour, max_batch=2, threads=1)
+        for flavour in ("python", "single")
+    )
+    with TritonServer(ensemble) as one, TritonServer(single) as two:
         yield [one, two]
 
 
@@ -351,7 +354,7 @@ def test_a_client_that_asks_too_often_is_slowed_down(servers: list[TritonServer]
 
 def test_a_server_that_ends_is_left_out(servers: list[TritonServer], authority: Authority) -> None:
     with (
-        TritonServer(servers[0].repository) as third,
+        TritonServer(servers[1].repository) as third,
         running(authority.folder / "three", [third, servers[1]], authority) as proxy,
         StainClient(proxy.url, credentials=proxy.credentials()) as client,
     ):

@@ -47,7 +47,7 @@ def start(slide: Path, output: Path, url: str) -> subprocess.Popen[str]:
 
 
 def wait_until_under_way(client: StainClient, process: subprocess.Popen[str]) -> None:
-    while client.execution_counts()["he_encoder"] < TILES_BEFORE:
+    while client.execution_counts()["staindiffuser"] < TILES_BEFORE:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
 

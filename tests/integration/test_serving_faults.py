@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import tritonclient.grpc as triton
 
 from staindiffuser.client import StainClient
 from staindiffuser.errors import ServerLostError
@@ -41,11 +40,21 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def slow_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def slow_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A request takes about a second and a half on one idle core."""
-    folder = tmp_path_factory.mktemp("slow")
-    write_graphs(folder / "graphs", tile=TILE, channels=(96, 12, 16, 24), depth=60, samples=1)
-    return build_repository(folder / "graphs", folder / "models", max_batch=1, threads=1)
+    folder = tmp_path_factory.mktemp("slow") / "graphs"
+    write_graphs(folder, tile=TILE, channels=(96, 12, 16, 24), depth=60, samples=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def slow_repository(slow_graphs: Path) -> Path:
+    return build_repository(slow_graphs, slow_graphs.parent / "single", max_batch=1, threads=1)
+
+
+@pytest.fixture(scope="module")
+def slow_ensemble(slow_graphs: Path) -> Path:
+    return build_repository(slow_graphs, slow_graphs.parent / "ensemble", flavour="python", max_batch=1, threads=1)
 
 
 class Serve:
@@ -150,11 +159,12 @@ def test_a_repository_that_was_changed_is_not_restarted(tmp_path: Path) -> None:
     write_graphs(tmp_path / "graphs", tile=32)
     repository = build_repository(tmp_path / "graphs", tmp_path / "models", max_batch=1, threads=1)
     with serving(repository, tmp_path) as server:
-        (repository / "noise" / "1" / "model.py").write_text("import os\n", encoding="utf-8")
+        (model,) = repository.glob("staindiffuser/*/model.py")
+        model.write_text("import os\n", encoding="utf-8")
         kill_server(server)
         _, stderr = server.process.communicate(timeout=60)
     assert server.process.returncode == 5
-    assert "noise/1/model.py differs from manifest.json" in stderr.splitlines()[-1]
+    assert f"{model.relative_to(repository)} differs from manifest.json" in stderr.splitlines()[-1]
     assert server.names()[-2:] == ["crashed", "failed"]
 
 
@@ -182,20 +192,26 @@ def ask(url: str) -> np.ndarray:
 
 
 def in_progress(server: Serve, pool: ThreadPoolExecutor) -> Future[np.ndarray]:
-    """A request that has passed the encoder and is in a slow branch."""
-    with triton.InferenceServerClient(server.url) as client:
+    """A request that the engines are busy with."""
+    engines = psutil.Process(server.ready["pid"]).children(recursive=True)
 
-        def encoded() -> int:
-            return int(client.get_inference_statistics("he_encoder").model_stats[0].execution_count)
+    def used() -> float:
+        return sum(engine.cpu_times().user for engine in engines)
 
-        before = encoded()
-        answer = pool.submit(ask, server.url)
-        assert eventually(lambda: encoded() > before, 30)
+    before = used()
+    answer = pool.submit(ask, server.url)
+    assert eventually(lambda: used() > before + 0.1, 30)
     return answer
 
 
-def test_sigterm_finishes_what_is_in_progress_and_refuses_what_is_new(slow_repository: Path, tmp_path: Path) -> None:
-    with serving(slow_repository, tmp_path, "--drain-timeout", 120) as server, ThreadPoolExecutor(2) as pool:
+@pytest.mark.parametrize("kind", ["slow_repository", pytest.param("slow_ensemble", marks=pytest.mark.slow)])
+def test_sigterm_finishes_what_is_in_progress_and_refuses_what_is_new(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
+    with (
+        serving(request.getfixturevalue(kind), tmp_path, "--drain-timeout", 120) as server,
+        ThreadPoolExecutor(2) as pool,
+    ):
         expected = ask(server.url)
         answer = in_progress(server, pool)
         server.process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The flavour ``single``: all engines in one process, and clients see no difference."""
+"""The flavour ``single``, the default on a CPU: all engines in one process, and clients see no difference."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def repository(graphs: Path) -> Path:
-    return build(graphs, graphs.parent / "single", flavour="single", options=OPTIONS).repository
+    return build(graphs, graphs.parent / "single", options=OPTIONS).repository
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def server(repository: Path) -> Iterator[TritonServer]:
 
 @pytest.fixture(scope="module")
 def ensemble(graphs: Path) -> Iterator[TritonServer]:
-    repository = build(graphs, graphs.parent / "ensemble", options=OPTIONS).repository
+    repository = build(graphs, graphs.parent / "ensemble", flavour="python", options=OPTIONS).repository
     with TritonServer(repository) as server:
         yield server
 
@@ -197,5 +197,5 @@ def test_less_shared_memory_is_needed(repository: Path, monkeypatch: pytest.Monk
 
 
 def test_what_does_not_fit_is_refused(graphs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportUsageError, match="choose python, single, native"):
+    with pytest.raises(ExportUsageError, match="choose single, python, native"):
         build(graphs, tmp_path / "x", flavour="double")

@@ -18,7 +18,7 @@ from staindiffuser.client.errors import (
     UnknownStainError,
 )
 from staindiffuser.client.testing import FAKE_CONTRACT, FakeTriton
-from staindiffuser.errors import ServerError, ServerLostError
+from staindiffuser.errors import ServerError, ServerLostError, UsageError
 
 TILES = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
 ORIGINS = np.array([[-32, -32], [160, 16]], dtype=np.int64)
@@ -238,3 +238,11 @@ def test_urgent_requests_say_so() -> None:
         ordinary.stain_tiles(TILES, ORIGINS)
         urgent.stain_tiles(TILES, ORIGINS)
         assert server.priorities == [2, 1]
+
+
+def test_urgent_requests_to_a_server_without_queues_are_refused() -> None:
+    with FakeTriton() as server:
+        del server.parameters["priority_levels"]
+        with pytest.raises(UsageError, match="leave out --urgent, or build its repository with --flavour single"):
+            StainClient(server.url, urgent=True)
+        StainClient(server.url).close()

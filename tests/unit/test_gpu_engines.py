@@ -220,7 +220,8 @@ def test_requests_are_merged_and_answered_apart(gpu: Any, graphs: Path, tmp_path
 
 def test_noise_without_cupy_is_made_on_the_host(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NVIDIA's Triton container has no CuPy: the noise model must load there all the same."""
-    repository = build(graphs, tmp_path / "repository", options=BuildOptions(max_batch=4)).repository
+    options = BuildOptions(max_batch=4)
+    repository = build(graphs, tmp_path / "repository", flavour="python", options=options).repository
     monkeypatch.setitem(sys.modules, "cupy", None)
     inputs = {"ORIGIN": np.array([[-16, 32]]), "SEED": np.array([[7]])}
     log: list[str] = []

@@ -18,7 +18,7 @@ from tests.synthetic_graphs import write_graphs
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("build")
     write_graphs(folder / "graphs", tile=32)
-    return build_repository(folder / "graphs", folder / "repository", max_batch=2)
+    return build_repository(folder / "graphs", folder / "repository", flavour="python", max_batch=2)
 
 
 @pytest.fixture

@@ -31,6 +31,10 @@ def stain(
         list[str] | None,
         typer.Option(metavar="HOST:PORT", help="gRPC address of a running server; repeat it to use several."),
     ] = None,
+    model: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Model to use, where a server offers several. (default: its current one)"),
+    ] = "",
     repository: Annotated[
         Path | None,
         typer.Option(
@@ -193,6 +197,7 @@ def stain(
             timeout=timeout,
             patience=patience,
             urgent=urgent,
+            model=model,
             use_proxy=proxy,
             credentials=credentials,
         )

@@ -30,6 +30,8 @@ from staindiffuser.imaging.arrays import UInt8Array
 __all__ = ["StainClient"]
 
 INT32_MAX = 2**31 - 1
+MODEL_HEADER, VERSION_HEADER = "x-staindiffuser-model", "x-staindiffuser-version"
+"""Headers by which a proxy chooses among several models, and versions of one."""
 SERVER_ID = "server_id"
 """The ensemble's parameter that holds the random identity of a server's start."""
 PATIENCE = 30.0
@@ -75,7 +77,7 @@ class StainClient:
     Raises:
         ServerUnreachableError: no server answers at ``url``, or it is not ready.
         ContractError: the server has no ensemble that this client understands.
-        UsageError: urgent requests, to a server that has no queues.
+        UsageError: another model than the one asked for, or urgent requests to a server that has no queues.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class StainClient:
         patience: float = PATIENCE,
         busy_patience: float = BUSY_PATIENCE,
         urgent: bool = False,
+        model: str = "",
         use_proxy: bool = False,
         credentials: Credentials | None = None,
     ) -> None:
@@ -101,6 +104,7 @@ class StainClient:
             patience: seconds to wait for a lost server to return with the same model.
             busy_patience: seconds to send a request again that the server refuses because it has too much to do.
             urgent: requests go before all ordinary ones that wait on the server.
+            model: name of the model that is wanted, where a proxy offers several; by default whichever is served.
             use_proxy: obey ``http_proxy``, as gRPC does by default. Off here, because a proxy meant for the web
                 intercepts even requests to the loopback address.
             credentials: for a server that is offered on a network; None for plain text.
@@ -118,7 +122,9 @@ class StainClient:
         self._triton = triton
         credentials = credentials or Credentials()
         # In the request for Triton, and as a header (RFC 9218) for a proxy, which does not read requests.
-        self._headers = {**(credentials.headers() or {}), **({"priority": "u=1"} if urgent else {})}
+        self._headers = {**credentials.headers(), **({"priority": "u=1"} if urgent else {})}
+        if model:
+            self._headers[MODEL_HEADER] = model
         # channel_args replaces all of tritonclient's defaults, message sizes included.
         self._client = triton.InferenceServerClient(
             url,
@@ -132,6 +138,10 @@ class StainClient:
         )
         try:
             self._served = self._introduce(connect_timeout)
+            # From here on a proxy sends this client to servers of this version, whatever is promoted meanwhile.
+            self._headers[VERSION_HEADER] = self._served.ensemble_version
+            if model and self.contract.model_name != model:
+                raise UsageError(f"the server at {url} serves the model {self.contract.model_name}, not {model}")
             if urgent and not self._served.has_queues:
                 raise UsageError(
                     f"the server at {url} has no queue in which urgent requests could go first: leave out --urgent, or "
@@ -312,6 +322,8 @@ class StainClient:
                     f"the server at {self._url} does not know this client ({_reason(error)}): give --tls-cert and "
                     "--tls-key, or --token-file"
                 ) from error
+            if "NOT_FOUND" in str(error.status()):
+                raise self._no_model(error) from error
             raise ServerUnreachableError(
                 f"no server answers at {self._url} ({_reason(error)}): start one with `staindiffuser serve REPO`, "
                 "or omit --server to use the demonstration model"
@@ -320,11 +332,12 @@ class StainClient:
             versions = self._client.get_model_metadata(ENSEMBLE, headers=self._headers, client_timeout=timeout).versions
             version = max(versions, key=int, default="")
             # Naming the version makes sure that both answers come from servers with the same model.
+            headers = {**self._headers, VERSION_HEADER: version}
             config: Any = self._client.get_model_config(
-                ENSEMBLE, version, headers=self._headers, client_timeout=timeout
+                ENSEMBLE, version, headers=headers, client_timeout=timeout
             ).config
         except self._triton.InferenceServerException as error:
-            raise ContractError(f"the server at {self._url} has no model {ENSEMBLE!r} ({_reason(error)})") from error
+            raise self._no_model(error) from error
         parameters: Mapping[str, str] = {key: value.string_value for key, value in config.parameters.items()}
         contract = ModelContract.from_config(parameters, max_batch=max(1, config.max_batch_size), server=self._url)
         return _Served(
@@ -334,6 +347,10 @@ class StainClient:
             has_queues=_PRIORITY_LEVELS in parameters,
             ensemble_version=version,
         )
+
+    def _no_model(self, error: Exception) -> ContractError:
+        wanted = self._headers.get(MODEL_HEADER, ENSEMBLE)
+        return ContractError(f"the server at {self._url} has no model {wanted!r} ({_reason(error)})")
 
     @contextlib.contextmanager
     def _lost(self, when: str) -> Iterator[None]:

@@ -33,6 +33,8 @@ class Target:
     """Seconds to wait for a lost server to return with the same model."""
     urgent: bool = False
     """Requests go before all ordinary ones that wait on the server."""
+    model: str = ""
+    """Name of the model, where a proxy offers several; by default whichever is served."""
     use_proxy: bool = False
     """Obey ``http_proxy``."""
     credentials: Credentials = field(default_factory=Credentials)
@@ -109,6 +111,7 @@ class Target:
             patience=patience,
             busy_patience=busy_patience,
             urgent=self.urgent,
+            model=self.model,
             use_proxy=self.use_proxy,
             credentials=credentials,
         )

@@ -326,10 +326,11 @@ def _python_model(
         # By default, the Python backend copies every input to the host first.
         message.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "no"
     if name == ENSEMBLE:
-        # For its queue: merged requests run one by one on a CPU, where merging gains nothing, so that a request does
-        # not meet different batch sizes by chance. Not inside an ensemble: there, a client that gives up while requests
+        # For its queue only. Preferring one tile keeps Triton from merging requests: they would run one by one, and the
+        # first answer would wait for the last. Not inside an ensemble: there, a client that gives up while requests
         # are merged ends Triton 24.10 with a segmentation fault.
         _queue(message, options)
+        message.dynamic_batching.preferred_batch_size.append(1)
     _finish(message, inputs, options)
     return message
 

@@ -13,6 +13,8 @@ __all__ = ["LOOPBACK", "RESTRICTED", "triton_arguments"]
 LOOPBACK = "127.0.0.1"
 RESTRICTED = ("model-repository", "shared-memory", "trace", "logging")
 """Protocols that nobody may use."""
+STUB_SECONDS = 120
+"""In which a process of the Python backend must have loaded its model; Triton's 30 are too few for a busy machine."""
 
 
 def triton_arguments(
@@ -46,7 +48,6 @@ def triton_arguments(
         "log-format": "ISO8601",
         # The key is thrown away: these protocols are closed, not protected by a secret.
         "grpc-restricted-protocol": f"{','.join(RESTRICTED)}:closed={secrets.token_hex(32)}",
-        "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
     }
     if manifest.engines[ENCODER].device.kind == "cpu":
         arguments["pinned-memory-pool-byte-size"] = "0"
@@ -54,4 +55,8 @@ def triton_arguments(
     else:
         # Holds the features between models; Triton silently falls back to host memory when it is full.
         arguments["cuda-memory-pool-byte-size"] = f"0:{manifest.cuda_pool_bytes}"
-    return [f"--{name}={value}" if value else f"--{name}" for name, value in arguments.items()]
+    backend = {"shm-region-prefix-name": shm_prefix, "stub-timeout-seconds": str(STUB_SECONDS)}
+    return [
+        *(f"--{name}={value}" if value else f"--{name}" for name, value in arguments.items()),
+        *(f"--backend-config=python,{name}={value}" for name, value in backend.items()),
+    ]

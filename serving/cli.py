@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from staindiffuser.serving.rollout import Promotion
     from staindiffuser.serving.server import TritonServer
 
-__all__ = ["doctor", "proxy", "serve"]
+__all__ = ["doctor", "promote", "proxy", "rollback", "serve"]
 
 
 def serve(
@@ -139,7 +140,7 @@ def proxy(
     certificate: Annotated[Path, typer.Option(help="PEM file: the proxy's certificate, its chain, and its key.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for haproxy.cfg and grpc_guard.lua.")],
     server: Annotated[
-        list[str] | None, typer.Option(help="HOST:GRPC_PORT:METRICS_PORT of a Triton server. Repeatable.")
+        list[str] | None, typer.Option(help="[POOL@]HOST:GRPC_PORT:METRICS_PORT of a Triton server. Repeatable.")
     ] = None,
     listen: Annotated[str, typer.Option(help="ADDRESS:PORT for clients.")] = "0.0.0.0:8443",
     metrics_listen: Annotated[str, typer.Option(help="ADDRESS:PORT for Prometheus; none by default.")] = "",
@@ -170,6 +171,47 @@ def proxy(
     )
     configuration = write_proxy(options, output)
     typer.echo(f"{configuration}: written; next: haproxy -W -f {configuration}")
+
+
+FolderArgument = Annotated[Path, typer.Argument(metavar="PROXY", help="The folder that `proxy` wrote.")]
+
+
+def promote(
+    folder: FolderArgument,
+    pool: Annotated[str, typer.Argument(help="Pool whose model is to take all new work.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Send new slides to another pool of servers behind the proxy; slides that were begun go on where they are.
+
+    Example: staindiffuser promote proxy green
+    """
+    from staindiffuser.serving import rollout
+
+    _say_promoted(rollout.promote(folder, pool), as_json)
+
+
+def rollback(
+    folder: FolderArgument,
+    model: Annotated[str, typer.Option(help="Of this model; by default of the one promoted last.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Take the last `promote` back.
+
+    Example: staindiffuser rollback proxy
+    """
+    from staindiffuser.serving import rollout
+
+    _say_promoted(rollout.rollback(folder, model), as_json)
+
+
+def _say_promoted(promotion: Promotion, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        typer.echo(json.dumps(asdict(promotion), ensure_ascii=False))
+        return
+    when = "new slides go there" if promotion.live else "from the proxy's next start: it is not running"
+    typer.echo(f"{promotion.model_name} {promotion.model_version[:12]} of pool {promotion.pool}: {when}")
 
 
 def _ready(server: TritonServer) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from staindiffuser.errors import UsageError
 from staindiffuser.export.triton_config import ENSEMBLE
+from staindiffuser.serving import rollout
 
 __all__ = ["CALLS", "ProxyOptions", "ProxyServer", "write_proxy"]
 
@@ -27,21 +28,26 @@ _GUARD = Path(__file__).with_name("grpc_guard.lua")
 class ProxyServer:
     """One Triton server behind the proxy."""
 
+    pool: str = "main"
+    """Servers of one pool serve the same version of the same model."""
     host: str
     grpc_port: int
     metrics_port: int
 
     @classmethod
     def parse(cls, text: str) -> ProxyServer:
-        """Read ``HOST:GRPC_PORT:METRICS_PORT``.
+        """Read ``[POOL@]HOST:GRPC_PORT:METRICS_PORT``.
 
         Raises:
             UsageError: it is something else.
         """
-        match = re.fullmatch(r"([A-Za-z0-9.-]+):(\d{1,5}):(\d{1,5})", text)
+        match = re.fullmatch(r"(?:([a-z][a-z0-9-]*)@)?([A-Za-z0-9.-]+):(\d{1,5}):(\d{1,5})", text)
         if not match:
-            raise UsageError(f"--server {text}: must be HOST:GRPC_PORT:METRICS_PORT, such as 127.0.0.1:8001:8002")
-        return cls(host=match[1], grpc_port=int(match[2]), metrics_port=int(match[3]))
+            raise UsageError(
+                f"--server {text}: must be HOST:GRPC_PORT:METRICS_PORT, such as 127.0.0.1:8001:8002, with POOL@ before "
+                "it where there are several pools"
+            )
+        return cls(pool=match[1] or "main", host=match[2], grpc_port=int(match[3]), metrics_port=int(match[4]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,14 @@ class ProxyOptions:
     max_message: int = 64 << 20
     """Largest request, bytes."""
 
+    @property
+    def pools(self) -> dict[str, list[ProxyServer]]:
+        """The servers by pool."""
+        pools: dict[str, list[ProxyServer]] = {}
+        for server in self.servers:
+            pools.setdefault(server.pool, []).append(server)
+        return pools
+
     def __post_init__(self) -> None:
         for option, address in (("--listen", self.listen), ("--metrics-listen", self.metrics_listen)):
             if address and not re.fullmatch(r"[A-Za-z0-9.*\[\]:-]*:\d{1,5}", address):
@@ -87,7 +101,9 @@ class ProxyOptions:
 
 
 def write_proxy(options: ProxyOptions, folder: Path) -> Path:
-    """Write ``haproxy.cfg`` and ``grpc_guard.lua``.
+    """Write ``haproxy.cfg``, ``grpc_guard.lua`` and which pool serves what (see :mod:`~staindiffuser.serving.rollout`).
+
+    Written again into the same folder, it keeps what was promoted.
 
     Returns:
         The configuration; run it with ``haproxy -W -f``.
@@ -101,6 +117,8 @@ def write_proxy(options: ProxyOptions, folder: Path) -> Path:
         shutil.copyfile(_GUARD, guard)
         configuration = folder / "haproxy.cfg"
         configuration.write_text(_configuration(options, guard), encoding="utf-8")
+        addresses = {name: [f"{s.host}:{s.grpc_port}" for s in pool] for name, pool in options.pools.items()}
+        rollout.write_pools(folder, addresses)
     except OSError as error:
         raise UsageError(f"{folder} cannot be written: {error.strerror}") from error
     return configuration
@@ -108,7 +126,12 @@ def write_proxy(options: ProxyOptions, folder: Path) -> Path:
 
 def _configuration(options: ProxyOptions, guard: Path) -> str:
     certificate = options.certificate.resolve()
-    parts = [_GLOBAL.format(guard=guard), _DEFAULTS, _grpc_frontend(options, certificate), _backend(options)]
+    parts = [
+        _GLOBAL.format(guard=guard, socket=guard.with_name(rollout.SOCKET)),
+        _DEFAULTS,
+        _grpc_frontend(options, certificate, guard.with_name(rollout.ROUTES)),
+        *(_backend(name, pool, options.in_flight) for name, pool in options.pools.items()),
+    ]
     if options.metrics_listen:
         parts.append(_metrics(options, certificate))
     return "\n".join(parts)
@@ -140,7 +163,20 @@ def _refuse(status: int, message: str, condition: str) -> str:
     return f'http-request return status 200 hdr "grpc-status" "{status}" hdr "grpc-message" "{message}" if {condition}'
 
 
-def _grpc_frontend(options: ProxyOptions, certificate: Path) -> str:
+def _route(routes: Path) -> list[str]:
+    """Rules that set txn.pool: by the version of a slide that was begun, else by the model's name, else the current."""
+    table = f"map_str({routes})"
+    return [
+        "http-request set-var(txn.version) req.hdr(x-staindiffuser-version)",
+        "http-request set-var(txn.model) req.hdr(x-staindiffuser-model)",
+        f"http-request set-var(txn.pool) str(version/),concat(,txn.version),{table}",
+        f"http-request set-var(txn.pool) str(model/),concat(,txn.model),{table} if !{{ var(txn.pool) -m found }}",
+        _refuse(5, "no such model", "!{ var(txn.pool) -m found } { var(txn.model) -m found }"),
+        f"http-request set-var(txn.pool) str({rollout.CURRENT}),{table} if !{{ var(txn.pool) -m found }}",
+    ]
+
+
+def _grpc_frontend(options: ProxyOptions, certificate: Path, routes: Path) -> str:
     calls = " ".join(f"/inference.GRPCInferenceService/{call}" for call in CALLS)
     rules = [
         f"bind {options.listen} {_tls(options, certificate)} alpn h2",
@@ -154,15 +190,17 @@ def _grpc_frontend(options: ProxyOptions, certificate: Path) -> str:
         # Urgent requests also leave this proxy's queue first (RFC 9218: urgency 0 to 7, 3 by default).
         "http-request set-priority-class int(-1) if { req.hdr(priority) -m beg u=1 }",
         _refuse(8, "too many requests: slow down", f"{{ sc_http_req_rate(0) gt {options.requests_per_10s} }}"),
+        *_route(routes),
         f"filter lua.grpc_guard {ENSEMBLE} {options.max_message}",
         'log-format "time=%tr client=%{+Q}[var(txn.client)] address=%ci id=%ID call=%[capture.req.uri] http=%ST '
-        'received=%U sent=%B queue_ms=%Tw total_ms=%Ta server=%s end=%tsc"',
-        "default_backend triton",
+        'received=%U sent=%B queue_ms=%Tw total_ms=%Ta server=%b/%s end=%tsc"',
+        "use_backend %[var(txn.pool)]",
+        f"default_backend {next(iter(options.pools))}",
     ]
     return _section("frontend grpc", rules)
 
 
-def _backend(options: ProxyOptions) -> str:
+def _backend(name: str, servers: Sequence[ProxyServer], in_flight: int) -> str:
     rules = [
         "balance leastconn",
         "retries 3",
@@ -174,12 +212,12 @@ def _backend(options: ProxyOptions) -> str:
         f"http-check expect rstring nv_inference_request_success.model=.{ENSEMBLE}.",
     ]
     rules += [
-        f"server triton{number} {server.host}:{server.grpc_port} proto h2 maxconn {options.in_flight} "
+        f"server triton{number} {server.host}:{server.grpc_port} proto h2 maxconn {in_flight} "
         f"check port {server.metrics_port} check-proto h1 inter 1s fall 2 rise 1 observe layer4 error-limit 5 "
         "on-error mark-down"
-        for number, server in enumerate(options.servers)
+        for number, server in enumerate(servers)
     ]
-    return _section("backend triton", rules)
+    return _section(f"backend {name}", rules)
 
 
 def _metrics(options: ProxyOptions, certificate: Path) -> str:
@@ -207,6 +245,8 @@ _GLOBAL = """\
 global
     log stdout format raw local0 info
     maxconn 1000
+    # For `staindiffuser promote`; it belongs to the user who runs HAProxy.
+    stats socket {socket} mode 600 level admin
     noreuseport
     # After a reload the old process finishes its requests, the longest of which may take `timeout server`.
     hard-stop-after 340s

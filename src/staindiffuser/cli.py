@@ -20,7 +20,7 @@ from staindiffuser.benchmarks.cli import app as bench_app
 from staindiffuser.client.cli import check, info, send, stain
 from staindiffuser.errors import EXIT_INTERRUPTED, DependencyError, StainDiffuserError, UsageError
 from staindiffuser.export.cli import app as export_app
-from staindiffuser.serving.cli import doctor, proxy, serve
+from staindiffuser.serving.cli import doctor, promote, proxy, rollback, serve
 from staindiffuser.settings import default_file, in_force, read_settings
 from staindiffuser.training.check.cli import app as data_app
 from staindiffuser.training.cli import app as train_app
@@ -114,6 +114,8 @@ app.command(rich_help_panel="Use")(check)
 app.command(rich_help_panel="Use")(send)
 app.command(rich_help_panel="Use")(serve)
 app.command(rich_help_panel="Use")(proxy)
+app.command(rich_help_panel="Use")(promote)
+app.command(rich_help_panel="Use")(rollback)
 app.command(rich_help_panel="Use")(doctor)
 app.add_typer(bench_app, name="bench", help="Measure speed.", rich_help_panel="Use")
 app.add_typer(prepare_app, name="prepare", help="Slides and public data sets → paired tiles.", rich_help_panel="Make")

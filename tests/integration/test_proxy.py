@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -80,15 +80,20 @@ class Proxy:
         return grpc.secure_channel(self.url, grpc.ssl_channel_credentials(*(f.read_bytes() for f in files if f)))
 
 
+def address(server: TritonServer) -> str:
+    return f"{server.url}:{server.metrics_url.rpartition(':')[2].partition('/')[0]}"
+
+
 @contextmanager
-def running(folder: Path, servers: list[TritonServer], authority: Authority, **options: Any) -> Iterator[Proxy]:
+def running(
+    folder: Path, servers: Sequence[TritonServer | str], authority: Authority, **options: Any
+) -> Iterator[Proxy]:
+    """HAProxy in front of servers, or of the addresses that ``ProxyServer`` reads."""
     (authority.folder / "tokens").write_text("s3cret night-batch\n", encoding="utf-8")
     chosen = ProxyOptions(
         listen=f"127.0.0.1:{free_port()}",
         metrics_listen=f"127.0.0.1:{free_port()}",
-        servers=tuple(
-            ProxyServer.parse(f"{s.url}:{s.metrics_url.rpartition(':')[2].partition('/')[0]}") for s in servers
-        ),
+        servers=tuple(ProxyServer.parse(s if isinstance(s, str) else address(s)) for s in servers),
         client_ca=authority.folder / "ca.pem",
         **{
             "certificate": authority.folder / "server.pem",

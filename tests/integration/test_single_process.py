@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,14 @@ def test_the_contract_and_the_bytes_are_those_of_the_ensemble(server: TritonServ
         assert list(some) == ["STAIN_CD3", "CELLS_CK818"]
         for name, tensor in some.items():
             np.testing.assert_array_equal(tensor, whole[name])
+
+
+def test_requests_are_not_merged(server: TritonServer) -> None:
+    """Merged ones would run one by one, and the first answer would wait for the last."""
+    with StainClient(server.url, in_flight=8) as client, ThreadPoolExecutor(8) as pool:
+        before = client.execution_counts()["staindiffuser"]
+        list(pool.map(lambda seed: client.stain_tiles(TILES[:1], ORIGINS[:1], seed, cells=False), range(12)))
+        assert client.execution_counts()["staindiffuser"] == before + 12
 
 
 def test_a_faulty_request_is_named_and_the_next_is_answered(server: TritonServer) -> None:

@@ -1,0 +1,151 @@
+"""Several models behind one proxy: the client chooses, and a promotion under load loses no request and mixes no slide.
+
+HAProxy is real; behind it are substitutes for Triton, whose answers tell which model painted them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import http.server
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from staindiffuser.cli import app
+from staindiffuser.client import StainClient
+from staindiffuser.client.errors import ContractError
+from staindiffuser.client.testing import FAKE_CONTRACT, FakeTriton
+from staindiffuser.errors import UsageError
+from staindiffuser.serving.errors import ServerStartError
+from staindiffuser.serving.rollout import promote, rollback
+from tests.certificates import Authority
+from tests.integration.test_proxy import Proxy, free_port, running
+
+TILE = FAKE_CONTRACT.tile
+TILES = np.zeros((1, TILE, TILE, 3), np.uint8)
+ORIGINS = np.zeros((1, 2), np.int64)
+MODELS = {"blue": ("colon", 1), "green": ("colon", 2), "breast": ("breast", 3)}
+"""Pool → name of its model, and what it paints."""
+
+
+class Metrics(http.server.BaseHTTPRequestHandler):
+    """What the proxy's health check reads."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'nv_inference_request_success{model="staindiffuser",version="1"} 1\n')
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def pool(name: str) -> Iterator[tuple[FakeTriton, str]]:
+    """A substitute server, and how the proxy's option names it."""
+    model, level = MODELS[name]
+    contract = dataclasses.replace(FAKE_CONTRACT, model_name=model, model_version=str(level) * 64)
+
+    def paint(tensor: str, tiles: np.ndarray, origins: np.ndarray) -> np.ndarray:
+        return np.full((*tiles.shape[:3], 3 if tensor.startswith("STAIN_") else 1), level, np.uint8)
+
+    with FakeTriton(paint, contract) as server, http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metrics) as metrics:
+        threading.Thread(target=metrics.serve_forever, daemon=True).start()
+        try:
+            yield server, f"{name}@{server.url}:{metrics.server_port}"
+        finally:
+            metrics.shutdown()
+
+
+@pytest.fixture
+def proxy(tmp_path: Path) -> Iterator[Proxy]:
+    authority = Authority.create(tmp_path / "pki")
+    authority.issue("server")
+    authority.issue("clinic")
+    with ExitStack() as stack:
+        servers = [stack.enter_context(pool(name))[1] for name in MODELS]
+        yield stack.enter_context(running(tmp_path / "pki" / "proxy", servers, authority))
+
+
+def connected(proxy: Proxy, model: str = "") -> StainClient:
+    return StainClient(proxy.url, credentials=proxy.credentials(), model=model)
+
+
+def painted(client: StainClient) -> int:
+    """The one value of an answer."""
+    (level,) = {int(value) for tensor in client.stain_tiles(TILES, ORIGINS, 0).values() for value in np.unique(tensor)}
+    return level
+
+
+def test_a_promotion_under_load_loses_nothing_and_mixes_nothing(proxy: Proxy) -> None:
+    stop = threading.Event()
+
+    def one_slide_after_another() -> list[set[int]]:
+        """What painted the tiles of each slide; a connection is a slide."""
+        slides = []
+        while not stop.is_set():
+            with connected(proxy) as client:
+                tiles = {painted(client) for _ in range(4)}
+                assert tiles == {int(client.contract.model_version[0])}
+                slides.append(tiles)
+        return slides
+
+    with connected(proxy) as begun, ThreadPoolExecutor(2) as threads:
+        assert painted(begun) == 1
+        work = [threads.submit(one_slide_after_another) for _ in range(2)]
+        try:
+            for target, level in (("green", 2), ("blue", 1), ("green", 2)):
+                promotion = promote(proxy.folder, target)
+                assert promotion.live
+                assert promotion.model_name == "colon"
+                with connected(proxy) as new:
+                    assert painted(new) == level
+                    assert painted(begun) == 1, "a slide that was begun goes on with its model"
+                time.sleep(0.2)
+            assert rollback(proxy.folder).pool == "blue"
+        finally:
+            stop.set()
+        slides = [tiles for future in work for tiles in future.result(timeout=60)]
+    assert all(len(tiles) == 1 for tiles in slides)
+    assert {1, 2} == set.union(*slides)
+    with connected(proxy) as client:
+        assert painted(client) == 1
+
+
+def test_a_client_chooses_its_model(proxy: Proxy) -> None:
+    with pytest.raises(ContractError, match="no model 'breast'"):
+        connected(proxy, "breast")  # its name is not known before it is promoted
+    assert promote(proxy.folder, "breast").previous == "breast"
+    with connected(proxy) as client, connected(proxy, "breast") as breast, connected(proxy, "colon") as colon:
+        assert [painted(c) for c in (client, breast, colon)] == [1, 3, 1]
+        promote(proxy.folder, "green")
+        with connected(proxy, "colon") as new:
+            assert [painted(c) for c in (client, breast, colon, new)] == [1, 3, 1, 2]
+        assert rollback(proxy.folder, "colon").pool == "blue"
+    with pytest.raises(UsageError, match="nothing of lung has been promoted"):
+        rollback(proxy.folder, "lung")
+
+
+def test_what_does_not_answer_is_not_promoted(tmp_path: Path) -> None:
+    authority = Authority.create(tmp_path / "pki")
+    authority.issue("server")
+    authority.issue("clinic")
+    gone = f"green@127.0.0.1:{free_port()}:{free_port()}"
+    with pool("blue") as (_, blue):
+        with running(tmp_path / "pki" / "proxy", [blue, gone], authority) as proxy:
+            with pytest.raises(ServerStartError, match="did not answer a probe tile"):
+                promote(proxy.folder, "green")
+            with pytest.raises(UsageError, match="has no pool red: it has blue, green"):
+                promote(proxy.folder, "red")
+            with pytest.raises(UsageError, match="serves the model colon, not lung"):
+                StainClient(blue.partition("@")[2].rpartition(":")[0], model="lung")
+        result = CliRunner().invoke(app, ["promote", str(proxy.folder), "blue", "--json"])
+        assert json.loads(result.stdout)["live"] is False, result.output  # the proxy has ended

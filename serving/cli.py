@@ -144,6 +144,9 @@ def proxy(
     ] = None,
     listen: Annotated[str, typer.Option(help="ADDRESS:PORT for clients.")] = "0.0.0.0:8443",
     metrics_listen: Annotated[str, typer.Option(help="ADDRESS:PORT for Prometheus; none by default.")] = "",
+    health_listen: Annotated[
+        str, typer.Option(help="ADDRESS:PORT that answers /healthz without TLS, for probes; none by default.")
+    ] = "",
     client_ca: Annotated[
         Path | None, typer.Option(help="PEM file: the authority whose client certificates are accepted.")
     ] = None,
@@ -161,6 +164,7 @@ def proxy(
     options = ProxyOptions(
         listen=listen,
         metrics_listen=metrics_listen,
+        health_listen=health_listen,
         servers=tuple(ProxyServer.parse(text) for text in server or ["127.0.0.1:8001:8002"]),
         certificate=certificate,
         client_ca=client_ca,

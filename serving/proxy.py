@@ -58,6 +58,8 @@ class ProxyOptions:
     """``ADDRESS:PORT`` for gRPC with TLS."""
     metrics_listen: str = ""
     """``ADDRESS:PORT`` for Prometheus with TLS; empty for none."""
+    health_listen: str = ""
+    """``ADDRESS:PORT`` that answers ``/healthz`` without TLS: 200 while a server is healthy; empty for none."""
     servers: tuple[ProxyServer, ...]
     certificate: Path
     """PEM: the proxy's certificate with its chain, and its key."""
@@ -81,7 +83,11 @@ class ProxyOptions:
         return pools
 
     def __post_init__(self) -> None:
-        for option, address in (("--listen", self.listen), ("--metrics-listen", self.metrics_listen)):
+        for option, address in (
+            ("--listen", self.listen),
+            ("--metrics-listen", self.metrics_listen),
+            ("--health-listen", self.health_listen),
+        ):
             if address and not re.fullmatch(r"[A-Za-z0-9.*\[\]:-]*:\d{1,5}", address):
                 raise UsageError(f"{option} {address}: must be ADDRESS:PORT, such as 0.0.0.0:8443")
         if not self.servers:
@@ -125,7 +131,7 @@ def write_proxy(options: ProxyOptions, folder: Path) -> Path:
 
 
 def _configuration(options: ProxyOptions, guard: Path) -> str:
-    certificate = options.certificate.resolve()
+    certificate = options.certificate.absolute()  # a link stays one: Kubernetes renews what it points to
     parts = [
         _GLOBAL.format(guard=guard, socket=guard.with_name(rollout.SOCKET)),
         _DEFAULTS,
@@ -134,6 +140,8 @@ def _configuration(options: ProxyOptions, guard: Path) -> str:
     ]
     if options.metrics_listen:
         parts.append(_metrics(options, certificate))
+    if options.health_listen:
+        parts.append(_health(options))
     return "\n".join(parts)
 
 
@@ -142,7 +150,7 @@ def _tls(options: ProxyOptions, certificate: Path) -> str:
     text = f"ssl crt {certificate}"
     if options.client_ca is not None:
         verify = "required" if options.tokens is None else "optional"
-        text += f" ca-file {options.client_ca.resolve()} verify {verify}"
+        text += f" ca-file {options.client_ca.absolute()} verify {verify}"
     return text
 
 
@@ -150,7 +158,7 @@ def _who(options: ProxyOptions) -> list[str]:
     """Rules that set txn.client to the name of a known client."""
     rules = []
     if options.tokens is not None:
-        token = f"req.hdr(authorization),word(2,' '),map_str({options.tokens.resolve()})"
+        token = f"req.hdr(authorization),word(2,' '),map_str({options.tokens.absolute()})"
         rules.append(f'http-request set-var(txn.client) {token} if {{ req.hdr(authorization) -m beg "Bearer " }}')
         rules.append("http-request del-header authorization")
     if options.client_ca is not None:
@@ -233,6 +241,12 @@ def _metrics(options: ProxyOptions, certificate: Path) -> str:
         for number, server in enumerate(options.servers)
     ]
     return f"{front}\n{_section('backend metrics', servers)}"
+
+
+def _health(options: ProxyOptions) -> str:
+    none = " ".join(f"{{ nbsrv({pool}) lt 1 }}" for pool in options.pools)
+    rules = [f"bind {options.health_listen}", "monitor-uri /healthz", f"monitor fail if {none}"]
+    return _section("frontend health", [*rules, "http-request deny deny_status 404"])
 
 
 def _section(title: str, rules: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The Triton server inside the ``nvidia-pytriton`` wheel: its location and the environment it needs.
+"""Where Triton is: inside the ``nvidia-pytriton`` wheel, or where ``STAINDIFFUSER_TRITON`` says, as in its container.
 
 The wheel holds tritonserver, the Python backend and one stub per Python version, at paths where tritonserver does not
 look. A backend directory of links brings them together; nothing is copied and the wheel is left unchanged.
@@ -16,7 +16,10 @@ from pathlib import Path
 
 from staindiffuser.serving.errors import ServerMissingError
 
-__all__ = ["TritonRuntime", "find_runtime"]
+__all__ = ["TRITON_ROOT", "TritonRuntime", "find_runtime"]
+
+TRITON_ROOT = "STAINDIFFUSER_TRITON"
+"""Environment variable: the folder of another Triton, such as the container's ``/opt/tritonserver``."""
 
 _INSTALL = (
     "install it with: pip install 'staindiffuser[serve]'"
@@ -35,13 +38,17 @@ class TritonRuntime:
     stub: Path
     """Executable of the Python backend's processes, built for this interpreter's version."""
     libraries: Path
+    backends: tuple[Path, ...] = ()
+    """Folders of further backends."""
 
     def prepare_backends(self, folder: Path) -> Path:
         """Make a backend directory of links in ``folder``; returns ``folder``."""
         python = folder / "python"
         python.mkdir(parents=True)
-        for source in (*self.python_backend.iterdir(), self.stub):
+        for source in {*self.python_backend.iterdir(), self.stub}:
             (python / source.name).symlink_to(source)
+        for backend in self.backends:
+            (folder / backend.name).symlink_to(backend)
         return folder
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
@@ -56,11 +63,32 @@ class TritonRuntime:
 
 
 def find_runtime() -> TritonRuntime:
-    """Locate the wheel's files without importing it.
+    """Locate Triton's files; those of the wheel without importing it.
 
     Raises:
-        ServerMissingError: the wheel is missing or has no stub for this Python.
+        ServerMissingError: Triton is missing or has no stub for this Python.
     """
+    root = os.environ.get(TRITON_ROOT)
+    return _installed(Path(root)) if root else _in_wheel()
+
+
+def _installed(root: Path) -> TritonRuntime:
+    """A Triton as its container has it. Its stub is built for one version of Python, which must be this one's."""
+    python = root / "backends" / "python"
+    runtime = TritonRuntime(
+        server=root / "bin" / "tritonserver",
+        python_backend=python,
+        stub=python / "triton_python_backend_stub",
+        libraries=root / "lib",
+        backends=tuple(path for path in (root / "backends" / "tensorrt",) if path.is_dir()),
+    )
+    for path in (runtime.server, runtime.stub, runtime.libraries):
+        if not path.exists():
+            raise ServerMissingError(f"{path} is missing: {TRITON_ROOT} must name Triton's folder")
+    return runtime
+
+
+def _in_wheel() -> TritonRuntime:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise ServerMissingError(f"no Triton server: the package nvidia-pytriton is not installed; {_INSTALL}")

@@ -216,12 +216,12 @@ class TritonServer:
     def _check(self) -> TritonRuntime:
         """Verify the repository and this machine."""
         self._manifest = verify(self.repository, checkpoint=self._checkpoint)
-        if self._manifest.flavour == "native":
+        runtime = find_runtime()
+        if self._manifest.flavour == "native" and not runtime.backends:
             raise ServerMissingError(
                 f"{self.repository} needs Triton's TensorRT backend, which the embedded server lacks: serve it in the "
                 "container, or build it with --flavour python or single"
             )
-        runtime = find_runtime()
         require_shared_memory(self._manifest)
         return runtime
 

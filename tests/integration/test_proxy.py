@@ -62,6 +62,7 @@ class Proxy:
 
     def __init__(self, folder: Path, options: ProxyOptions) -> None:
         self.url = f"localhost:{options.listen.rpartition(':')[2]}"
+        self.health = f"http://{options.health_listen}"
         self.metrics = f"https://localhost:{options.metrics_listen.rpartition(':')[2]}"
         self.log = folder / "log"
         self.folder = folder
@@ -93,6 +94,7 @@ def running(
     chosen = ProxyOptions(
         listen=f"127.0.0.1:{free_port()}",
         metrics_listen=f"127.0.0.1:{free_port()}",
+        health_listen=f"127.0.0.1:{free_port()}",
         servers=tuple(ProxyServer.parse(s if isinstance(s, str) else address(s)) for s in servers),
         client_ca=authority.folder / "ca.pem",
         **{
@@ -332,6 +334,14 @@ def test_metrics_are_for_known_clients_and_nothing_else_is_there(proxy: Proxy, a
     assert status("/metrics") == 200
     assert status("/") == 404
     assert status("/v2/models") == 404
+
+
+def test_health_is_told_without_a_certificate_and_nothing_else(proxy: Proxy) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"{proxy.health}/healthz", timeout=10) as response:
+        assert response.status == 200
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        opener.open(f"{proxy.health}/metrics", timeout=10)
 
 
 def test_the_access_log_says_who_and_what_without_payload(proxy: Proxy) -> None:

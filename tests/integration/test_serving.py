@@ -27,7 +27,7 @@ from staindiffuser.serving import server as server_module
 from staindiffuser.serving.arguments import RESTRICTED
 from staindiffuser.serving.errors import PortInUseError, ServerMissingError, ServerStartError
 from staindiffuser.serving.readiness import require_identity
-from staindiffuser.serving.runtime import find_runtime
+from staindiffuser.serving.runtime import TRITON_ROOT, find_runtime
 from staindiffuser.serving.server import TritonServer
 from tests.synthetic_graphs import write_graphs
 
@@ -264,6 +264,26 @@ def test_too_little_shared_memory_is_said_before_the_start(repository: Path, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(ServerMissingError, match=r"/dev/shm has 1 MiB free, .* --shm-size"), TritonServer(repository):
         pass
+
+
+def test_another_triton_is_run_from_its_folder(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laid out as in the vendor's container, here of the wheel's files: the container's entry point needs no more."""
+    wheel = find_runtime()
+    python = tmp_path / "backends" / "python"
+    for folder in (tmp_path / "bin", python):
+        folder.mkdir(parents=True)
+    (tmp_path / "bin" / "tritonserver").symlink_to(wheel.server)
+    (tmp_path / "lib").symlink_to(wheel.libraries)
+    for source in (*wheel.python_backend.iterdir(), wheel.stub):
+        (python / source.name).symlink_to(source)
+    monkeypatch.setenv(TRITON_ROOT, str(tmp_path))
+    with TritonServer(repository) as server:
+        assert str(tmp_path / "bin" / "tritonserver") in Path(f"/proc/{server.pid}/cmdline").read_text(encoding="utf-8")
+    (python / "triton_python_backend_stub").unlink()
+    with pytest.raises(ServerMissingError, match="STAINDIFFUSER_TRITON must name Triton's folder"):
+        find_runtime()
 
 
 def test_missing_wheel_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

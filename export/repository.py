@@ -124,7 +124,7 @@ def build(
             "--allow-ungated; its outputs will say so"
         )
     if target == AUTO:
-        return _build_fastest(graphs_dir, output, flavour, options, progress)
+        return _build_fastest(graphs_dir, output, flavour or "single", options, progress)
     wanted = prepare_build(graphs_dir, target=target, flavour=flavour, options=options)
     return _build(wanted, output, progress)
 

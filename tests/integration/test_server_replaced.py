@@ -69,7 +69,8 @@ def stain_while_replacing(
         _, stderr = process.communicate(timeout=120)
         if again is not None:
             undisturbed = start(slide, again, server.url)
-            assert undisturbed.wait(timeout=120) == 0
+            _, trouble = undisturbed.communicate(timeout=120)
+            assert undisturbed.returncode == 0, trouble
     return process.returncode, stderr
 
 

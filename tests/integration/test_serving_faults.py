@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from staindiffuser.client import StainClient
-from staindiffuser.errors import ServerError, ServerLostError
+from staindiffuser.errors import ServerLostError
 from staindiffuser.export.repository import build_repository
 from staindiffuser.serving import watch
 from staindiffuser.serving.audit import AuditLog
@@ -84,17 +84,8 @@ class Serve:
 
 
 @contextlib.contextmanager
-def serving(
-    repository: Path, folder: Path, *options: object, wrapper: Sequence[str] = (), **environment: str
-) -> Iterator[Serve]:
-    command: list[object] = [
-        *wrapper,
-        sys.executable,
-        "-c",
-        "from staindiffuser.cli import main; main()",
-        "serve",
-        repository,
-    ]
+def serving(repository: Path, folder: Path, *options: object, **environment: str) -> Iterator[Serve]:
+    command = [sys.executable, "-c", "from staindiffuser.cli import main; main()", "serve", repository]
     command += ["--grpc-port", "0", "--metrics-port", "0", "--json", "--audit", folder / "audit.jsonl", *options]
     process = subprocess.Popen(
         [str(part) for part in command],
@@ -250,34 +241,6 @@ def test_the_deadline_ends_a_drain(slow_repository: Path, tmp_path: Path) -> Non
         with contextlib.suppress(ServerLostError):  # Triton itself still waits for the last step of an ensemble
             np.testing.assert_array_equal(answer.result(timeout=30), expected)
     assert server.events()[2]["complete"] is False
-
-
-@pytest.mark.slow
-def test_shared_memory_that_is_full_costs_requests_and_not_the_server(repository: Path, tmp_path: Path) -> None:
-    """In a mount namespace of its own, ``/dev/shm`` is small; it is filled under a running server, then emptied."""
-    own_shm = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m none /dev/shm && exec "$@"', "sh"]
-    if subprocess.run([*own_shm, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("mounting takes root")
-    with serving(repository, tmp_path, wrapper=own_shm) as server:
-        filler = Path(f"/proc/{server.process.pid}/root/dev/shm/filler")
-        with StainClient(server.url) as client:
-            expected = client.stain_tiles(TILES, ORIGINS, 0)
-        with filler.open("wb") as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(1 << 16))
-                file.flush()
-        outcomes = []
-        with ThreadPoolExecutor(4) as pool, StainClient(server.url, patience=0, deadline=20) as client:
-            for future in [pool.submit(client.stain_tiles, TILES, ORIGINS, 0) for _ in range(12)]:
-                with contextlib.suppress(ServerError):  # at once, or after the deadline; nothing hangs
-                    outcomes.append(future.result(timeout=60))
-        filler.unlink()
-        with StainClient(server.url, patience=120, connect_timeout=60) as client:
-            outcomes.append(client.stain_tiles(TILES, ORIGINS, 0))
-        for outcome in outcomes:  # what is answered is right
-            for name, tensor in expected.items():
-                np.testing.assert_array_equal(outcome[name], tensor)
-        assert server.end()[0] == 0
 
 
 def test_systemd_is_told(repository: Path, tmp_path: Path) -> None:

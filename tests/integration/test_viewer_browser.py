@@ -254,6 +254,8 @@ def test_cells_by_class_and_probability(open_page: Open) -> None:
     page = open_page("#slide=first&x=600&y=650&scale=1.2")
     both = drawn(page, 0)
     assert both > 500
+    as_large = "(canvas) => canvas.height === canvas.parentElement.clientHeight"  # else cells lie beside their nuclei
+    assert all(canvas.evaluate(as_large) for canvas in page.locator(".panel .marks").all())
     page.get_by_label(re.compile("CD3: ")).uncheck()
     assert drawn(page, 1) == 0
     page.get_by_label(re.compile("CD3: ")).check()

@@ -122,8 +122,9 @@ function drawMarks(panel) {
   const context = panel.marks.getContext("2d");
   const projection = panels.projection(panel);
   const ratio = panel.marks.width / Math.max(1, projection.width);
+  context.resetTransform();
+  context.clearRect(0, 0, panel.marks.width, panel.marks.height);
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
-  context.clearRect(0, 0, projection.width, projection.height);
   drawFlags(context, projection, slide.flags);
   cells.draw(context, projection, panel);
   tool.draw(context, projection);

@@ -20,7 +20,13 @@ export class Panels {
     this.onMessage = onMessage;
     this.list = [];
     this.slide = null;
-    new ResizeObserver(() => this.list.forEach((panel) => this.sizeMarks(panel))).observe(container);
+    // Of each panel: one becomes smaller when the next is added, though their container stays as it is.
+    this.sizes = new ResizeObserver((changes) => {
+      for (const { target } of changes) {
+        const panel = this.list.find((one) => one.element === target);
+        if (panel) this.sizeMarks(panel);
+      }
+    });
   }
 
   // Shows a slide as the state says, at the same place as before if it is the same slide.
@@ -49,6 +55,7 @@ export class Panels {
   }
 
   clear() {
+    this.sizes.disconnect();
     for (const panel of this.list) panel.viewer.destroy();
     this.list = [];
     this.container.replaceChildren();
@@ -136,7 +143,7 @@ export class Panels {
     viewer.addHandler("open-failed", () => this.onMessage(`${title} could not be opened.`));
     // The H&E that a stain covers is not drawn, but loaded: it may be uncovered at any time.
     viewer.open(images.map((one, i) => ({ tileSource: this.source(one), width: 1, preload: layered && i === 0 })));
-    this.sizeMarks(panel);
+    this.sizes.observe(element);
     return panel;
   }
 

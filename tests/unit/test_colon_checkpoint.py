@@ -1,4 +1,4 @@
-"""The checkpoint of colon cancer that ships as a start: it names its data, and its cell maps know real tissue.
+"""The model of colon cancer that ships: it names its data, its graphs are its own, and it knows real tissue.
 
 The tissue is that of ``real_data``: fields of regions that no training saw, with their fluorescence, and fields of
 another laboratory. What the tests ask for was measured on these weights, less some room: they keep a change of the
@@ -18,9 +18,14 @@ import openslide
 import pytest
 
 import staindiffuser
+from staindiffuser.export.description import GraphSet
+from staindiffuser.export.graphs import gate_of
+from staindiffuser.files import file_sha256
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.image_files import read_image
-from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint
+from staindiffuser.serving.demo import shipped_models
+from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
+from staindiffuser.training.config import Task
 from staindiffuser.training.evaluation.cell_scores import auroc
 from staindiffuser.training.infer import stain_tiles
 from staindiffuser.training.model.widening import widened
@@ -33,6 +38,11 @@ CHANNELS = ("dapi", "cd3", "cd20", "panck")
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
     return Checkpoint.load(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def graphs() -> GraphSet:
+    return GraphSet.load(FOLDER / "graphs")
 
 
 def cell_maps(checkpoint: Checkpoint, he: UInt8Array) -> Mapping[str, UInt8Array]:
@@ -48,10 +58,42 @@ def test_it_names_its_data_and_means_nothing_medically(checkpoint: Checkpoint) -
     for text in (checkpoint.config.notice, card):
         assert "Bian et al., arXiv 2403.18501" in text
         assert "no medical meaning" in text
-        assert "images of CD3 and CD20 are unfinished" in text
+        assert "knows colon of one laboratory" in text
     assert "license: apache-2.0" in card
     assert checkpoint.config.model.stain_names == STAINS
-    assert (FOLDER / WEIGHTS).stat().st_size <= 8e6
+
+
+def test_graphs_come_from_these_weights(checkpoint: Checkpoint, graphs: GraphSet) -> None:
+    assert graphs.checkpoint_sha256 == file_sha256(FOLDER / WEIGHTS)
+    assert graphs.engines["he_encoder"].weights_sha256 == tensors_sha256(
+        checkpoint.network.encoder.state_dict().items()
+    )
+    for stain in STAINS:
+        tasks: dict[str, Task] = {"stain": "images", "cells": "cells"}
+        for engine, task in tasks.items():
+            expected = tensors_sha256(checkpoint.network.branch(task, stain).state_dict().items())
+            assert graphs.engines[f"{engine}_{stain}"].weights_sha256 == expected, (engine, stain)
+    assert set(graphs.engines) >= {"quality", *(f"quality_{stain}" for stain in STAINS)}
+    assert graphs.gate == gate_of(checkpoint.metrics, checkpoint.config.steps)
+    assert graphs.notice.startswith(checkpoint.config.notice)
+
+
+def test_a_golden_sample_is_what_these_weights_paint(checkpoint: Checkpoint, graphs: GraphSet) -> None:
+    golden = np.load(FOLDER / "graphs" / graphs.golden)
+    first = {name: golden[name][:1] for name in ("HE", "SEED", "ORIGIN")}
+    results = stain_tiles(
+        checkpoint.network, first["HE"], sigmas=graphs.sigmas, seeds=first["SEED"], origins=first["ORIGIN"]
+    )
+    for name, result in results.items():
+        assert np.abs(result.astype(int) - golden[name][:1]).max() <= 1, name
+
+
+def test_it_is_served_by_its_name_and_is_small() -> None:
+    assert shipped_models()["colon"] == FOLDER / "graphs"
+    megabytes = {path.name: path.stat().st_size / 1e6 for path in FOLDER.rglob("*") if path.is_file()}
+    assert megabytes[WEIGHTS] <= 8
+    assert max(megabytes.values()) <= 10
+    assert sum(path.stat().st_size for path in (FOLDER / "graphs").iterdir()) / 1e6 <= 18
 
 
 def test_no_region_of_validation_or_test_was_trained_on(checkpoint: Checkpoint) -> None:

@@ -50,7 +50,8 @@ def main(repository: Path, threads: int) -> None:
             config=ModelConfig(max_batch_size=manifest.max_batch),
         )
         triton.run()
-        sys.stdout.write(f"port {grpc}\n")
+        # Triton's log goes to the same standard output, in pieces that need not end with a line.
+        sys.stdout.write(f"\nport {grpc}\n")
         sys.stdout.flush()
         sys.stdin.read()
 

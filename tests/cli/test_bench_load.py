@@ -18,16 +18,18 @@ from staindiffuser.export.repository import build_repository
 from tests.synthetic_graphs import write_graphs
 
 
-def test_report(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rivals", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_report(rivals: bool, tmp_path: Path) -> None:
     write_graphs(tmp_path / "graphs", tile=32)
     repository = build_repository(tmp_path / "graphs", tmp_path / "repository", max_batch=2, threads=1)
     file = tmp_path / "load.json"
     options = ["--batch", "2", "--clients", "1,3", "--shares", "0.5", "--seconds", "0.5", "--json", str(file)]
-    result = CliRunner().invoke(app, ["bench", "load", str(repository), *options])
+    names = {"Triton", "Starlette + uvicorn", "PyTriton @batch"} if rivals else {"Triton"}
+    result = CliRunner().invoke(app, ["bench", "load", str(repository), *options, *["--no-rival"][rivals:]])
     assert result.exit_code == 0, result.output
     report = json.loads(file.read_text(encoding="utf-8"))
     assert report["same_bytes"] is True
-    assert set(report["closed"]) == set(report["open"]) == {"Triton", "Starlette + uvicorn", "PyTriton @batch"}
+    assert set(report["closed"]) == set(report["open"]) == names
     for name, rates in report["closed"].items():
         assert len(rates) == 2
         assert all(rate > 0 for rate in rates)
@@ -36,8 +38,7 @@ def test_report(tmp_path: Path) -> None:
         assert loop["failed"] == 0
         assert 0 < loop["p50"] <= loop["p95"] <= loop["p99"]
     assert report["triton_ms"]["staindiffuser"]["compute"] > 0
-    assert "Triton / Starlette + uvicorn" in result.output
-    assert "Triton / PyTriton @batch" in result.output
+    assert all(f"Triton / {name}" in result.output for name in names - {"Triton"})
     assert "p99" in result.output
 
 

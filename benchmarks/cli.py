@@ -13,7 +13,7 @@ from staindiffuser.benchmarks.frontier import frontier
 from staindiffuser.benchmarks.load_cli import load
 from staindiffuser.benchmarks.loader import loader
 from staindiffuser.benchmarks.reporting import JsonFile, hand_over
-from staindiffuser.benchmarks.seams import seams
+from staindiffuser.benchmarks.seams_cli import seams
 from staindiffuser.benchmarks.slide import slide
 from staindiffuser.benchmarks.viewer import view
 

@@ -1,4 +1,4 @@
-"""``staindiffuser bench seams``: how much the grid of tiles shows, by the width of the margin.
+"""How much the grid of tiles shows, by the width of the margin.
 
 A region is stained as one tile with all the context that the network can use, and in tiles of each margin, read,
 blended and composed as the slide client does. torch in float32 computes both: the engines agree with it to one level.
@@ -10,13 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
-import typer
 from numpy.typing import NDArray
 
-from staindiffuser.benchmarks.reporting import JsonFile, hand_over
 from staindiffuser.client.blending import Mosaic, OutputImage
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.tiling import GridTile, TileGrid
@@ -26,7 +24,7 @@ from staindiffuser.imaging.slides import open_slide
 if TYPE_CHECKING:
     from staindiffuser.training.checkpoint import Checkpoint
 
-__all__ = ["SeamReport", "SeamRow", "bench_seams", "seams"]
+__all__ = ["SeamReport", "SeamRow", "bench_seams"]
 
 MULTIPLE = 16
 """Of the origins of tiles, pixels."""
@@ -182,32 +180,3 @@ def _row(margin: int, work: float, whole: dict[str, UInt8Array], tiled: dict[str
         cells_mean=float(cells.mean()),
         cells_p999=float(np.quantile(cells, 0.999)),
     )
-
-
-def seams(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, such as checkpoints/demo.")],
-    slide: Annotated[Path, typer.Argument(help="H&E slide that states its pixel size.")],
-    margin: Annotated[list[int] | None, typer.Option(min=0, help="Margin in pixels. Repeatable.")] = None,
-    tile: Annotated[
-        int | None, typer.Option(min=64, help="Side of a tile, pixels; the checkpoint's if absent.")
-    ] = None,
-    x: Annotated[int, typer.Option(min=0, help="Left edge of the region, pixels at the model's pixel size.")] = 0,
-    y: Annotated[int, typer.Option(min=0, help="Upper edge of the region.")] = 0,
-    side: Annotated[int, typer.Option(min=64, help="Side of the region.")] = 768,
-    json_file: JsonFile = None,
-) -> None:
-    """A region in tiles against the same region as one large tile, by margin: how much the grid of tiles shows."""
-
-    report = bench_seams(
-        checkpoint,
-        slide,
-        margin or (0, 16, 32, 48, 64, 96),
-        tile=tile,
-        corner=(x, y),
-        side=side,
-        progress=lambda line: typer.echo(line, err=True),
-    )
-    if hand_over(report, json_file):
-        return
-    for line in report.lines():
-        typer.echo(line)

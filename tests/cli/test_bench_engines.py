@@ -104,7 +104,7 @@ def test_an_engine_that_is_not_there_is_refused(tiny_checkpoint: Path, tiny_grap
 
 def test_one_thread_takes_as_much_cpu_as_wall_time() -> None:
     def work() -> None:
-        end = time.thread_time() + 0.02
+        end = time.thread_time() + 0.03
         while time.thread_time() < end:
             pass
 
@@ -112,7 +112,8 @@ def test_one_thread_takes_as_much_cpu_as_wall_time() -> None:
     samples = in_turns(sides, 4)
     assert len(samples["work"]) == 4
     work_timing, sleep_timing = Timing.of(samples["work"], tiles=2), Timing.of(samples["sleep"])
-    assert work_timing.p50 >= work_timing.cpu >= 10
+    assert work_timing.cpu >= 10
+    assert work_timing.p50 >= 0.99 * work_timing.cpu  # two clocks, read one after the other
     assert sleep_timing.cpu < 5 < sleep_timing.p50
 
 

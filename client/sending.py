@@ -52,6 +52,7 @@ def send_instances(files: Sequence[Path], url: str, credentials: Credentials, sa
         if credentials.certificate is not None:
             session.cert = (str(credentials.certificate), str(credentials.key))
         client = DICOMwebClient(url, session=session, headers=credentials.headers())
+        client.set_http_retry_params(max_attempts=3)  # waits of 2 and 4 s: half a minute is long for a wrong address
         for path in files:
             try:
                 answer = client.store_instances([pydicom.dcmread(path)])

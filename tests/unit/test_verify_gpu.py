@@ -40,7 +40,7 @@ def test_the_whole_of_it_is_rehearsed(tiny_graphs: Path, tmp_path: Path) -> None
     assert all(step["left_out"] == [] for step in steps.values())
     hows = {m["how"].partition(",")[0] for m in steps["stages"]["measurements"]}
     assert hows == {"graph", "eager", "compiled"}
-    assert steps["server"]["executions"]["stain_cd3"] > 0
+    assert steps["server"]["executions"]["staindiffuser"] > 0
     assert steps["training"]["files"]
     for step in verify_gpu.STEPS:
         assert (tmp_path / f"{step.name}.log").is_file()

@@ -10,13 +10,12 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import re
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import cv2
 import numpy as np
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from staindiffuser.client.contract import ServedStain
 from staindiffuser.client.result_files import cell_map_file, image_file
 from staindiffuser.errors import DependencyError, InputError
+from staindiffuser.imaging.geojson import features
 from staindiffuser.imaging.ome_tiff import read_region
 from staindiffuser.imaging.optical_density import dab_density
 
@@ -38,9 +38,7 @@ BLOCK = 1024
 """Cells are scored by blocks of this side, pixels of the result."""
 LARGEST = 512
 """Pixels of the result that a cell may be across: what is larger is a region."""
-CHUNK = 1 << 20
 _POINT, _POLYGON = 1, 3
-_BEGIN = re.compile(r'"features"\s*:\s*\[|^\s*\[')
 Ring = NDArray[np.float64]
 
 
@@ -199,7 +197,7 @@ def _from_geojson(path: Path) -> Iterator[tuple[str, Ring]]:
     with path.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
     with gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as text:
-        for number, feature in enumerate(_features(text)):
+        for number, feature in enumerate(features(text)):
             geometry = feature["geometry"]
             kind, coordinates = geometry["type"], geometry["coordinates"]
             if kind == "MultiPolygon" and len(coordinates) == 1:
@@ -209,31 +207,6 @@ def _from_geojson(path: Path) -> Iterator[tuple[str, Ring]]:
             ring = np.array(coordinates[0] if kind == "Polygon" else [coordinates], np.float64)
             name = feature.get("id", feature.get("properties", {}).get("id", number))
             yield str(name), ring[:, :2]
-
-
-def _features(text: IO[str]) -> Iterator[Any]:
-    """The features of a collection, or of a bare list, as they are read."""
-    decoder, buffer = json.JSONDecoder(), ""
-    while (start := _BEGIN.search(buffer)) is None:
-        chunk = text.read(CHUNK)
-        if not chunk:
-            raise ValueError("no FeatureCollection")
-        buffer += chunk
-    position = start.end()
-    while True:
-        while position < len(buffer) and buffer[position] in " \t\r\n,":
-            position += 1
-        if position < len(buffer) and buffer[position] == "]":
-            return
-        try:
-            feature, position = decoder.raw_decode(buffer, position)
-        except ValueError:
-            chunk = text.read(CHUNK)
-            if not chunk:
-                raise ValueError("it ends in the middle") from None
-            buffer, position = buffer[position:] + chunk, 0
-            continue
-        yield feature
 
 
 def _from_parquet(path: Path) -> Iterator[tuple[str, Ring]]:

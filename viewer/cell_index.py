@@ -16,10 +16,12 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from staindiffuser.imaging.geojson import features
 
 __all__ = ["BINS", "BLOCK", "CellClass", "CellIndex", "build_index", "start_building"]
 
@@ -28,7 +30,6 @@ BLOCK = 1024
 BINS = 32
 """Bins along each side of a block of counts."""
 _TENTHS = 10.0
-_CHUNK = 1 << 20
 _META = "cells.json"
 _ARRAYS = ("kind", "probability", "centroid", "start", "block")
 _OUTLINES = "outlines.bin"
@@ -189,37 +190,6 @@ def build_index(geojson: Path, folder: Path, size: tuple[int, int]) -> None:
     classes = [{"name": name, "count": int(count)} for name, count in zip(kinds, counts, strict=True)]
     meta = {"classes": classes, "columns": columns, "rows": rows}
     (folder / _META).write_text(json.dumps(meta), encoding="utf-8")
-
-
-def features(file: IO[str]) -> Iterator[dict[str, Any]]:
-    """The features of a FeatureCollection, one after another, without holding the file in memory.
-
-    Raises:
-        ValueError: it is not one, or it ends too early.
-    """
-    decoder = json.JSONDecoder()
-    text = file.read(_CHUNK)
-    while '"features"' not in text:
-        more = file.read(_CHUNK)
-        if not more:
-            raise ValueError("it holds no features")
-        text += more
-    at = text.index("[", text.index('"features"')) + 1
-    while True:
-        while at < len(text) and text[at] in " ,\r\n\t":
-            at += 1
-        if at < len(text) and text[at] == "]":
-            return
-        try:
-            feature, end = decoder.raw_decode(text, at)
-        except ValueError:
-            more = file.read(_CHUNK)
-            if not more:
-                raise ValueError("it ends in the middle of a cell") from None
-            text, at = text[at:] + more, 0
-            continue
-        yield feature
-        at = end
 
 
 def _centroids(points: NDArray[np.float64], first: NDArray[np.int64], length: NDArray[np.int64]) -> NDArray[np.float64]:

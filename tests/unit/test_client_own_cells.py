@@ -19,6 +19,7 @@ from staindiffuser.client.own_cells import read_own_cells
 from staindiffuser.client.staining import stain_slide
 from staindiffuser.client.testing import FakeStainer
 from staindiffuser.errors import InputError
+from staindiffuser.imaging import geojson
 from staindiffuser.imaging.arrays import UInt8Array
 
 WIDTH, HEIGHT, BROWN_UNTIL = 1500, 700, 620
@@ -89,7 +90,7 @@ def test_cells_are_scored_where_they_lie(slide: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
 def test_formats_of_geojson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(own_cells, "CHUNK", chunk)
+    monkeypatch.setattr(geojson, "CHUNK", chunk)
     path = tmp_path / "cells.geojson"
     indented = json.dumps(json.loads(collection(CELLS)), indent=2, ensure_ascii=False)
     for text in (collection(CELLS), indented, json.dumps(json.loads(collection(CELLS))["features"])):

@@ -31,7 +31,6 @@ from staindiffuser.viewer.cell_index import BLOCK
 __all__ = ["ViewReport", "bench_view", "view"]
 
 WINDOW = (1280, 800)
-SIDE = 512
 CONNECTIONS = 6
 """Of a browser to one server."""
 LOOK = 0.5
@@ -175,10 +174,11 @@ def _measure(result: Path, port: int, pid: int, people: int, seconds: float) -> 
 
 def _panels(about: dict[str, Any]) -> list[dict[str, Any]]:
     base = f"/slides/{about['name']}"
-    panels = [{"kind": "he", "base": f"{base}/he", "levels": about["he"]["levels"]}] if about["he"] else []
+    panels = [{"kind": "he", "base": f"{base}/he", **about["he"]}] if about["he"] else []
     stains = about["stains"]
     return panels + [
-        {"kind": "stain", "base": f"{base}/stain/{one['name']}", "levels": one["levels"]} for one in stains
+        {"kind": "stain", "base": f"{base}/stain/{one['name']}", "levels": one["levels"], "sides": one["sides"]}
+        for one in stains
     ]
 
 
@@ -189,12 +189,12 @@ def _view(panel: dict[str, Any], x: float, y: float, depth: float) -> list[str]:
     fit = min(width / levels[0][0], height / levels[0][1])
     scale = fit ** (1 - depth)
     level = min(len(levels) - 1, max(0, math.floor(-math.log2(scale))))
-    across, down = levels[level]
+    (across, down), side = levels[level], panel["sides"][level]
     half = (width / scale / 2 / 2**level, height / scale / 2 / 2**level)
     centre = (x * across, y * down)
-    first = [max(0, int((middle - reach) // SIDE)) for middle, reach in zip(centre, half, strict=True)]
+    first = [max(0, int((middle - reach) // side)) for middle, reach in zip(centre, half, strict=True)]
     last = [
-        min(-(-size // SIDE) - 1, int((middle + reach) // SIDE))
+        min(-(-size // side) - 1, int((middle + reach) // side))
         for middle, reach, size in zip(centre, half, (across, down), strict=True)
     ]
     return [

@@ -18,6 +18,8 @@ import tifffile
 import uvicorn
 from numpy.typing import NDArray
 
+from staindiffuser.benchmarks.stub_tissue import StubStainer, StubTissue
+from staindiffuser.benchmarks.stub_tissue import write_slide as write_large_slide
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.run_record import read_run
 from staindiffuser.client.staining import stain_slide
@@ -76,6 +78,15 @@ def paint(tensor: str, tiles_BTT3: UInt8Array, origins_B2: NDArray[np.int64]) ->
 def stain(slide: Path, output: Path, **changes: Any) -> None:
     """Stain a slide with :func:`paint`; ``changes`` are of the model's contract."""
     stain_slide(slide, output, FakeStainer(paint, replace(FAKE_CONTRACT, **changes)), StainingOptions())
+
+
+def write_large_result(folder: Path) -> tuple[Path, Path]:
+    """A slide of 20,480² pixels, a twenty-fifth of it tissue, and its result, in seven seconds of a processor."""
+    tissue = StubTissue(1000, 2)
+    slide, output = folder / "large.tif", folder / "large-stained"
+    write_large_slide(slide, tissue, 20480, tissue_side=4096)
+    stain_slide(slide, output, StubStainer(tissue.maps, tissue.images), StainingOptions(nuclei=False))
+    return slide, output
 
 
 def write_quality(result: Path, flags: dict[tuple[int, int], str]) -> None:

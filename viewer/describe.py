@@ -126,4 +126,4 @@ def objective(mpp: tuple[float, float]) -> float:
 
 
 def _pyramid(image: Pyramid) -> dict[str, Any]:
-    return {"levels": [list(size) for size in image.levels]}
+    return {"levels": [list(size) for size in image.levels], "sides": list(image.sides)}

@@ -1,7 +1,8 @@
 """Images as pyramids of JPEG tiles, as the page asks for them: level 0 is the largest, each level half of the last.
 
-A stain's OME-TIFF holds such tiles already: they are sent as they lie in the file. Only tiles that the image's edge
-cuts are encoded anew, because the file fills them up. Any other slide is read, reduced and encoded.
+A stain's OME-TIFF holds such tiles already, and so do many slides: they are sent as they lie in the file. Only tiles
+that the image's edge cuts are encoded anew, because the file fills them up. What no file holds is read, reduced and
+encoded.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +29,9 @@ from staindiffuser.viewer.errors import NotThereError, ResultGoneError
 __all__ = ["SIDE", "JpegPyramid", "MapPyramid", "Pyramid", "SlidePyramid", "TileCache", "encode", "halvings"]
 
 SIDE = 512
-"""Side of a tile, pixels."""
+"""Side of a tile, pixels; of those that a slide holds, its own."""
+STORED_SIDES = range(192, 1025)
+"""Sides of a slide's own tiles that are sent as they are: of smaller ones a view would take too many requests."""
 QUALITY = 88
 """JPEG quality of tiles that are encoded here."""
 MAX_READ = 1024**2
@@ -39,11 +42,16 @@ Sizes = tuple[tuple[int, int], ...]
 
 
 class Pyramid(Protocol):
-    """An image in tiles of :data:`SIDE`; thread-safe."""
+    """An image in square tiles; thread-safe."""
 
     @property
     def levels(self) -> Sizes:
         """(width, height) of each level, largest first, each half of the one before, rounded up."""
+        ...
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Side of the tiles of each level, pixels."""
         ...
 
     def pixels(self, level: int, column: int, row: int) -> UInt8Array:
@@ -76,8 +84,8 @@ def encode(pixels_HW3: UInt8Array) -> bytes:
     return data
 
 
-def tile_size(levels: Sizes, level: int, column: int, row: int) -> tuple[int, int]:
-    """Width and height of a tile.
+def tile_size(levels: Sizes, level: int, column: int, row: int, sides: Sequence[int] | None = None) -> tuple[int, int]:
+    """Width and height of a tile; ``sides`` are :data:`SIDE` by default.
 
     Raises:
         NotThereError: there is no such tile.
@@ -85,10 +93,11 @@ def tile_size(levels: Sizes, level: int, column: int, row: int) -> tuple[int, in
     if not 0 <= level < len(levels):
         raise NotThereError(f"there is no level {level}: the image has {len(levels)}")
     width, height = levels[level]
-    x, y = column * SIDE, row * SIDE
+    side = sides[level] if sides is not None else SIDE
+    x, y = column * side, row * side
     if column < 0 or row < 0 or x >= width or y >= height:
         raise NotThereError(f"there is no tile {column}, {row}: level {level} is {width} × {height} pixels")
-    return min(SIDE, width - x), min(SIDE, height - y)
+    return min(side, width - x), min(side, height - y)
 
 
 class _TileFile:
@@ -155,6 +164,7 @@ class JpegPyramid:
             if int(page.compression) != _JPEG or page.jpegtables is not None or page.samplesperpixel != 3:
                 raise ValueError(f"the tiles of {path.name} are not JPEG files of their own")
         self.levels = self._file.levels
+        self.sides = (SIDE,) * len(self.levels)
 
     def tile(self, level: int, column: int, row: int) -> bytes:
         """See :meth:`Pyramid.tile`."""
@@ -204,9 +214,17 @@ class MapPyramid:
 
 
 class SlidePyramid:
-    """A slide of any format, in tiles that are made when they are asked for."""
+    """A slide of any format: its own JPEG tiles where it has them, others are made when they are asked for."""
 
-    def __init__(self, slide: Slide, cache: TileCache, name: Hashable, *, size: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        slide: Slide,
+        cache: TileCache,
+        name: Hashable,
+        *,
+        size: tuple[int, int] | None = None,
+        own_tiles: bool = False,
+    ) -> None:
         """Take over the slide, which is closed when this object is gone.
 
         Args:
@@ -214,14 +232,29 @@ class SlidePyramid:
             cache: keeps the tiles of which others are made.
             name: of the slide in the cache.
             size: (width, height) to show it at, by default its own.
+            own_tiles: send the slide's tiles where they are JPEG; their side may not be :data:`SIDE`. Not with
+                ``size``.
         """
         self._slide, self._cache, self._name = slide, cache, name
         self.levels: Sizes = halvings(*(size or slide.size))
+        self._stored = _stored_levels(slide, self.levels) if own_tiles else {}
+        """The slide's levels whose own tiles are sent, by level."""
+        self.sides = tuple(
+            slide.jpeg_side(self._stored[level]) or SIDE if level in self._stored else SIDE
+            for level in range(len(self.levels))
+        )
         weakref.finalize(self, slide.close)
 
     def tile(self, level: int, column: int, row: int) -> bytes:
         """See :meth:`Pyramid.tile`."""
-        tile_size(self.levels, level, column, row)
+        size = tile_size(self.levels, level, column, row, self.sides)
+        if level in self._stored and self._is_inner(level, column, row, size):
+            try:
+                stored = self._slide.jpeg(self._stored[level], column, row)
+            except OSError as error:
+                raise self._gone(error) from error
+            if stored is not None:
+                return stored
         key = (self._name, level, column, row)
         return self._cache.get(key, lambda: encode(self._make(level, column, row)))
 
@@ -230,11 +263,20 @@ class SlidePyramid:
         decoded: UInt8Array = simplejpeg.decode_jpeg(self.tile(level, column, row), colorspace="RGB")
         return decoded
 
+    def _is_inner(self, level: int, column: int, row: int, size: tuple[int, int]) -> bool:
+        """Whether the slide's own tile is not filled up: its level may be a pixel smaller than the page's."""
+        side = self.sides[level]
+        width, height = self._slide.level_sizes[self._stored[level]]
+        return size == (side, side) and (column + 1) * side <= width and (row + 1) * side <= height
+
+    def _gone(self, error: OSError) -> ResultGoneError:
+        return ResultGoneError(f"{self._slide.path} cannot be read: {error.strerror or error}")
+
     def _make(self, level: int, column: int, row: int) -> UInt8Array:
-        size = tile_size(self.levels, level, column, row)
-        whole = self.levels[0]
+        size = tile_size(self.levels, level, column, row, self.sides)
+        whole, side = self.levels[0], self.sides[level]
         # The tile in level-0 pixels; the last column and row of a halved level may stand for less than a whole pixel.
-        x0, y0 = column * SIDE << level, row * SIDE << level
+        x0, y0 = column * side << level, row * side << level
         x1, y1 = min(whole[0], x0 + (size[0] << level)), min(whole[1], y0 + (size[1] << level))
         stored = 0
         for candidate, (width, _) in enumerate(self._slide.level_sizes):
@@ -249,7 +291,7 @@ class SlidePyramid:
         try:
             region = self._slide.read(stored, left, top, max(1, right - left), max(1, bottom - top))
         except OSError as error:
-            raise ResultGoneError(f"{self._slide.path} cannot be read: {error.strerror or error}") from error
+            raise self._gone(error) from error
         if region.shape[:2] == (size[1], size[0]):
             return region
         box = (x0 * sx - left, y0 * sy - top, min(x1 * sx - left, region.shape[1]), min(y1 * sy - top, region.shape[0]))
@@ -259,13 +301,27 @@ class SlidePyramid:
     def _from_below(self, level: int, column: int, row: int, size: tuple[int, int]) -> UInt8Array:
         canvas = np.full((2 * size[1], 2 * size[0], 3), 255, np.uint8)
         width, height = self.levels[level - 1]
-        for j in (0, 1):
-            for i in (0, 1):
-                x, y = 2 * column + i, 2 * row + j
-                if x * SIDE < width and y * SIDE < height:
-                    part = self.pixels(level - 1, x, y)
-                    canvas[j * SIDE : j * SIDE + part.shape[0], i * SIDE : i * SIDE + part.shape[1]] = part
+        left, top, side = 2 * column * self.sides[level], 2 * row * self.sides[level], self.sides[level - 1]
+        right, bottom = min(width, left + canvas.shape[1]), min(height, top + canvas.shape[0])
+        for y in range(top // side, -(-bottom // side)):
+            for x in range(left // side, -(-right // side)):
+                part = self.pixels(level - 1, x, y)
+                x0, y0 = x * side - left, y * side - top  # negative where a tile begins before this one
+                part = part[max(0, -y0) :, max(0, -x0) :]
+                space = canvas[max(0, y0) :, max(0, x0) :][: part.shape[0], : part.shape[1]]
+                space[:] = part[: space.shape[0], : space.shape[1]]
         return np.asarray(Image.fromarray(canvas).reduce(2))
+
+
+def _stored_levels(slide: Slide, levels: Sizes) -> dict[int, int]:
+    """The slide's levels that are those of the page, to a pixel, and made of JPEG tiles of a fitting size."""
+    found = {}
+    for number, (width, height) in enumerate(slide.level_sizes):
+        for level, size in enumerate(levels[:-1]):  # the smallest stays one tile: the thumbnail
+            near = abs(width - size[0]) <= 1 and abs(height - size[1]) <= 1
+            if near and slide.jpeg_side(number) in STORED_SIDES:
+                found[level] = number
+    return found
 
 
 class TileCache:

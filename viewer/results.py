@@ -28,7 +28,7 @@ from staindiffuser.viewer.cell_index import CellIndex, start_building
 from staindiffuser.viewer.comparison import TRUTH, Reference, open_truth, parse_truth
 from staindiffuser.viewer.errors import NotThereError, ResultGoneError, ViewerUsageError
 from staindiffuser.viewer.flags import read_flags
-from staindiffuser.viewer.pyramids import SIDE, JpegPyramid, MapPyramid, Pyramid, SlidePyramid, TileCache
+from staindiffuser.viewer.pyramids import JpegPyramid, MapPyramid, Pyramid, SlidePyramid, TileCache
 
 __all__ = ["Cells", "Entry", "Library", "OpenResult", "find_results", "source_slide"]
 
@@ -221,7 +221,7 @@ class OpenResult:
         try:
             path = source_slide(self.run, entry.folder, places)
             slide = open_slide(path, allow_damaged=self.run.request.allow_damaged)
-            self.source = SlidePyramid(slide, cache, (self.version, "he"))
+            self.source = SlidePyramid(slide, cache, (self.version, "he"), own_tiles=True)
         except (StainDiffuserError, OSError) as error:
             self.source_problem = f"{error} (--slides FOLDER)"
 
@@ -248,8 +248,8 @@ def _whole(image: Pyramid) -> list[tuple[int, int, int]]:
     return [
         (level, column, row)
         for level in range(max(0, len(image.levels) - WHOLE_LEVELS), len(image.levels))
-        for row in range(-(-image.levels[level][1] // SIDE))
-        for column in range(-(-image.levels[level][0] // SIDE))
+        for row in range(-(-image.levels[level][1] // image.sides[level]))
+        for column in range(-(-image.levels[level][0] // image.sides[level]))
     ]
 
 

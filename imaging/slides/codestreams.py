@@ -12,7 +12,13 @@ import simplejpeg
 
 from staindiffuser.imaging.arrays import UInt8Array
 
-__all__ = ["DamagedCodestreamError", "decode_intact_jpeg", "require_intact_jpeg", "require_intact_jpeg2000"]
+__all__ = [
+    "DamagedCodestreamError",
+    "complete_jpeg",
+    "decode_intact_jpeg",
+    "require_intact_jpeg",
+    "require_intact_jpeg2000",
+]
 
 _J2K_SIGNATURE = b"\xff\x4f\xff\x51"
 _SOT, _SOD, _EOC = 0xFF90, b"\xff\x93", b"\xff\xd9"
@@ -42,11 +48,7 @@ def decode_intact_jpeg(data: bytes, tables: bytes | None = None, *, rgb: bool = 
     Raises:
         DamagedCodestreamError: the image is corrupt, or ends before its last row.
     """
-    stream = _complete(data, tables)
-    if rgb:
-        at = stream.find(_IS_RGB[:9])
-        before, after = (stream[:2], stream[2:]) if at < 0 else (stream[:at], stream[at + len(_IS_RGB) :])
-        stream = before + _IS_RGB + after
+    stream = complete_jpeg(data, tables, rgb=rgb)
     try:
         *_, space, _ = simplejpeg.decode_jpeg_header(stream, strict=True)
         if space not in ("RGB", "YCbCr"):
@@ -69,7 +71,7 @@ def require_intact_jpeg(data: bytes, tables: bytes | None = None) -> None:
     Raises:
         DamagedCodestreamError: the image is corrupt, or ends before its last row.
     """
-    stream = _complete(data, tables)
+    stream = complete_jpeg(data, tables)
     try:
         *_, space, _ = simplejpeg.decode_jpeg_header(stream, strict=True)
         # In greyscale only one component is transformed, but the entropy coding of all of them is read.
@@ -115,6 +117,12 @@ def require_intact_jpeg2000(data: bytes) -> None:
         raise DamagedCodestreamError("its end marker is missing")
 
 
-def _complete(data: bytes, tables: bytes | None) -> bytes:
-    """A JPEG with its tables."""
-    return data if not tables or len(tables) < 4 else tables[:-2] + data[2:]
+def complete_jpeg(data: bytes, tables: bytes | None = None, *, rgb: bool = False) -> bytes:
+    """A JPEG that any decoder reads: with its tables, and marked as RGB if it is. Arguments as for
+    :func:`decode_intact_jpeg`."""
+    stream = data if not tables or len(tables) < 4 else tables[:-2] + data[2:]
+    if not rgb:
+        return stream
+    at = stream.find(_IS_RGB[:9])
+    before, after = (stream[:2], stream[2:]) if at < 0 else (stream[:at], stream[at + len(_IS_RGB) :])
+    return before + _IS_RGB + after

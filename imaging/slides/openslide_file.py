@@ -84,6 +84,14 @@ class OpenSlideSlide(Slide):
         except SlideError as error:
             return self._white_if_allowed(DamagedRegion(level, x, y, width, height), error)
 
+    def jpeg_side(self, level: int) -> int | None:
+        """See :meth:`Slide.jpeg_side`."""
+        return self._fast.jpeg_side(level) if self._fast is not None else None
+
+    def jpeg(self, level: int, column: int, row: int) -> bytes | None:
+        """See :meth:`Slide.jpeg`."""
+        return self._fast.jpeg(level, column, row) if self._fast is not None else None
+
     def close(self) -> None:
         """Close the file."""
         self._slide.close()

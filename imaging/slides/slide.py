@@ -89,6 +89,19 @@ class Slide(ABC):
             SlideError: this part of the file is damaged or missing.
         """
 
+    def jpeg_side(self, level: int) -> int | None:
+        """Side of the square tiles, pixels, that the file holds of a level as JPEG; None if it holds others."""
+        return None
+
+    def jpeg(self, level: int, column: int, row: int) -> bytes | None:
+        """A tile of a level that has a :meth:`jpeg_side`, as it lies in the file: a JPEG that any decoder reads, of the
+        whole tile, also where the image's edge cuts it. None if it is damaged or not stored: :meth:`read` knows more.
+
+        Raises:
+            SlideReadError: the disk or network failed.
+        """
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Close the file."""

@@ -23,6 +23,7 @@ from staindiffuser.imaging.image_files import WHITE, on_white
 from staindiffuser.imaging.pixel_size import PixelSize, from_imagej, from_ome_xml, from_resolution
 from staindiffuser.imaging.slides.codestreams import (
     DamagedCodestreamError,
+    complete_jpeg,
     decode_intact_jpeg,
     require_intact_jpeg,
     require_intact_jpeg2000,
@@ -45,6 +46,8 @@ _PHOTOMETRICS = {
     10: "is CIELab",
 }
 _JPEG = (6, 7, 33007, 34892)
+_JPEG_FILES = 7
+"""JPEG as TIFF has it since 1995: every tile is a JPEG file, but for tables that it may share with others."""
 _JPEG2000 = (33005, 34712)
 _APERIO_YCBCR = (33003, 33004)
 """JPEG 2000 in Aperio's own colour space, which only OpenSlide converts."""
@@ -142,6 +145,31 @@ class TiffLevels:
                 y0, y1 = max(y, top), min(y + height, top + size_y)
                 region[y0 - y : y1 - y, x0 - x : x1 - x] = chunk[y0 - top : y1 - top, x0 - left : x1 - left]
         return region
+
+    def jpeg_side(self, level: int) -> int | None:
+        """See :meth:`Slide.jpeg_side`."""
+        page, (width, height) = self.pages[level], self._chunk(level)
+        whole = page.compression == _JPEG_FILES and not self._decoders[level][2]
+        fits = whole and page.is_tiled and page.samplesperpixel == 3 and page.planarconfig == 1
+        return width if fits and width == height else None
+
+    def jpeg(self, level: int, column: int, row: int) -> bytes | None:
+        """See :meth:`Slide.jpeg`."""
+        page, (width, _) = self.pages[level], self._chunk(level)
+        index = row * -(-int(page.imagewidth) // width) + column
+        count = int(page.databytecounts[index])
+        if count == 0:
+            return None
+        try:
+            data = os.pread(self._fd, count, page.dataoffsets[index])
+        except OSError as error:
+            raise SlideReadError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        stream = complete_jpeg(data, self._decoders[level][1], rgb=self._unmarked_rgb[level])
+        try:
+            require_intact_jpeg(stream)
+        except DamagedCodestreamError:
+            return None
+        return stream
 
     def close(self) -> None:
         """Close the file."""
@@ -288,6 +316,14 @@ class TiffSlide(Slide):
         if self._whole_HW3 is not None and level == 0:
             return self._whole_HW3[y : y + height, x : x + width]
         return self._levels.read(level, x, y, width, height, on_damage=self._white_if_allowed)
+
+    def jpeg_side(self, level: int) -> int | None:
+        """See :meth:`Slide.jpeg_side`."""
+        return self._levels.jpeg_side(level)
+
+    def jpeg(self, level: int, column: int, row: int) -> bytes | None:
+        """See :meth:`Slide.jpeg`."""
+        return self._levels.jpeg(level, column, row)
 
     def close(self) -> None:
         """Close the file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -132,3 +133,63 @@ def test_the_demonstration_ends_at_the_page_on_a_terminal_only(
         monkeypatch.setenv("CI", "1")
         demo.main(["--output", str(tmp_path / "out")])
         assert len(shown) == 1
+
+
+DEMONSTRATION = """
+import shutil, sys
+from pathlib import Path
+from staindiffuser import demo, sample_slide
+from staindiffuser.client import command
+
+slide, result, output = map(Path, sys.argv[1:])
+sample_slide.choose_slide = lambda *_: sample_slide.Sample(path=slide, what="a slide")
+command.run_command = lambda *_: shutil.copytree(result, output, dirs_exist_ok=True) and 0
+sys.exit(demo.main(["--output", str(output)]))
+"""
+"""The demonstration without its model: the result is there already."""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
+def test_the_demonstration_in_a_terminal_ends_with_ctrl_c(result: Path, tmp_path: Path) -> None:
+    import fcntl
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    arguments = [str(result.parent / "slide.ome.tiff"), str(result), str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", DEMONSTRATION, *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={name: value for name, value in os.environ.items() if name != "CI"},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    said = ""
+
+    def read() -> bool:
+        nonlocal said
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # Linux's way to say that nobody has the terminal open any more
+            return False
+        said += part.decode()
+        return bool(part)
+
+    try:
+        while "Ctrl-C ends" not in said and read():
+            pass
+        (address,) = re.findall(r"http://\S+", said)
+        assert status(address) == 200
+        os.write(ours, b"\x03")
+        while read():
+            pass
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert said.rstrip().endswith("stopped")
+    assert "Traceback" not in said

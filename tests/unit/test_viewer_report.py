@@ -7,6 +7,7 @@ import html
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,13 @@ import pytest
 from staindiffuser.client.run_record import read_run
 from staindiffuser.viewer.flags import read_flags
 from staindiffuser.viewer.pyramids import TileCache
-from staindiffuser.viewer.qupath import qupath_script
+from staindiffuser.viewer.qupath import qupath_script, write_qupath_script
 from staindiffuser.viewer.report import BatchLine, batch_report, slide_report, write_reports
 from staindiffuser.viewer.results import Entry, OpenResult, find_results
 from tests.viewer_results import stain, write_quality, write_slide
+
+GROOVY = Path("/usr/share/java/groovy-all.jar")
+"""Of Debian's package groovy."""
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +165,32 @@ def test_the_script_for_qupath_names_every_file_and_escapes_them(result: Path) -
     assert [Path(row[1]).name for row in decoded[1:]] == ["cd3.ome.tiff", "ck818.ome.tiff"]
     assert script.startswith("// Synthetic image")
     assert str(result / "cells.geojson.gz") in script
+
+
+@pytest.mark.skipif(
+    shutil.which("java") is None or not GROOVY.is_file(), reason=f"no Java, or no Groovy: {GROOVY} is missing"
+)
+def test_the_script_for_qupath_runs_in_groovy(result: Path) -> None:
+    """Against stand-ins of QuPath's classes: its own are not needed to find a slip in the script's language."""
+    run = read_run(result)
+    (result / "$slide.svs").touch()
+    script = write_qupath_script(result, run, result / "$slide.svs")
+    stand_ins = Path(__file__).parent.parent / "qupath_stand_ins"
+    command = ["java", "--add-opens", "java.base/java.lang=ALL-UNNAMED", "-cp", f"{GROOVY}:{stand_ins}"]
+    done = subprocess.run(
+        [*command, "-Dgroovy.source.encoding=UTF-8", "groovy.lang.GroovyShell", str(script)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    saved = [line for line in done.stdout.splitlines() if line.startswith("saved")]
+    assert saved == [
+        f"saved H&E: BRIGHTFIELD_H_E, {sum(run.cells.values())} of [1.0]",
+        *(
+            f"saved {label} (virtual, research use only): BRIGHTFIELD_H_DAB, {count} of [1.0]"
+            for label, count in run.cells.items()
+        ),
+    ]
+    assert done.stdout.rstrip().endswith("synchronised")
 
 
 def test_a_result_that_is_gone_is_left_out_of_a_batch(tmp_path: Path) -> None:

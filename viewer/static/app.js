@@ -237,6 +237,10 @@ function connect() {
   for (const button of document.querySelectorAll("#modes button")) {
     button.addEventListener("click", () => setMode(button.dataset.mode));
   }
+  document.querySelector("a.skip").addEventListener("click", (event) => {
+    event.preventDefault(); // the address behind "#" is the place that is shown
+    $("panels").focus();
+  });
   on("zoom-in", "click", () => actions.zoom(2));
   on("zoom-out", "click", () => actions.zoom(0.5));
   on("zoom-home", "click", actions.home);

@@ -8,9 +8,16 @@ export function drawFlags(context, { x, y, scale, width, height }, flags) {
   if (!flags || !state.flags || !flags.tiles.length) return;
   context.save();
   context.beginPath();
+  let small = false;
   for (const [left, top, w, h] of flags.tiles) {
     const [px, py, pw, ph] = [x + left * scale, y + top * scale, w * scale, h * scale];
     if (px < width && py < height && px + pw > 0 && py + ph > 0) context.rect(px, py, pw, ph);
+    small ||= pw < 2 * STEP;
+  }
+  if (small) {
+    // From afar no line might cross a tile: it is red all over.
+    context.fillStyle = "rgb(179 38 30 / .5)";
+    context.fill();
   }
   context.clip();
   context.beginPath();

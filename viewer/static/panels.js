@@ -65,7 +65,7 @@ export class Panels {
   wanted() {
     const { slide } = this;
     const stains = slide.stains.filter((stain) => !state.hidden.has(stain.name));
-    const he = slide.he ? [{ kind: "he", levels: slide.he.levels }] : [];
+    const he = slide.he ? [{ kind: "he", levels: slide.he.levels, sides: slide.he.sides }] : [];
     if (state.mode === "fluorescence") {
       const first = slide.stains[0];
       const names = ["nuclei", ...stains.map((stain) => stain.name)].join("~");
@@ -147,18 +147,21 @@ export class Panels {
     return panel;
   }
 
-  source({ kind, name, levels }) {
+  source({ kind, name, levels, sides }) {
     const base = slidePath(this.slide.name) + (kind === "he" ? "/he" : `/${kind}/${name}`);
     const top = levels.length - 1;
-    return {
+    const source = new OpenSeadragon.TileSource({
       width: levels[0][0],
       height: levels[0][1],
       tileSize: SIDE,
       tileOverlap: 0,
       minLevel: 0,
       maxLevel: top,
-      getTileUrl: (level, x, y) => `${base}/${top - level}/${x}_${y}.jpg?v=${this.slide.version}`,
-    };
+    });
+    source.getTileUrl = (level, x, y) => `${base}/${top - level}/${x}_${y}.jpg?v=${this.slide.version}`;
+    // A slide's own tiles have its own size.
+    if (sides) source.getTileWidth = source.getTileHeight = (level) => sides[top - level];
+    return source;
   }
 
   // Opacity and swipe line of the stains that lie over the H&E; what they cover is not drawn.

@@ -1,0 +1,5 @@
+package qupath.lib.gui
+
+class QuPathGUI {
+    static QuPathGUI getInstance() { null }
+}

@@ -8,8 +8,9 @@ NUMPY2_VENV := .venv-numpy2
 NUMPY2_PYTHON ?=
 PIP_INSTALL := install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN := $(VENV)/bin/python
-# Two tests at a time. One thread each for torch: threads that wait for one another on shared cores only burn them.
-TWO_AT_A_TIME := -n 2 --dist worksteal
+# Three tests at a time on two cores: a third of the time, a test waits for a server or a process that it started. One
+# thread each for torch: threads that wait for one another on shared cores only burn them.
+AT_A_TIME := -n 3 --dist worksteal
 # CI measures coverage, against the floor in pyproject.toml: make test COVERAGE=--cov
 COVERAGE ?=
 SLIDE ?=
@@ -50,16 +51,16 @@ demo: $(DEMO_VENV)/.installed  ## stain a slide on this machine: SLIDE=path, els
 	$(DEMO_VENV)/bin/python -m staindiffuser.demo $(if $(SLIDE),--slide '$(SLIDE)') --output '$(OUTPUT)'
 
 test: install lint types  ## all tests but the slow ones, with lint and types
-	OMP_NUM_THREADS=1 $(RUN) -m pytest $(TWO_AT_A_TIME) $(COVERAGE) -m "not slow and not gpu and not network and not timing"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(AT_A_TIME) $(COVERAGE) -m "not slow and not gpu and not network and not timing"
 
 test-all: install lint types  ## every test that this machine can run
-	OMP_NUM_THREADS=1 $(RUN) -m pytest $(TWO_AT_A_TIME) -m "not gpu and not network and not timing"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(AT_A_TIME) -m "not gpu and not network and not timing"
 
 test-timing: install  ## tests that measure wall-clock time; only on an idle machine
 	$(RUN) -m pytest -m "timing and not gpu"
 
 test-numpy2: $(NUMPY2_VENV)/.installed  ## unit and integration tests with Python 3.13, numpy 2, newest libraries
-	OMP_NUM_THREADS=1 $(NUMPY2_VENV)/bin/python -m pytest $(TWO_AT_A_TIME) -m "not slow and not gpu and not network and not timing" \
+	OMP_NUM_THREADS=1 $(NUMPY2_VENV)/bin/python -m pytest $(AT_A_TIME) -m "not slow and not gpu and not network and not timing" \
 		tests/unit tests/integration
 
 lint: install  ## ruff (lint, formatting) and the contracts on who may import whom

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from staindiffuser.training.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,9 +52,25 @@ def tiny_model() -> ModelConfig:
     return dataclasses.replace(PRESETS["debug"].model, stains=stains)
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder of the session that the first process to ask makes, and the other workers of pytest-xdist read."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            draft = folder.with_suffix(".draft")
+            make(draft)
+            draft.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of the debug preset; random weights whose gains are not zero, so that every layer matters."""
+    return made_once(tmp_path_factory, "checkpoint", lambda folder: _save_tiny(tiny_model, folder))
+
+
+def _save_tiny(tiny_model: ModelConfig, folder: Path) -> None:
     import torch
 
     from staindiffuser.training.checkpoint import Checkpoint, CheckpointConfig
@@ -62,12 +81,10 @@ def tiny_checkpoint(tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFa
     for parameter in network.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, std=0.3)
-    folder = tmp_path_factory.mktemp("checkpoint")
     config = CheckpointConfig(
         name="tiny", model=tiny_model, notice="For trying the software, research use only.", margin=16
     )
     Checkpoint(config=config, network=network).save(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -75,9 +92,9 @@ def tiny_graphs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     """The graphs of :func:`tiny_checkpoint`: tiles of 64 pixels, two steps."""
     from staindiffuser.export.graphs import export_graphs
 
-    folder = tmp_path_factory.mktemp("graphs") / "tiny"
-    export_graphs(tiny_checkpoint, folder, steps=2, tile=64)
-    return folder
+    return made_once(
+        tmp_path_factory, "graphs", lambda folder: export_graphs(tiny_checkpoint, folder, steps=2, tile=64)
+    )
 
 
 @pytest.fixture(scope="session")

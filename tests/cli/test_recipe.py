@@ -25,7 +25,8 @@ def staindiffuser(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return run
 
 
-@pytest.mark.timeout(600)  # a shared machine can be slow; alone, on two cores, it takes well under a minute
+@pytest.mark.slow  # each command has a test of its own; this is all of them in a row
+@pytest.mark.timeout(600)
 def test_debug_preset_from_tiles_to_a_verified_repository(
     staindiffuser: Callable[..., None], tiles_folder: Path, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from staindiffuser.training.simulate.tiles import simulate_tile
+from tests.conftest import made_once
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks" / "stain_a_tile.ipynb"
@@ -20,9 +21,10 @@ NOTEBOOK = ROOT / "notebooks" / "stain_a_tile.ipynb"
 
 @pytest.fixture(autouse=True, scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The engines are built once for this file, and nothing is taken from or left in the user's cache."""
+    """The engines are built once for all workers, and nothing is taken from or left in the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STAINDIFFUSER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        folder = made_once(tmp_path_factory, "examples-cache", Path.mkdir)
+        patch.setenv("STAINDIFFUSER_CACHE", str(folder))
         yield
 
 

@@ -46,8 +46,9 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 def test_commands_in_the_documentation_exist() -> None:
     unknown = []
+    staindiffuser = typer.main.get_command(app)
     for page, words in commands():
-        command = typer.main.get_command(app)
+        command = staindiffuser
         for word in words[1:]:
             children = getattr(command, "commands", {})
             if word in children:

@@ -14,7 +14,8 @@ from PIL import Image
 from staindiffuser.errors import UsageError
 from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import ExportUsageError, GraphsError, ManifestError
-from staindiffuser.export.graphs import export_graphs, gate_of
+from staindiffuser.export.graphs import PRECISIONS, export_graphs, gate_of, write_engines
+from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.gate import GateRow, gate_record, judge
 from staindiffuser.triton_models.noise.philox import tile_noise
 
@@ -22,6 +23,19 @@ from staindiffuser.triton_models.noise.philox import tile_noise
 @pytest.fixture(scope="module")
 def graphs(tiny_graphs: Path) -> GraphSet:
     return GraphSet.load(tiny_graphs)
+
+
+@pytest.fixture(scope="module")
+def one_step(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``graphs`` of one step, of a ``checkpoint`` whose CD3 failed its gate; ``sample.png`` is among the samples."""
+    folder = tmp_path_factory.mktemp("one-step")
+    shutil.copytree(tiny_checkpoint, folder / "checkpoint")
+    gate = {"failures": {"1": ["cd3 Dice 0.000, best 0.500"]}, "rows": [{"stains": {"cd3": {}}}]}
+    (folder / "checkpoint" / "metrics.json").write_text(json.dumps({"gate": gate}), encoding="utf-8")
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 101, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "sample.png")
+    export_graphs(folder / "checkpoint", folder / "graphs", steps=1, tile=64, samples=[folder / "sample.png"])
+    return folder
 
 
 def test_onnx_agrees_with_torch_on_the_golden_samples(tiny_graphs: Path, graphs: GraphSet) -> None:
@@ -59,12 +73,11 @@ def test_nothing_of_the_noise_level_is_left_to_compute(tiny_graphs: Path) -> Non
     assert counts["stain_cd3"]["Resize"] == 2 * 3
 
 
-def test_unrolling_shares_the_weights(tiny_checkpoint: Path, tiny_graphs: Path, tmp_path: Path) -> None:
-    one = export_graphs(tiny_checkpoint, tmp_path / "one", steps=1, tile=64)
-    two = GraphSet.load(tiny_graphs)
+def test_unrolling_shares_the_weights(one_step: Path, tiny_graphs: Path) -> None:
+    one, two = GraphSet.load(one_step / "graphs"), GraphSet.load(tiny_graphs)
     weights = [
         sum(len(t.raw_data) for t in onnx.load(folder / "stain_cd3.onnx").graph.initializer)
-        for folder in (tmp_path / "one", tiny_graphs)
+        for folder in (one_step / "graphs", tiny_graphs)
     ]
     assert weights[1] / weights[0] < 1.05
     assert one.engines["stain_cd3"].weights_sha256 == two.engines["stain_cd3"].weights_sha256
@@ -126,11 +139,8 @@ def test_the_gate_is_asked_about_the_steps_that_are_exported() -> None:
     assert gate_of(metrics, 4) == gate_of({}, 1) == gate_of({"gate": None}, 1) == {}
 
 
-def test_graphs_say_that_the_gate_failed(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
-    gate = {"failures": {"1": ["cd3 Dice 0.000, best 0.500"]}, "rows": [{"stains": {"cd3": {}}}]}
-    (tmp_path / "checkpoint/metrics.json").write_text(json.dumps({"gate": gate}), encoding="utf-8")
-    graphs = export_graphs(tmp_path / "checkpoint", tmp_path / "graphs", steps=1, tile=64)
+def test_graphs_say_that_the_gate_failed(one_step: Path) -> None:
+    graphs = GraphSet.load(one_step / "graphs")
     assert graphs.gate == {"cd3": ("Dice 0.000, best 0.500",)}
     assert "did not pass its gate" in graphs.notice, "the notice goes with every output"
 
@@ -160,8 +170,9 @@ def test_a_folder_of_something_else_is_not_replaced(tiny_checkpoint: Path, tmp_p
 def test_trunk_runs_in_the_asked_precision_and_the_preconditioning_in_float32(
     tiny_checkpoint: Path, tmp_path: Path, precision: str
 ) -> None:
-    export_graphs(tiny_checkpoint, tmp_path / "graphs", steps=2, tile=64, precision=precision)
-    graph = onnx.load(tmp_path / "graphs" / "stain_cd3.onnx")
+    network = Checkpoint.load(tiny_checkpoint).network
+    write_engines(network, tmp_path, sigmas=(80.0, 1.0), tile=64, trunk=PRECISIONS[precision], only="stain_cd3")
+    graph = onnx.load(tmp_path / "stain_cd3.onnx")
     inferred = onnx.shape_inference.infer_shapes(graph, strict_mode=True).graph
     types = {v.name: v.type.tensor_type.elem_type for v in [*inferred.value_info, *inferred.input]}
     types |= {t.name: t.data_type for t in inferred.initializer}
@@ -172,11 +183,9 @@ def test_trunk_runs_in_the_asked_precision_and_the_preconditioning_in_float32(
     assert types[clip.input[0]] == onnx.TensorProto.FLOAT
 
 
-def test_real_samples_are_golden_samples_too(tiny_checkpoint: Path, real_data: Path, tmp_path: Path) -> None:
-    image = real_data / "crops" / "medium-nuclei-score-level1.png"
-    graphs = export_graphs(tiny_checkpoint, tmp_path / "graphs", steps=1, tile=64, samples=[image])
-    he = np.load(tmp_path / "graphs" / graphs.golden)["HE"]
-    whole = np.asarray(Image.open(image).convert("RGB"))
+def test_samples_of_the_user_are_golden_samples_too(one_step: Path) -> None:
+    he = np.load(one_step / "graphs" / GraphSet.load(one_step / "graphs").golden)["HE"]
+    whole = np.asarray(Image.open(one_step / "sample.png"))
     top, left = (whole.shape[0] - 64) // 2, (whole.shape[1] - 64) // 2
     np.testing.assert_array_equal(he[-1], whole[top : top + 64, left : left + 64])
 

@@ -14,6 +14,7 @@ from staindiffuser.benchmarks.load_cli import load
 from staindiffuser.benchmarks.loader import loader
 from staindiffuser.benchmarks.reporting import JsonFile, hand_over
 from staindiffuser.benchmarks.seams_cli import seams
+from staindiffuser.benchmarks.serving_cli import serving
 from staindiffuser.benchmarks.slide import slide
 from staindiffuser.benchmarks.viewer import view
 
@@ -23,56 +24,6 @@ app = typer.Typer(no_args_is_help=True, help="Measure this machine: latency, thr
 @app.callback()
 def _group() -> None:
     """Measure this machine: latency, throughput, quality."""
-
-
-@app.command(epilog="Example: staindiffuser bench serving models --batch 8 --rounds 7 --json serving.json")
-def serving(
-    repository: Annotated[
-        Path | None,
-        typer.Argument(help="Model repository that `export build` wrote; the shipped demonstration if absent."),
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Tiles a request.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds of either side.")] = 7,
-    requests: Annotated[int, typer.Option(min=1, help="Requests a round.")] = 4,
-    in_flight: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 2,
-    threads: Annotated[int | None, typer.Option(help="Threads of each engine; 0 for all cores.")] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """The same tiles through a real Triton server and through the engines called directly in one process."""
-
-    from staindiffuser.benchmarks.serving import bench_serving
-    from staindiffuser.errors import UsageError
-    from staindiffuser.export.manifest import Manifest
-    from staindiffuser.serving.demo import repository_of
-
-    def say(message: str) -> None:
-        typer.echo(message, err=True)
-
-    chosen = repository_of(repository, say)
-    largest = Manifest.load(chosen).max_batch
-    if batch > largest:
-        raise UsageError(f"--batch {batch} is more than the {largest} that {chosen} accepts")
-    report = bench_serving(
-        chosen, batch=batch, rounds=rounds, requests=requests, in_flight=in_flight, threads=threads, progress=say
-    )
-    if hand_over(report, json_file):
-        return
-    typer.echo(f"model {report.model_name} ({report.model_version[:12]}) on {report.device}")
-    typer.echo(
-        f"batch {report.batch}, {report.in_flight} requests in flight, {report.threads} threads an engine, "
-        f"{len(report.outputs)} outputs, {report.rounds} rounds of {report.tiles_per_round} tiles"
-    )
-    for label, spread in (("Triton", report.triton_tiles_per_second), ("direct", report.direct_tiles_per_second)):
-        typer.echo(f"{label}: {spread.median:.2f} tiles/s ({spread.smallest:.2f} to {spread.largest:.2f})")
-    ratio = report.ratio
-    typer.echo(
-        f"Triton / direct: {ratio.median:.3f} (90 % interval of the median {ratio.low:.3f} to {ratio.high:.3f}, "
-        f"rounds {ratio.smallest:.3f} to {ratio.largest:.3f})"
-    )
-    typer.echo(f"same bytes: {'yes' if report.same_bytes else 'NO'}")
-    typer.echo(f"{'ms per tile':>16} {'direct':>8} {'Triton':>8}")
-    for name, milliseconds in report.direct_ms_per_tile.items():
-        typer.echo(f"{name:>16} {milliseconds:8.2f} {report.triton_ms_per_tile.get(name, 0.0):8.2f}")
 
 
 @app.command(epilog="Example: staindiffuser bench plausibility slide-stained --slide slide.svs")
@@ -211,3 +162,6 @@ app.command(
     "staindiffuser bench engines --batch 1,2,4,8 --no-parts --engine 'onnxruntime fp32' --engine 'openvino bf16'",
 )(engines)
 app.command(epilog="Example: staindiffuser bench load models --clients 1,16 --shares 0.25,0.5 --json load.json")(load)
+app.command(
+    epilog="Example: staindiffuser bench serving models --proxy --two-clients --overhead 200 --json serving.json"
+)(serving)

@@ -1,26 +1,36 @@
 """What the server costs: the same tiles through Triton and through the engines called directly in this process.
 
-Both sides compute everything (noise, encoder, an image and a cell map per stain), with the same number of threads per
-engine, the same batches, and the same bytes out. Rounds of the two alternate, so that a slow moment of the machine
-meets both; the result is the ratio of their throughputs, round by round.
+Both sides compute the same (an image and a cell map per stain, and the noise that they read), with the same number of
+threads per engine, the same batches, and the same bytes out. Rounds of all sides alternate, so that a slow moment of
+the machine meets every one; the results are ratios of their throughputs, round by round.
+
+Beside that, in the same run: the server behind its proxy with mutual TLS, the server of another repository, two clients
+that want one stain each, and a request of one tile around engines that do nothing, which is the server's own cost.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from staindiffuser.benchmarks.measuring import Spread
+from staindiffuser.benchmarks.behind_proxy import behind_proxy
+from staindiffuser.benchmarks.idle_engines import build_idle
+from staindiffuser.benchmarks.measuring import Spread, in_turns
+from staindiffuser.client.credentials import Credentials
 from staindiffuser.export import builders
 from staindiffuser.export.builders import Engine
+from staindiffuser.export.description import QUALITY
 from staindiffuser.export.loading import load_engines
 from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.export.parity import engine_runs, run_pipeline
@@ -33,6 +43,8 @@ __all__ = ["ServingReport", "bench_serving"]
 Arrays = dict[str, np.ndarray[Any, Any]]
 IN_FLIGHT = 2
 """Requests in flight: one is computed while the other is received, noised and encoded."""
+DIRECT, TRITON, PROXY, BESIDE = "direct", "Triton", "proxy", "beside"
+"""The sides."""
 _MESSAGE_BYTES = 1 << 30
 
 
@@ -42,24 +54,29 @@ class ServingReport:
 
     model_name: str
     model_version: str
+    flavour: str
     device: str
     threads: int
-    """Per engine, on both sides."""
+    """Per engine, on all sides."""
     batch: int
     in_flight: int
     rounds: int
     tiles_per_round: int
     outputs: tuple[str, ...]
-    triton_tiles_per_second: Spread
-    direct_tiles_per_second: Spread
-    ratio: Spread
-    """Triton's throughput divided by the direct one's, round by round."""
+    tiles_per_second: Mapping[str, Spread]
+    """By side: ``direct``, ``Triton``, ``proxy`` (the same server behind HAProxy), ``beside`` (another repository)."""
+    ratios: Mapping[str, Spread]
+    """Throughputs, divided round by round: ``Triton / direct``, ``proxy / Triton``, ``Triton / beside``."""
     same_bytes: bool
-    """Whether both sides gave the same bytes for the same batch."""
+    """Whether all sides gave the same bytes for the same batch."""
     direct_ms_per_tile: Mapping[str, float]
     """Median time of each stage, called directly, one after another."""
     triton_ms_per_tile: Mapping[str, float]
     """Mean compute time that Triton reports per model; with requests in flight models share the cores."""
+    two_clients: Spread | None = None
+    """Time until two clients with one stain each are served side by side, over the sum of their times alone."""
+    overhead_ms: Mapping[str, Spread] | None = None
+    """Time of a request of one tile beyond the direct call, around engines that do nothing, by flavour."""
 
 
 def bench_serving(
@@ -70,6 +87,10 @@ def bench_serving(
     requests: int = 4,
     in_flight: int = IN_FLIGHT,
     threads: int | None = None,
+    proxy: bool = False,
+    beside: Path | None = None,
+    two_clients: bool = False,
+    overhead: int = 0,
     progress: Callable[[str], None] = lambda message: None,
 ) -> ServingReport:
     """Measure a model repository on this machine.
@@ -77,10 +98,14 @@ def bench_serving(
     Args:
         repository: what ``export build`` wrote.
         batch: tiles a request; at most the repository's largest.
-        rounds: of either side, alternating, after one that is not counted.
+        rounds: of each side, alternating, after one that is not counted.
         requests: a round.
         in_flight: requests the client keeps in flight.
         threads: per engine; the repository's by default, 0 for all.
+        proxy: also the same server behind HAProxy with mutual TLS.
+        beside: another repository of the same model, whose server is a side too.
+        two_clients: also two clients with one stain each.
+        overhead: requests to engines that do nothing, of each flavour that runs here.
         progress: told after each round.
 
     Raises:
@@ -92,35 +117,40 @@ def bench_serving(
     outputs = [f"{kind}_{stain.name}".upper() for stain in manifest.stains for kind in ("stain", "cells")]
     builder = builders.get(manifest.target)
     with contextlib.ExitStack() as stack:
-        files = {name: repository / record.file for name, record in manifest.engines.items()}
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="staindiffuser-bench-")))
+        files = {n: repository / r.file for n, r in manifest.engines.items() if not n.startswith(QUALITY)}
         engines = load_engines(builder, files, threads=threads, flavour=manifest.flavour)
         for engine in set(engines.values()):
             stack.callback(engine.close)
         server = stack.enter_context(TritonServer(repository, threads=threads))
-        client = stack.enter_context(_Client(server.url, outputs, in_flight))
-        served, called = client.run(batches[:1])[0], _direct(engines, manifest, batches[0])
-        same = all(np.array_equal(served[name], called[name]) for name in outputs)
-        seconds: dict[str, list[float]] = {"triton": [], "direct": []}
-        before = client.compute_ns()
-        for index in range(rounds + 1):
-            sides: list[tuple[str, Callable[[], object]]] = [
-                ("triton", lambda: client.run(batches)),
-                ("direct", lambda: [_direct(engines, manifest, inputs) for inputs in batches]),
-            ]
-            for side, run in sides if index % 2 else reversed(sides):
-                start = time.perf_counter()
-                run()
-                if index:
-                    seconds[side].append(time.perf_counter() - start)
-            if index:
-                rates = {side: batch * requests / values[-1] for side, values in seconds.items()}
-                progress(f"round {index}: {rates['triton']:.2f} tiles/s through Triton, {rates['direct']:.2f} directly")
-        after = client.compute_ns()
+        clients = {TRITON: stack.enter_context(_Client(server.url, outputs, in_flight))}
+        if proxy:
+            url, credentials = stack.enter_context(behind_proxy(server, folder))
+            clients[PROXY] = stack.enter_context(_Client(url, outputs, in_flight, credentials))
+        if beside is not None:
+            other = stack.enter_context(TritonServer(beside, threads=threads))
+            clients[BESIDE] = stack.enter_context(_Client(other.url, outputs, in_flight))
+
+        def called(inputs: Arrays) -> Arrays:
+            return _direct(engines, manifest, inputs)
+
+        wanted = called(batches[0])
+        answers = [client.run(batches[:1])[0] for client in clients.values()]
+        same = all(np.array_equal(answer[name], wanted[name]) for answer in answers for name in outputs)
+        sides: dict[str, Callable[[], object]] = {DIRECT: lambda: [called(inputs) for inputs in batches]}
+        sides |= {name: functools.partial(client.run, batches) for name, client in clients.items()}
+        before = clients[TRITON].compute_ns()
+        samples = in_turns(sides, rounds, progress)
+        after = clients[TRITON].compute_ns()
+        together = _two_clients(server, manifest, batches, rounds, progress) if two_clients else None
         stages = _stage_times(engines, manifest, batches[0])
     tiles = batch * requests
+    seconds = {side: [sample.wall for sample in taken] for side, taken in samples.items()}
+    served = tiles * (rounds + 1) * (1 + proxy)
     return ServingReport(
         model_name=manifest.model_name,
         model_version=manifest.model_version,
+        flavour=manifest.flavour,
         device=builder.device().name,
         threads=threads or available_cpus(),
         batch=batch,
@@ -128,19 +158,26 @@ def bench_serving(
         rounds=rounds,
         tiles_per_round=tiles,
         outputs=tuple(outputs),
-        triton_tiles_per_second=Spread.of([tiles / s for s in seconds["triton"]]),
-        direct_tiles_per_second=Spread.of([tiles / s for s in seconds["direct"]]),
-        ratio=Spread.of([d / t for d, t in zip(seconds["direct"], seconds["triton"], strict=True)]),
+        tiles_per_second={side: Spread.of([tiles / s for s in taken]) for side, taken in seconds.items()},
+        ratios={
+            f"{one} / {base}": Spread.of([b / o for o, b in zip(seconds[one], seconds[base], strict=True)])
+            for one, base in ((TRITON, DIRECT), (PROXY, TRITON), (TRITON, BESIDE))
+            if one in seconds and base in seconds
+        },
         same_bytes=same,
         direct_ms_per_tile=stages,
-        triton_ms_per_tile={name: (after[name] - before[name]) / 1e6 / (tiles * (rounds + 1)) for name in after},
+        triton_ms_per_tile={name: (after[name] - before[name]) / 1e6 / served for name in after},
+        two_clients=together,
+        overhead_ms=_overhead(manifest, overhead, progress) if overhead else None,
     )
 
 
 class _Client:
     """Sends batches, a bounded number in flight, and reads the results."""
 
-    def __init__(self, url: str, outputs: Sequence[str], in_flight: int) -> None:
+    def __init__(
+        self, url: str, outputs: Sequence[str], in_flight: int, credentials: Credentials | None = None
+    ) -> None:
         import tritonclient.grpc as triton
 
         self._triton = triton
@@ -148,6 +185,7 @@ class _Client:
         self._in_flight = in_flight
         self._client = triton.InferenceServerClient(
             url,
+            **(credentials or Credentials()).tls(),
             channel_args=[
                 ("grpc.enable_http_proxy", 0),
                 ("grpc.max_send_message_length", _MESSAGE_BYTES),
@@ -202,6 +240,61 @@ def _direct(engines: Mapping[str, Engine], manifest: Manifest, inputs: Arrays) -
     return run_pipeline(engines, manifest.engines, steps=manifest.steps, tile=manifest.tile, inputs=inputs)[1]
 
 
+def _two_clients(
+    server: TritonServer,
+    manifest: Manifest,
+    batches: Sequence[Arrays],
+    rounds: int,
+    progress: Callable[[str], None],
+) -> Spread | None:
+    """Two clients, each of which sends its next request once the last is answered; None for a model of one stain."""
+    if len(manifest.stains) < 2:
+        return None
+    with contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(_Client(server.url, [f"{kind}_{stain.name.upper()}" for kind in ("STAIN", "CELLS")], 1))
+            for stain in manifest.stains[:2]
+        ]
+        pool = stack.enter_context(ThreadPoolExecutor(2))
+        sides: dict[str, Callable[[], object]] = {
+            "one stain": functools.partial(clients[0].run, batches),
+            "the other": functools.partial(clients[1].run, batches),
+            "both": lambda: list(pool.map(lambda client: client.run(batches), clients)),
+        }
+        samples = in_turns(sides, rounds, lambda line: progress(f"two clients, {line}"))
+    one, other, both = ([sample.wall for sample in samples[side]] for side in sides)
+    return Spread.of([c / (a + b) for a, b, c in zip(one, other, both, strict=True)])
+
+
+def _overhead(manifest: Manifest, requests: int, progress: Callable[[str], None]) -> dict[str, Spread]:
+    """Milliseconds, by flavour that runs on this machine."""
+    found = {}
+    for flavour in dict.fromkeys((manifest.flavour, "single", "python")):
+        if flavour == "native":
+            continue
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="staindiffuser-idle-")))
+            repository = build_idle(manifest, folder, flavour=flavour)
+            idle = verify(repository)
+            files = {name: repository / record.file for name, record in idle.engines.items()}
+            engines = load_engines(builders.get(idle.target), files, threads=1, flavour=flavour)
+            for engine in set(engines.values()):
+                stack.callback(engine.close)
+            server = stack.enter_context(TritonServer(repository))
+            outputs = [f"{kind}_{stain.name}".upper() for stain in idle.stains for kind in ("stain", "cells")]
+            client = stack.enter_context(_Client(server.url, outputs, 1))
+            inputs = _random_batch(idle, 1, 0)
+            sides: dict[str, Callable[[], object]] = {
+                TRITON: functools.partial(client.run, [inputs]),
+                DIRECT: functools.partial(_direct, engines, idle, inputs),
+            }
+            samples = in_turns(sides, requests)
+        pairs = zip(samples[TRITON], samples[DIRECT], strict=True)
+        found[flavour] = Spread.of([1e3 * (through.wall - direct.wall) for through, direct in pairs])
+        progress(f"a tile through engines that do nothing, flavour {flavour}: {found[flavour].median:.1f} ms")
+    return found
+
+
 def _random_batch(manifest: Manifest, batch: int, seed: int) -> Arrays:
     generator = np.random.default_rng(seed)
     return {
@@ -212,7 +305,7 @@ def _random_batch(manifest: Manifest, batch: int, seed: int) -> Arrays:
 
 
 def _stage_times(
-    engines: Mapping[str, Engine], manifest: Manifest, inputs: Arrays, repeats: int = 3
+    engines: Mapping[str, Engine], manifest: Manifest, inputs: Arrays, repeats: int = 2
 ) -> dict[str, float]:
     """Median milliseconds per tile of the noise and of each engine, alone."""
     batch = len(inputs["HE"])
@@ -233,8 +326,10 @@ def _stage_times(
         )
         return {"NOISE": image, "NOISE_CELLS": cells}
 
-    measure("noise", noise)
-    for run in engine_runs(engines, manifest.engines):
+    runs = engine_runs(engines, manifest.engines)
+    if any(tensor.startswith("NOISE") for run in runs for tensor in run.inputs):
+        measure("noise", noise)
+    for run in runs:
         # Engines that are one graph are Triton's one model.
         name = run.names[0] if len(run.names) == 1 else "staindiffuser"
         measure(name, lambda run=run: run.engine.run({n: tensors[n] for n in run.inputs}, run.outputs))  # type: ignore[misc]

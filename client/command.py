@@ -26,6 +26,7 @@ from staindiffuser.client.run_record import gate_text
 from staindiffuser.client.staining import SlideJob
 from staindiffuser.client.summary import Outcome, write_summary
 from staindiffuser.client.target import Target
+from staindiffuser.client.tracing import exporting
 from staindiffuser.errors import EXIT_SOME_FAILED, InputError, StainDiffuserError, UsageError
 
 __all__ = ["run_command"]
@@ -76,7 +77,7 @@ def run_command(
         if len(slides) > 1 and options.cells_from is not None:
             raise UsageError(f"--cells-from {options.cells_from} fits one slide, not {len(slides)}")
         try:
-            with _sigterm_like_ctrl_c():
+            with _sigterm_like_ctrl_c(), exporting(reporter.say):
                 batch.run()
         finally:
             if len(slides) > 1 and not dry_run:

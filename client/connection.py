@@ -24,6 +24,7 @@ from staindiffuser.client.errors import (
     ServerBusyError,
     ServerUnreachableError,
 )
+from staindiffuser.client.tracing import Tracer
 from staindiffuser.errors import ServerError, ServerLostError, StainDiffuserError, UsageError
 from staindiffuser.imaging.arrays import UInt8Array
 
@@ -32,6 +33,8 @@ __all__ = ["StainClient"]
 INT32_MAX = 2**31 - 1
 MODEL_HEADER, VERSION_HEADER = "x-staindiffuser-model", "x-staindiffuser-version"
 """Headers by which a proxy chooses among several models, and versions of one."""
+REQUEST_HEADER = "x-staindiffuser-request"
+"""Header that tells a proxy the id under which Triton logs a request."""
 SERVER_ID = "server_id"
 """The ensemble's parameter that holds the random identity of a server's start."""
 PATIENCE = 30.0
@@ -120,7 +123,8 @@ class StainClient:
         self._slots = threading.BoundedSemaphore(in_flight)
         self._cancelled = threading.Event()
         self._triton = triton
-        credentials = credentials or Credentials()
+        self._tracer = Tracer()
+        self._credentials = credentials = credentials or Credentials()
         # In the request for Triton, and as a header (RFC 9218) for a proxy, which does not read requests.
         self._headers = {**credentials.headers(), **({"priority": "u=1"} if urgent else {})}
         if model:
@@ -225,8 +229,14 @@ class StainClient:
                 of_stain = (len(tiles_BTT3), len(self.contract.quality.stain))
                 shapes |= dict.fromkeys((stain.quality_tensor for stain in selected), of_stain)
         outputs = [triton.InferRequestedOutput(name) for name in shapes]
-        with self._slots, self._lost("while staining"):
-            result = self._infer(inputs, outputs)
+        request_id = secrets.token_hex(8)
+        with (
+            self._slots,
+            self._lost("while staining"),
+            self._tracer.request(request_id, len(tiles_BTT3), list(shapes)) as trace_headers,
+        ):
+            headers = {**self._headers, REQUEST_HEADER: request_id, **trace_headers}
+            result = self._infer(inputs, outputs, request_id, headers)
         tensors: dict[str, NDArray[Any]] = {}
         for name, expected in shapes.items():
             tensor = result.as_numpy(name)
@@ -259,9 +269,8 @@ class StainClient:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _infer(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
-        """Send a request; if the server is lost, send it again once the same model is served again."""
-        request_id = secrets.token_hex(8)  # the same at every attempt
+    def _infer(self, inputs: Sequence[Any], outputs: Sequence[Any], request_id: str, headers: Mapping[str, str]) -> Any:
+        """Send a request; if the server is lost, send it again, with the same id, once the same model is served."""
         give_up: float | None = None
         busy_until, pause = time.monotonic() + self._busy_patience, BUSY_PAUSE
         while True:
@@ -275,7 +284,7 @@ class StainClient:
                     outputs=outputs,
                     request_id=request_id,
                     priority=self._priority,
-                    headers=self._headers,
+                    headers=headers,
                     client_timeout=self._deadline,
                 )
             except self._triton.InferenceServerException as error:
@@ -324,6 +333,9 @@ class StainClient:
                 ) from error
             if "NOT_FOUND" in str(error.status()):
                 raise self._no_model(error) from error
+            expired = self._credentials.expired(self._url)
+            if expired:
+                raise ServerUnreachableError(f"{self._url} cannot be reached: {expired}") from error
             raise ServerUnreachableError(
                 f"no server answers at {self._url} ({_reason(error)}): start one with `staindiffuser serve REPO`, "
                 "or omit --server to use the demonstration model"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 __all__ = ["Credentials"]
+
+_LOOK_SECONDS = 3.0
+"""To wait for a server's certificate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +47,31 @@ class Credentials:
             "private_key": str(self.key) if self.key else None,
             "certificate_chain": str(self.certificate) if self.certificate else None,
         }
+
+    def expired(self, url: str) -> str:
+        """What has expired of that by which this client and the server at ``HOST:PORT`` know each other.
+
+        A failed handshake does not tell; so each certificate's dates are read. Empty if none has, or without the
+        package cryptography.
+        """
+        try:
+            from cryptography import x509
+        except ModuleNotFoundError:
+            return ""
+        found = {f"{path}": path.read_bytes() for path in (self.certificate, self.authority) if path is not None}
+        if self.authority is not None:
+            host, _, port = url.rpartition(":")
+            with contextlib.suppress(OSError, ValueError):
+                certificate = ssl.get_server_certificate((host, int(port)), timeout=_LOOK_SECONDS)
+                found[f"the certificate of {url}"] = certificate.encode()
+        now = datetime.datetime.now(datetime.UTC)
+        told = []
+        for name, data in found.items():
+            with contextlib.suppress(ValueError):
+                ends = x509.load_pem_x509_certificate(data).not_valid_after_utc
+                if ends < now:
+                    told.append(f"{name} expired on {ends:%Y-%m-%d}: renew it")
+        return "; ".join(told)
 
     def headers(self) -> dict[str, str]:
         """Headers of every request."""

@@ -162,10 +162,13 @@ def run_pipeline(
     Returns:
         The features and the other engines' outputs, by tensor name.
     """
-    image, cells = philox.tile_noise(inputs["SEED"], inputs["ORIGIN"], steps=steps, height=tile, width=tile)
-    tensors = {"HE": inputs["HE"], "NOISE": image, "NOISE_CELLS": cells}
+    tensors = {"HE": inputs["HE"]}
+    runs = engine_runs(engines, graphs)
+    if any(name.startswith("NOISE") for run in runs for name in run.inputs):  # of one step, nothing may read it
+        image, cells = philox.tile_noise(inputs["SEED"], inputs["ORIGIN"], steps=steps, height=tile, width=tile)
+        tensors |= {"NOISE": image, "NOISE_CELLS": cells}
     computed: dict[str, np.ndarray[Any, Any]] = {}
-    for run in engine_runs(engines, graphs):
+    for run in runs:
         found = run.engine.run({name: tensors[name] for name in run.inputs}, run.outputs)
         computed.update(found)
         tensors.update(found)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from staindiffuser.files import check_file
+
 if TYPE_CHECKING:
     from staindiffuser.serving.rollout import Promotion
     from staindiffuser.serving.server import TritonServer
@@ -42,6 +44,10 @@ def serve(
     audit: Annotated[
         Path | None, typer.Option(help="Append starts, failures, crashes, restarts and stops to this file.")
     ] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(callback=check_file, help="Append one line of JSON per request to this file: id, size, status."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ready line as one JSON object.")] = False,
 ) -> None:
     """Serve a model repository on this machine, gRPC on loopback only, until SIGTERM (exit 0) or Ctrl-C (130).
@@ -68,7 +74,7 @@ def serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    log_book = AuditLog(audit)
+    log_book = AuditLog(audit, say)
     try:
         chosen = repository_of(repository, say, fast=fast)
         log_book.record("start", repository=str(chosen.absolute()), grpc_port=grpc_port)
@@ -79,6 +85,7 @@ def serve(
             log=log,
             threads=threads,
             checkpoint=checkpoint,
+            requests=requests,
         )
         with server:
             try:

@@ -190,6 +190,11 @@ def _grpc_frontend(options: ProxyOptions, certificate: Path, routes: Path) -> st
         f"bind {options.listen} {_tls(options, certificate)} alpn h2",
         "unique-id-format %[uuid()]",
         "unique-id-header x-request-id",
+        # The id under which Triton logs the request, and its trace; the header goes on to Triton (W3C's traceparent).
+        "http-request set-var(txn.request) req.hdr(x-staindiffuser-request) "
+        "if { req.hdr(x-staindiffuser-request) -m reg ^[0-9a-f]{16}$ }",
+        "http-request set-var(txn.trace) req.hdr(traceparent),field(2,-) "
+        "if { req.hdr(traceparent) -m reg ^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$ }",
         *_who(options),
         _refuse(16, "a client certificate or a token is needed", "!{ var(txn.client) -m found }"),
         _refuse(12, "this call is not offered", f"!{{ path {calls} }}"),
@@ -200,7 +205,8 @@ def _grpc_frontend(options: ProxyOptions, certificate: Path, routes: Path) -> st
         _refuse(8, "too many requests: slow down", f"{{ sc_http_req_rate(0) gt {options.requests_per_10s} }}"),
         *_route(routes),
         f"filter lua.grpc_guard {ENSEMBLE} {options.max_message}",
-        'log-format "time=%tr client=%{+Q}[var(txn.client)] address=%ci id=%ID call=%[capture.req.uri] http=%ST '
+        'log-format "time=%tr client=%{+Q}[var(txn.client)] address=%ci id=%ID request=%[var(txn.request)] '
+        "trace=%[var(txn.trace)] call=%[capture.req.uri] http=%ST "
         'received=%U sent=%B queue_ms=%Tw total_ms=%Ta server=%b/%s end=%tsc"',
         "use_backend %[var(txn.pool)]",
         f"default_backend {next(iter(options.pools))}",

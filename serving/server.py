@@ -21,19 +21,19 @@ from types import TracebackType
 
 import psutil
 
-from staindiffuser.errors import ServerLostError
+from staindiffuser.errors import ServerLostError, UsageError
 from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.serving import supervisor
-from staindiffuser.serving.arguments import LOOPBACK, triton_arguments
+from staindiffuser.serving.arguments import LOOPBACK, traces_endpoint, triton_arguments
 from staindiffuser.serving.drain import drain, open_gate
-from staindiffuser.serving.errors import PortInUseError, ServerMissingError
+from staindiffuser.serving.errors import PortInUseError, ServerMissingError, ServerStartError
 from staindiffuser.serving.model_links import link_models
 from staindiffuser.serving.ports import PortClaim
 from staindiffuser.serving.preflight import require_shared_memory
 from staindiffuser.serving.readiness import require_answer, wait_until_ready
 from staindiffuser.serving.runtime import TritonRuntime, find_runtime
 from staindiffuser.serving.triton_log import likely_reason, start_error
-from staindiffuser.triton_models.shared import gate
+from staindiffuser.triton_models.shared import gate, request_log
 
 __all__ = ["TritonServer"]
 
@@ -57,6 +57,7 @@ class TritonServer:
         log: Path | None = None,
         threads: int | None = None,
         checkpoint: Path | None = None,
+        requests: Path | None = None,
     ) -> None:
         """Configure a server; entering the context starts it.
 
@@ -67,12 +68,14 @@ class TritonServer:
             log: file to append Triton's log to; by default the log is kept only while the server runs.
             threads: threads of each CPU engine, overriding the repository; 0 for all cores.
             checkpoint: checkpoint folder that the engines must come from, or None.
+            requests: file to append one line of JSON per request to, of the flavour ``single``; None for none.
         """
         self.repository = repository.resolve()
         self._ports = (grpc_port, metrics_port)
         self._log = log
         self._threads = threads
         self._checkpoint = checkpoint
+        self._requests = requests
         self._folder: Path | None = None
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._manifest: Manifest | None = None
@@ -120,6 +123,7 @@ class TritonServer:
         Raises:
             VerificationError: files, builder or device do not match the manifest.
             PortInUseError: a requested port is in use.
+            UsageError: this flavour cannot log its requests.
             ServerMissingError: no tritonserver on this machine, or too little shared memory.
             ServerStartError: the server did not become ready; quotes its log.
         """
@@ -208,7 +212,12 @@ class TritonServer:
         self._grpc_port, self._metrics_port = (claim.port for claim in self._claims)
 
     def _launch(self) -> None:
-        self._start(self._check())
+        runtime = self._check()
+        try:
+            self._start(runtime)
+        except OSError as error:
+            place = error.filename or tempfile.gettempdir()
+            raise ServerStartError(f"Triton could not be started: {place}: {error.strerror}") from error
         wait_until_ready(self.url, self.manifest, identity=self._identity, require_alive=self._require_started)
         triton = psutil.Process(self._pid)
         self._processes = [triton, *triton.children(recursive=True)]
@@ -221,6 +230,11 @@ class TritonServer:
             raise ServerMissingError(
                 f"{self.repository} needs Triton's TensorRT backend, which the embedded server lacks: serve it in the "
                 "container, or build it with --flavour python or single"
+            )
+        if self._requests is not None and self._manifest.flavour != "single":
+            raise UsageError(
+                f"--requests: no process of the flavour {self._manifest.flavour} sees a whole request; build the "
+                "repository with --flavour single, or read the proxy's log"
             )
         require_shared_memory(self._manifest)
         return runtime
@@ -256,10 +270,13 @@ class TritonServer:
             grpc_port=self._grpc_port,
             metrics_port=self._metrics_port,
             shm_prefix=self._prefix,
+            traces=traces_endpoint(os.environ),
         )
         command = [str(runtime.server), *arguments]
         environment = runtime.environment(os.environ)
         environment[gate.ENVIRONMENT] = str(open_gate(self._folder / "gate"))
+        if self._requests is not None:
+            environment[request_log.ENVIRONMENT] = str(self._requests.absolute())
         if self._threads is not None:
             environment["STAINDIFFUSER_THREADS"] = str(self._threads)
         with self._log_path().open("ab") as log:

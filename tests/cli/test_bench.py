@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,15 +28,22 @@ def test_report(tmp_path: Path) -> None:
         tmp_path / "graphs", tmp_path / "repository", flavour="python", max_batch=2, threads=1
     )
     file = tmp_path / "report.json"
-    result = run(repository, "--batch", 2, "--rounds", 2, "--requests", 2, "--json", file)
+    options: list[object] = ["--batch", 2, "--rounds", 2, "--requests", 2, "--two-clients", "--overhead", 3]
+    proxy = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin") is not None
+    result = run(repository, *options, *["--proxy"] * proxy, "--json", file)
     assert result.returncode == 0, result.stderr
     report = json.loads(file.read_text())
     assert report["same_bytes"] is True
     assert report["batch"] == 2
     assert len(report["outputs"]) == 4
-    assert 0 < report["ratio"]["smallest"] <= report["ratio"]["median"] <= report["ratio"]["largest"]
+    ratio = report["ratios"]["Triton / direct"]
+    assert 0 < ratio["smallest"] <= ratio["median"] <= ratio["largest"]
     assert set(report["direct_ms_per_tile"]) == set(report["triton_ms_per_tile"])
+    assert set(report["ratios"]) == {"Triton / direct", *["proxy / Triton"] * proxy}
+    assert report["two_clients"]["median"] > 0
+    assert set(report["overhead_ms"]) == {"python", "single"}
     assert "Triton / direct:" in result.stdout
+    assert "at most 8 is asked" in result.stdout
     refused = run(repository, "--batch", 3)
     assert refused.returncode == 2
     assert "--batch 3 is more than the 2" in refused.stderr

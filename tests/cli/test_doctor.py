@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from staindiffuser.benchmarks.certificates import Authority
 from staindiffuser.export.repository import build_repository
-from tests.certificates import Authority
 from tests.synthetic_graphs import write_graphs
 
 

@@ -24,6 +24,7 @@ import tritonclient.grpc as triton
 from cryptography import x509
 from tritonclient.grpc import service_pb2
 
+from staindiffuser.benchmarks.certificates import Authority
 from staindiffuser.client import StainClient
 from staindiffuser.client.credentials import Credentials
 from staindiffuser.client.errors import ServerUnreachableError
@@ -31,7 +32,6 @@ from staindiffuser.errors import UsageError
 from staindiffuser.export.repository import build_repository
 from staindiffuser.serving.proxy import ProxyOptions, ProxyServer, write_proxy
 from staindiffuser.serving.server import TritonServer
-from tests.certificates import Authority
 from tests.synthetic_graphs import write_graphs
 
 TILE = 64
@@ -217,7 +217,7 @@ def test_unknown_clients_are_refused(proxy: Proxy, authority: Authority, tmp_pat
     (tmp_path / "token").write_text("guessed", encoding="utf-8")
     with pytest.raises(ServerUnreachableError, match="does not know this client"):
         StainClient(proxy.url, credentials=proxy.credentials("", token_file=tmp_path / "token"))
-    with pytest.raises(ServerUnreachableError):
+    with pytest.raises(ServerUnreachableError, match=r"expired\.pem expired on \d{4}-\d\d-\d\d: renew it"):
         StainClient(proxy.url, credentials=proxy.credentials("expired"), connect_timeout=3)
     with pytest.raises(ServerUnreachableError):
         StainClient(proxy.url, connect_timeout=3)  # plain text
@@ -427,6 +427,34 @@ def test_a_certificate_is_replaced_without_losing_a_request(
                 stop.set()
             for future in asking:
                 future.result(timeout=60)
+
+
+def test_a_server_whose_certificate_has_expired_is_named(authority: Authority) -> None:
+    old = authority.folder / "expired.pem"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        probe.listen()
+        url = f"localhost:{probe.getsockname()[1]}"
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(old)
+        context.set_alpn_protocols(["h2"])
+
+        def answer() -> None:
+            while True:
+                try:
+                    connection, _ = probe.accept()
+                    with connection, context.wrap_socket(connection, server_side=True) as secure:
+                        secure.recv(1)
+                except ssl.SSLError:
+                    continue  # the client has refused the certificate
+                except OSError:
+                    return
+
+        threading.Thread(target=answer, daemon=True).start()
+        credentials = Credentials(authority=authority.folder / "ca.pem")
+        with pytest.raises(ServerUnreachableError, match=rf"the certificate of {url} expired on .*: renew it"):
+            StainClient(url, credentials=credentials, connect_timeout=3)
+        probe.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Several models behind one proxy: the client chooses, and a promotion under load loses no request and mixes no slide.
 
-HAProxy is real; behind it are substitutes for Triton, whose answers tell which model painted them.
+HAProxy is real. Behind it is Triton for a promotion under load; elsewhere substitutes, whose answers tell which model
+painted them.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from staindiffuser.benchmarks.certificates import Authority
 from staindiffuser.cli import app
 from staindiffuser.client import StainClient
 from staindiffuser.client.errors import ContractError
 from staindiffuser.client.testing import FAKE_CONTRACT, FakeTriton
 from staindiffuser.errors import UsageError
+from staindiffuser.export.repository import build_repository
 from staindiffuser.serving.errors import ServerStartError
 from staindiffuser.serving.rollout import promote, rollback
-from tests.certificates import Authority
-from tests.integration.test_proxy import Proxy, free_port, running
+from staindiffuser.serving.server import TritonServer
+from tests.integration.test_proxy import Proxy, address, free_port, running
+from tests.synthetic_graphs import write_graphs
 
 TILE = FAKE_CONTRACT.tile
 TILES = np.zeros((1, TILE, TILE, 3), np.uint8)
@@ -118,6 +122,55 @@ def test_a_promotion_under_load_loses_nothing_and_mixes_nothing(proxy: Proxy) ->
     assert {1, 2} == set.union(*slides)
     with connected(proxy) as client:
         assert painted(client) == 1
+
+
+def test_a_promotion_under_load_with_real_servers(tmp_path: Path) -> None:
+    """Two versions on two Tritons: every answer is, to the byte, that of the version with which its slide began."""
+    authority = Authority.create(tmp_path / "pki")
+    for name in ("server", "clinic"):
+        authority.issue(name)
+    tiles = [np.random.default_rng(mark).integers(0, 255, (1, 64, 64, 3), dtype=np.uint8) for mark in range(4)]
+    stop = threading.Event()
+    with ExitStack() as stack:
+        servers, expected = [], {}
+        for seed, name in enumerate(("blue", "green")):
+            write_graphs(tmp_path / f"graphs{seed}", tile=64, seed=seed)
+            repository = build_repository(tmp_path / f"graphs{seed}", tmp_path / name, max_batch=1, threads=1)
+            server = stack.enter_context(TritonServer(repository))
+            servers.append(f"{name}@{address(server)}")
+            with StainClient(server.url) as client:
+                answers = [client.stain_tiles(tile, ORIGINS, mark) for mark, tile in enumerate(tiles)]
+                expected[client.contract.model_version] = answers
+        blue, green = expected
+        proxy = stack.enter_context(running(tmp_path / "pki" / "proxy", servers, authority))
+
+        def one_slide_after_another() -> list[str]:
+            """The versions of the slides, in order; without the patience that hides a request that was lost."""
+            versions = []
+            while not stop.is_set():
+                with StainClient(proxy.url, credentials=proxy.credentials(), patience=0, busy_patience=0) as client:
+                    version = client.contract.model_version
+                    for mark, tile in enumerate(tiles):
+                        for name, tensor in client.stain_tiles(tile, ORIGINS, mark).items():
+                            np.testing.assert_array_equal(tensor, expected[version][mark][name])
+                versions.append(version)
+            return versions
+
+        with ThreadPoolExecutor(3) as threads:
+            work = [threads.submit(one_slide_after_another) for _ in range(3)]
+            try:
+                for target, version in (("green", green), ("blue", blue), ("green", green)):
+                    assert promote(proxy.folder, target).model_version == version
+                    with connected(proxy) as client:
+                        assert client.contract.model_version == version
+                    time.sleep(0.3)
+                assert rollback(proxy.folder).model_version == blue
+                time.sleep(0.3)
+            finally:
+                stop.set()
+            slides = [future.result(timeout=60) for future in work]
+    print(f"{sum(map(len, slides))} slides of {len(tiles)} requests")
+    assert {blue, green} == {version for versions in slides for version in versions}
 
 
 def test_a_client_chooses_its_model(proxy: Proxy) -> None:

@@ -15,6 +15,7 @@ from staindiffuser.client import StainClient
 from staindiffuser.export.manifest import Manifest
 from staindiffuser.export.repository import build_repository
 from staindiffuser.serving.server import TritonServer
+from tests.integration.test_serving_faults import kill_server, serving
 from tests.synthetic_graphs import write_graphs
 
 COMMAND = [sys.executable, "-c", "from staindiffuser.cli import main; main()", "stain"]
@@ -52,41 +53,34 @@ def wait_until_under_way(client: StainClient, process: subprocess.Popen[str]) ->
         time.sleep(0.02)
 
 
-def stain_while_replacing(
-    slide: Path, output: Path, first: Path, second: Path, *, again: Path | None = None
-) -> tuple[int, str]:
-    """Stain a slide on one server that is replaced by another; the exit code and standard error.
-
-    Args:
-        again: where the second server stains the slide once more, undisturbed.
-    """
-    with TritonServer(first) as server:
+def test_another_model_ends_the_slide(repositories: list[Path], slide: Path, tmp_path: Path) -> None:
+    with TritonServer(repositories[0]) as server:
         port = int(server.url.rpartition(":")[2])
-        process = start(slide, output, server.url)
+        process = start(slide, tmp_path / "out", server.url)
         with StainClient(server.url) as client:
             wait_until_under_way(client, process)
-    with TritonServer(second, grpc_port=port) as server:
+    with TritonServer(repositories[1], grpc_port=port):
         _, stderr = process.communicate(timeout=120)
-        if again is not None:
-            undisturbed = start(slide, again, server.url)
-            _, trouble = undisturbed.communicate(timeout=120)
-            assert undisturbed.returncode == 0, trouble
-    return process.returncode, stderr
-
-
-def test_another_model_ends_the_slide(repositories: list[Path], slide: Path, tmp_path: Path) -> None:
-    code, stderr = stain_while_replacing(slide, tmp_path / "out", *repositories)
     versions = [Manifest.load(repository).model_version[:12] for repository in repositories]
-    assert code == 3, stderr
+    assert process.returncode == 3, stderr
     assert f"now serves model synthetic ({versions[1]}), not synthetic ({versions[0]})" in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_same_model_goes_on_with_the_same_pixels(repositories: list[Path], slide: Path, tmp_path: Path) -> None:
-    same = repositories[0]
-    code, stderr = stain_while_replacing(slide, tmp_path / "replaced", same, same, again=tmp_path / "undisturbed")
-    assert code == 0, stderr
+def test_a_slide_survives_that_its_server_is_killed(repositories: list[Path], slide: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of the slide; ``serve`` starts the server again, and the pixels are as in quiet times."""
+    with serving(repositories[0], tmp_path) as server:
+        process = start(slide, tmp_path / "killed", server.url)
+        with StainClient(server.url) as client:
+            wait_until_under_way(client, process)
+        kill_server(server)
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+        assert server.names() == ["start", "ready", "crashed", "restarted"]
+        undisturbed = start(slide, tmp_path / "undisturbed", server.url)
+        _, stderr = undisturbed.communicate(timeout=120)
+        assert undisturbed.returncode == 0, stderr
     for name in ("cd3.ome.tiff", "cd3.cells.ome.tiff", "ck818.ome.tiff", "ck818.cells.ome.tiff"):
         expected = tifffile.imread(tmp_path / "undisturbed" / name)
-        np.testing.assert_array_equal(tifffile.imread(tmp_path / "replaced" / name), expected)
+        np.testing.assert_array_equal(tifffile.imread(tmp_path / "killed" / name), expected)

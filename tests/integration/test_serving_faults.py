@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import pytest
 
 from staindiffuser.client import StainClient
 from staindiffuser.errors import ServerLostError
+from staindiffuser.export.manifest import Manifest
 from staindiffuser.export.repository import build_repository
 from staindiffuser.serving import watch
 from staindiffuser.serving.audit import AuditLog
@@ -30,6 +33,9 @@ from tests.synthetic_graphs import write_graphs
 TILE = 64
 TILES = np.random.default_rng(0).integers(0, 255, (1, TILE, TILE, 3), dtype=np.uint8)
 ORIGINS = np.zeros((1, 2), np.int64)
+CLIENTS = 3
+BACK_SECONDS = 15.0
+"""After which a killed server must answer again."""
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +90,12 @@ class Serve:
 
 
 @contextlib.contextmanager
-def serving(repository: Path, folder: Path, *options: object, **environment: str) -> Iterator[Serve]:
-    command = [sys.executable, "-c", "from staindiffuser.cli import main; main()", "serve", repository]
-    command += ["--grpc-port", "0", "--metrics-port", "0", "--json", "--audit", folder / "audit.jsonl", *options]
+def serving(
+    repository: Path | str, folder: Path, *options: object, wrapper: Sequence[str] = (), **environment: str
+) -> Iterator[Serve]:
+    command: list[object] = [*wrapper, sys.executable, "-c", "from staindiffuser.cli import main; main()"]
+    command += ["serve", repository, "--grpc-port", "0", "--metrics-port", "0", "--json"]
+    command += ["--audit", folder / "audit.jsonl", *options]
     process = subprocess.Popen(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
@@ -119,17 +128,51 @@ def kill_engine(server: Serve) -> None:
     psutil.Process(server.ready["pid"]).children(recursive=True)[0].kill()
 
 
+@contextlib.contextmanager
+def under_load(url: str, expected: Sequence[dict[str, np.ndarray]]) -> Iterator[Callable[[], int]]:
+    """Three clients that send one request after another, and check that each gets the picture of its own tile.
+
+    Gives a function that says how many have been answered. Whatever goes wrong for one of them is raised at the end.
+    """
+    stop = threading.Event()
+    answered = [0] * CLIENTS
+
+    def keep_asking(number: int) -> None:
+        with StainClient(url) as client:
+            while not stop.is_set():
+                mark = (number + CLIENTS * answered[number]) % len(expected)
+                for name, tensor in client.stain_tiles(marked(mark), ORIGINS, mark).items():
+                    np.testing.assert_array_equal(tensor, expected[mark][name])
+                answered[number] += 1
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        asking = [pool.submit(keep_asking, number) for number in range(CLIENTS)]
+        try:
+            yield lambda: sum(answered)
+        finally:
+            stop.set()
+        for future in asking:
+            future.result(timeout=60)
+
+
+def marked(number: int) -> np.ndarray:
+    """A tile that is unlike all others."""
+    return np.random.default_rng(number).integers(0, 255, TILES.shape, dtype=np.uint8)
+
+
 @pytest.mark.parametrize("kill", [kill_server, kill_engine])
-def test_what_crashes_comes_back_and_requests_go_on(
+def test_what_crashes_under_load_comes_back_and_no_request_is_lost(
     repository: Path, tmp_path: Path, kill: Callable[[Serve], None]
 ) -> None:
-    with serving(repository, tmp_path) as server, StainClient(server.url) as client:
-        before = client.stain_tiles(TILES, ORIGINS, 0)
-        kill(server)
-        assert eventually(lambda: "restarted" in server.names(), 60)
-        after = client.stain_tiles(TILES, ORIGINS, 0)
-        for name, tensor in before.items():
-            np.testing.assert_array_equal(after[name], tensor)
+    with serving(repository, tmp_path) as server:
+        with StainClient(server.url) as client:
+            expected = [client.stain_tiles(marked(number), ORIGINS, number) for number in range(3 * CLIENTS)]
+        with under_load(server.url, expected) as answered:
+            assert eventually(lambda: answered() > CLIENTS, 30)
+            kill(server)
+            assert eventually(lambda: "restarted" in server.names(), 60)
+            then = answered()
+            assert eventually(lambda: answered() > then + CLIENTS, 30)
         events = {event["event"]: event for event in server.events()}
         assert events["restarted"]["server_id"] != events["ready"]["server_id"]
         assert psutil.pid_exists(events["restarted"]["pid"])
@@ -141,6 +184,40 @@ def test_what_crashes_comes_back_and_requests_go_on(
     assert "ready again: " in stderr
     assert "Traceback" not in stderr
     assert events["crashed"]["reason"] in stderr
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("kill", [kill_server, kill_engine])
+def test_the_demonstration_is_back_in_time(tmp_path: Path, kill: Callable[[Serve], None]) -> None:
+    """The model that ships, with one tile under way and others waiting."""
+    with serving("demo", tmp_path) as server, ThreadPoolExecutor(CLIENTS) as pool, StainClient(server.url) as client:
+        side = client.contract.tile
+        tiles = np.random.default_rng(0).integers(0, 255, (1, side, side, 3), dtype=np.uint8)
+        expected = client.stain_tiles(tiles, ORIGINS, 0)
+        answers = [pool.submit(client.stain_tiles, tiles, ORIGINS, 0) for _ in range(CLIENTS)]
+        time.sleep(0.3)
+        kill(server)
+        killed = time.monotonic()
+        assert eventually(lambda: "restarted" in server.names(), 60)
+        ready = time.monotonic() - killed
+        for answer in answers:
+            for name, tensor in answer.result(timeout=60).items():
+                np.testing.assert_array_equal(tensor, expected[name])
+        print(f"ready again after {ready:.1f} s, all answered after {time.monotonic() - killed:.1f} s")
+    assert ready <= BACK_SECONDS
+
+
+def test_a_file_that_is_missing_is_named_and_nothing_starts(repository: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "models"
+    shutil.copytree(repository, copy)
+    engine = copy / Manifest.load(copy).engines["stain_cd3"].file
+    engine.unlink()
+    command = [sys.executable, "-c", "from staindiffuser.cli import main; main()", "serve", str(copy)]
+    result = subprocess.run([*command, "--grpc-port", "0"], capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 5
+    assert str(engine.relative_to(copy)) in result.stderr
+    assert "missing" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_server_that_keeps_crashing_is_given_up(repository: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,7 @@ import tritonclient.grpc as triton
 
 from staindiffuser.client import StainClient
 from staindiffuser.client.errors import RefusedRequestError
+from staindiffuser.errors import UsageError
 from staindiffuser.export.builders import BuildOptions
 from staindiffuser.export.description import GraphSet
 from staindiffuser.export.errors import ExportUsageError
@@ -47,7 +50,7 @@ def repository(graphs: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server(repository: Path) -> Iterator[TritonServer]:
-    with TritonServer(repository) as server:
+    with TritonServer(repository, requests=repository.parent / "requests.jsonl") as server:
         yield server
 
 
@@ -87,6 +90,34 @@ def test_the_contract_and_the_bytes_are_those_of_the_ensemble(server: TritonServ
             np.testing.assert_array_equal(tensor, whole[name])
 
 
+def test_a_request_is_a_line_of_the_log(repository: Path, server: TritonServer) -> None:
+    log = repository.parent / "requests.jsonl"
+    with StainClient(server.url) as client, triton.InferenceServerClient(server.url) as raw:
+        client.stain_tiles(TILES, ORIGINS, 7, cells=False)
+        off_grid = {"HE": TILES[:1], "ORIGIN": ORIGINS[:1] + 1, "SEED": np.zeros((1, 1), np.int64)}
+        inputs = [
+            triton.InferInput(name, list(a.shape), "UINT8" if a.dtype == np.uint8 else "INT64").set_data_from_numpy(a)
+            for name, a in off_grid.items()
+        ]
+        with pytest.raises(triton.InferenceServerException, match="multiple of 16"):
+            raw.infer("staindiffuser", inputs, outputs=[triton.InferRequestedOutput("CELLS_CD3")], request_id='x"\n')
+    answered, refused = map(json.loads, log.read_text(encoding="utf-8").splitlines()[-2:])
+    assert re.fullmatch("[0-9a-f]{16}", answered["request"])
+    assert (answered["tiles"], sorted(answered["outputs"])) == (3, ["STAIN_CD3", "STAIN_CK818"])
+    assert answered["status"] == "OK"
+    assert answered["model_version"] == verify(repository).model_version[:12]
+    assert 0 < answered["ms"] < 60_000
+    assert (refused["request"], refused["status"]) == ('x"\n', "INVALID_ARG")
+    with pytest.raises(UsageError, match="--requests: no process of the flavour python sees a whole request"):
+        refuses_to_log(repository.parent)
+
+
+def refuses_to_log(folder: Path) -> None:
+    python = build(folder / "graphs", folder / "logged", flavour="python", options=OPTIONS).repository
+    with TritonServer(python, requests=folder / "requests.jsonl"):
+        pass
+
+
 def test_requests_are_not_merged(server: TritonServer) -> None:
     """Merged ones would run one by one, and the first answer would wait for the last."""
     with StainClient(server.url, in_flight=8) as client, ThreadPoolExecutor(8) as pool:
@@ -111,7 +142,6 @@ def test_requests_that_are_not_asked_for_run_nothing(
 ) -> None:
     """The model itself, with Triton's utilities and its engines replaced by recorders."""
     import importlib.util
-    import json
     import sys
     import types
 
@@ -144,10 +174,10 @@ def test_requests_that_are_not_asked_for_run_nothing(
     runner = types.ModuleType("recorder")
     runner.__dict__["load"] = lambda path, threads, device: Recorder(path)
     from staindiffuser.triton_models.noise import philox
-    from staindiffuser.triton_models.shared import gate, meters
+    from staindiffuser.triton_models.shared import gate, meters, request_log
 
     modules = {"triton_python_backend_utils": utilities, "recorder": runner, "philox": philox, "gate": gate}
-    modules["meters"] = meters
+    modules |= {"meters": meters, "request_log": request_log}
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     path = Path(gate.__file__).parents[1] / "pipeline" / "model.py"
@@ -170,7 +200,8 @@ def test_requests_that_are_not_asked_for_run_nothing(
         ("QUALITY_CD3", ["he_encoder()", "stain_cd3(NOISE)", "cells_cd3(NOISE_CELLS)", "quality_cd3()"]),
     ):
         ran.clear()
-        (response,) = model.execute([types.SimpleNamespace(requested_output_names=lambda output=output: [output])])
+        asked = types.SimpleNamespace(requested_output_names=lambda output=output: [output], request_id=lambda: "17")
+        (response,) = model.execute([asked])
         assert response == ([output], None)
         assert (ran[0], ran[-1], sorted(ran)) == (expected[0], expected[-1], sorted(expected))  # some side by side
 

@@ -84,8 +84,9 @@ class TritonPythonModel:
             return self._execute(requests)
 
     def finalize(self) -> None:
-        """Free the engine."""
+        """Free the engine and the counters."""
         self.engine.close()
+        self.meters.close()
 
     def _execute(self, requests: list[Any]) -> list[Any]:
         if self.gpu and len(requests) > 1:

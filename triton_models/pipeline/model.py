@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import triton_python_backend_utils as pb_utils
 from gate import Gate
 from meters import Meters
 from philox import check_origins, tile_noise
+from request_log import RequestLog
 
 _DLPACK = np.lib.NumpyVersion(np.__version__) >= "2.0.0"
 """As in ``engine/model.py``: host tensors cross by DLPack with numpy 2, whose arrays the wheel's backend gets wrong."""
@@ -47,6 +49,7 @@ class TritonPythonModel:
         self.meters = Meters(
             pb_utils, version=parameters.get("model_version", ""), quality=parameters.get("quality", "")
         )
+        self.log = RequestLog(parameters.get("model_version", ""))
         self.steps, self.tile = int(parameters["steps"]), int(parameters["tile"])
         runner = importlib.import_module(parameters["runner"])
         threads = int(os.environ.get("STAINDIFFUSER_THREADS") or parameters["threads"])
@@ -77,23 +80,31 @@ class TritonPythonModel:
             return [self._respond(request) for request in requests]
 
     def finalize(self) -> None:
-        """Release the engines."""
+        """Release the engines and the counters."""
         self.pool.shutdown()
+        self.meters.close()
         for engine in (self.joined, *self.engines.values()):
             if engine is not None:
                 engine.close()
 
     def _respond(self, request: Any) -> Any:
+        began, names = time.monotonic(), list(request.requested_output_names())
+        he, origins, seeds = (_array(request, name) for name in ("HE", "ORIGIN", "SEED"))
+        status, response = self._answer(he, origins, seeds, names)
+        self.log.write(request.request_id(), tiles=len(he), outputs=names, began=began, status=status)
+        return response
+
+    def _answer(self, he: Any, origins: Any, seeds: Any, names: list[str]) -> tuple[str, Any]:
+        """A status and a response."""
         try:
-            he, origins, seeds = (_array(request, name) for name in ("HE", "ORIGIN", "SEED"))
             check_origins(origins)
         except ValueError as error:
-            return _error(str(error), "INVALID_ARG")
+            return "INVALID_ARG", _error(str(error), "INVALID_ARG")
         try:
-            outputs = self._run(he, origins, seeds, list(request.requested_output_names()))
-            return pb_utils.InferenceResponse([self._tensor(name, array) for name, array in outputs.items()])
+            outputs = self._run(he, origins, seeds, names)
+            return "OK", pb_utils.InferenceResponse([self._tensor(name, array) for name, array in outputs.items()])
         except Exception as error:  # reported to the client that sent the request
-            return _error(f"{type(error).__name__}: {error}", "INTERNAL")
+            return "INTERNAL", _error(f"{type(error).__name__}: {error}", "INTERNAL")
 
     def _run(self, he: Any, origins: Any, seeds: Any, names: list[str]) -> dict[str, Any]:
         needed = self._needed(names)

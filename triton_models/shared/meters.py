@@ -59,6 +59,12 @@ class Meters:
         """Count requests that a closed gate has refused."""
         self._count("staindiffuser_refused_total", requests, reason="stopping")
 
+    def close(self) -> None:
+        """Give the counters back while Triton can still be told; a process that ends with them ends in a crash."""
+        self._kinds = None
+        self._counters.clear()
+        self._families.clear()
+
     def _count(self, name: str, amount: int, **labels: str) -> None:
         if self._kinds is None:
             return

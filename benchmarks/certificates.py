@@ -1,4 +1,4 @@
-"""Certificates for tests: an authority, and what it signs."""
+"""Throwaway certificates, for tests and for measuring what TLS costs: an authority, and what it signs."""
 
 from __future__ import annotations
 

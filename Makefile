@@ -101,6 +101,9 @@ graphs: install  ## export the demonstration model's graphs from its weights; RE
 	$(VENV)/bin/staindiffuser export graphs checkpoints/demo --output checkpoints/demo/graphs
 	$(VENV)/bin/staindiffuser simulate tiles --output runs/reference --count 800 --seed 31 --val-share 0 --test-share 0
 	$(VENV)/bin/staindiffuser export quality checkpoints/demo/graphs --tiles runs/reference $(addprefix --tiles ,$(REFERENCE))
+	$(VENV)/bin/python -m pip $(PIP_INSTALL) 'nncf>=3.4'
+	$(VENV)/bin/staindiffuser simulate tiles --output runs/calibration --count 96 --seed 41 --val-share 0 --test-share 0
+	$(VENV)/bin/staindiffuser export int8 checkpoints/demo/graphs --tiles runs/calibration $(addprefix --tiles ,$(REFERENCE)) --most 18
 
 bench: install  ## measure this machine's engines (minutes), into benchmarks/results; write the page and its charts
 	$(VENV)/bin/staindiffuser bench engines --batch 1,8 --rounds 4 --json benchmarks/results/engines-$(MACHINE).json

@@ -25,7 +25,7 @@ from staindiffuser.errors import DependencyError, UsageError
 from staindiffuser.export import builders
 from staindiffuser.export.builders import BuildOptions, Engine
 from staindiffuser.export.builders.base import Joins
-from staindiffuser.export.description import QUALITY, EngineGraph, GraphSet
+from staindiffuser.export.description import INT8, QUALITY, EngineGraph, GraphSet
 from staindiffuser.export.errors import ExportUsageError, ManifestError
 from staindiffuser.export.parity import run_pipeline
 from staindiffuser.files import file_sha256
@@ -42,7 +42,7 @@ ONE_GRAPH = "one graph"
 """All engines joined, as the flavour ``single`` runs them; of targets that do."""
 STEPS = (1, 2, 4)
 STAINS = (1, 2, 4)
-_PRECISIONS = ("", "bf16")
+_PRECISIONS = ("", "bf16", INT8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,8 @@ def bench_engines(
             sources |= _other_steps(checkpoint, graphs, folder, progress)
         work = _work(graphs, parts)
         inputs = {batch: _inputs(graphs, batch, max(STEPS) if parts else graphs.steps) for batch in {1, *batches}}
-        sets, memory, absent = _engine_sets(sources, folder, batches, threads, only, inputs[1], stack, progress)
+        copies = {name: graphs_dir / copy.file for name, copy in graphs.int8.items()}
+        sets, memory, absent = _engine_sets(sources, copies, folder, batches, threads, only, inputs[1], stack, progress)
         in_torch = torch_sides(checkpoint, graphs, only, compiled)
         encoded = dict(inputs)
         for loaded in list(sets.values())[:1]:  # parts of the work begin with the same features on every engine
@@ -176,6 +177,8 @@ def bench_engines(
                 if what != whole and batch != batches[0]:
                     continue
                 for engine, loaded in sets.items():
+                    if any(name not in loaded for name in names):
+                        continue  # 8 bits have only the steps that were exported
                     sides[f"{engine}|{what}|{batch}"] = _side(loaded, sources, names, encoded[batch])
                     if ONE_GRAPH in loaded and what in joinable:
                         sides[f"{engine}|{what}, {ONE_GRAPH}|{batch}"] = _joined_side(
@@ -299,6 +302,7 @@ def _other_steps(
 
 def _engine_sets(
     sources: Sources,
+    copies: Mapping[str, Path],
     folder: Path,
     batches: Sequence[int],
     threads: int,
@@ -322,12 +326,18 @@ def _engine_sets(
         progress(f"loading {name}")
         before = psutil.Process().memory_info().rss
         loaded: dict[str, Engine] = {}
+        eight = options.precision == INT8
+        if eight and not copies:
+            absent[name] = "the graphs have no copies in 8 bits: export int8"
+            continue
         for engine, (path, graph) in sources.items():
+            if eight and engine not in copies:
+                continue
             target = folder / f"{name} {engine}{builder.suffix}"
-            builder.build(path, graph, target, options)
+            builder.build(copies[engine] if eight else path, graph, target, options)
             loaded[engine] = builder.load(target, threads=threads)
             stack.callback(loaded[engine].close)
-        _run(loaded, sources, list(sources), inputs)
+        _run(loaded, sources, list(loaded), inputs)
         memory[name] = (psutil.Process().memory_info().rss - before) / 2**20
         if isinstance(builder, Joins):
             painting = [engine for engine in sources if not engine.endswith("steps")]
@@ -427,7 +437,8 @@ def _row(
     batch = int(batch_text)
     timing = Timing.of(samples[key], batch)
     kept_mm = (graphs.tile - 2 * graphs.margin) * graphs.mpp / 1000
-    wall_peak, cpu_peak = peaks.get(f"convolution {'bf16' if engine.endswith('bf16') else 'fp32'}", (None, None))
+    precision = next((name for name in ("bf16", INT8) if engine.endswith(name)), "fp32")
+    wall_peak, cpu_peak = peaks.get(f"convolution {precision}", (None, None))
     work = what.removesuffix(f", {ONE_GRAPH}")
     reference = samples.get(f"{REFERENCE}|{work}|{batch}") if engine != REFERENCE else None
 

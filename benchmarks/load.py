@@ -5,8 +5,8 @@ a server does. Open loop: requests arrive at random moments (Poisson), whether o
 people's do. Latency counts from the moment at which a request was due, so that a slow server cannot hide its queue by
 slowing its clients down.
 
-The other sides are the same engines behind Starlette and uvicorn, see :mod:`~staindiffuser.benchmarks.rival`, and
-behind PyTriton's ``@batch``, see :mod:`~staindiffuser.benchmarks.rival_pytriton`.
+The other sides are the same engines behind what a user would pick instead, see
+:mod:`~staindiffuser.benchmarks.rivals`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,24 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from staindiffuser.benchmarks.measuring import Machine
-from staindiffuser.benchmarks.rival import encode, output_names
+from staindiffuser.benchmarks.rivals import RIVALS, Rival
+from staindiffuser.benchmarks.rivals.pipeline import BINARY, encode, output_names
 from staindiffuser.errors import DependencyError
 from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.serving.runtime import find_runtime
@@ -38,7 +42,9 @@ __all__ = ["LoadReport", "OpenLoop", "bench_load"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 Call = Callable[[Arrays], Arrays]
-TRITON, RIVAL, PYTRITON = "Triton", "Starlette + uvicorn", "PyTriton @batch"
+TRITON = "Triton"
+_PATIENCE = 120.0
+"""Seconds that a server may take to answer its first request."""
 _MESSAGE_BYTES = 1 << 30
 _MOST_WAITING = 512
 
@@ -79,6 +85,8 @@ class LoadReport:
     triton_ms: Mapping[str, Mapping[str, float]]
     """Triton's own account of a request, by model: ``queue``, ``input``, ``compute``, ``output``."""
     same_bytes: bool
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """Servers that are not installed or did not start here, and why."""
 
 
 def bench_load(
@@ -89,7 +97,7 @@ def bench_load(
     shares: Sequence[float] = (0.25, 0.5, 0.75),
     seconds: float = 10.0,
     threads: int | None = None,
-    rival: bool = True,
+    rivals: Sequence[str] = tuple(rival.name for rival in RIVALS),
     progress: Callable[[str], None] = lambda message: None,
 ) -> LoadReport:
     """Measure a model repository behind Triton, and behind what a user would write.
@@ -101,7 +109,7 @@ def bench_load(
         shares: of the saturated throughput, at which requests arrive in the open loop.
         seconds: of each measurement.
         threads: of each engine; the repository's by default.
-        rival: also the other sides.
+        rivals: names of :data:`~staindiffuser.benchmarks.rivals.RIVALS` to measure as well.
         progress: called with one line per step.
 
     Raises:
@@ -114,8 +122,25 @@ def bench_load(
     opened: dict[str, tuple[OpenLoop, ...]] = {}
     answers: list[Arrays] = []
     statistics: Mapping[str, Mapping[str, float]] = {}
-    for name, serve in ((TRITON, _triton), (RIVAL, _rival), (PYTRITON, _pytriton))[: 3 if rival else 1]:
-        with serve(repository, manifest, threads) as (call, account):
+    absent: dict[str, str] = {}
+    wanted = [rival for rival in RIVALS if rival.name in rivals]
+    for name, rival in [(TRITON, None), *((rival.name, rival) for rival in wanted)]:
+        if rival is not None and rival.absent:
+            absent[name] = rival.absent
+            progress(f"{name}: {rival.absent}")
+            continue
+        serve = (
+            _triton(repository, manifest, threads) if rival is None else _started(rival, repository, manifest, threads)
+        )
+        with contextlib.ExitStack() as stack:
+            try:
+                call, account = stack.enter_context(serve)
+            except DependencyError as error:
+                if rival is None:
+                    raise
+                absent[name] = str(error)
+                progress(str(error))
+                continue
             answers.append(call(batches[0]))
             rates = []
             for count in clients:
@@ -143,6 +168,7 @@ def bench_load(
         open=opened,
         triton_ms=statistics,
         same_bytes=all(np.array_equal(a[name], answers[0][name]) for a in answers for name in output_names(manifest)),
+        absent=absent,
     )
 
 
@@ -253,57 +279,67 @@ def _grpc(url: str, manifest: Manifest) -> Iterator[tuple[Any, Call]]:
 
 
 @contextlib.contextmanager
-def _pytriton(repository: Path, manifest: Manifest, threads: int) -> Iterator[tuple[Call, Account]]:
-    command = [sys.executable, "-m", "staindiffuser.benchmarks.rival_pytriton", os.fspath(repository), str(threads)]
-    environment = find_runtime().environment(os.environ)  # PyTriton leaves it to chance which libpython it finds
-    with subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        try:
-            port = next((line.split()[1] for line in process.stdout if line.startswith("port ")), None)
-            if port is None:
-                raise DependencyError(f"{PYTRITON} did not start: pip install 'staindiffuser[serve]', or --no-rival")
-            with _grpc(f"127.0.0.1:{port}", manifest) as (_, call):
-                yield call, dict
-        finally:
-            process.communicate()  # ends its standard input, upon which it stops its server
+def _started(rival: Rival, repository: Path, manifest: Manifest, threads: int) -> Iterator[tuple[Call, Account]]:
+    """A rival in processes of its own, once it answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    module = f"staindiffuser.benchmarks.rivals.{rival.module}"
+    command = [sys.executable, "-m", module, os.fspath(repository), str(threads), str(port)]
+    # PyTriton leaves it to chance which libpython it finds.
+    environment = find_runtime().environment(os.environ) if rival.grpc else dict(os.environ)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log, contextlib.ExitStack() as stack:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        stack.callback(_end, process)
+        connect = _grpc(f"127.0.0.1:{port}", manifest) if rival.grpc else _http(port, manifest)
+        _, call = stack.enter_context(connect)
+        request = _random_batch(manifest, 1, 0)
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                call(request)
+                break
+            except Exception as error:  # it has not opened its port yet, or never will
+                if process.poll() is not None or time.monotonic() > until:
+                    log.seek(0)
+                    said = (log.read().strip().splitlines() or [str(error)])[-1]
+                    raise DependencyError(f"{rival.name} did not start: {said}: leave it out") from error
+                time.sleep(0.2)
+        yield call, dict
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a server with all processes that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @contextlib.contextmanager
-def _rival(repository: Path, manifest: Manifest, threads: int) -> Iterator[tuple[Call, Account]]:
+def _http(port: int, manifest: Manifest) -> Iterator[tuple[None, Call]]:
+    """What sends a request's raw bytes, over connections that stay open."""
     names = output_names(manifest)
-    command = [sys.executable, "-m", "staindiffuser.benchmarks.rival", os.fspath(repository), str(threads)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, contextlib.ExitStack() as stack:
-        try:
-            assert process.stdout is not None
-            told = process.stdout.readline()
-            if not told:
-                raise DependencyError(f"{RIVAL} did not start: pip install 'staindiffuser[view]', or --no-rival")
-            idle: list[http.client.HTTPConnection] = []
+    idle: list[http.client.HTTPConnection] = []
+    with contextlib.ExitStack() as stack:
 
-            def call(inputs: Arrays) -> Arrays:
-                try:
-                    connection = idle.pop()
-                except IndexError:
-                    connection = http.client.HTTPConnection("127.0.0.1", int(told))
-                    stack.callback(connection.close)
-                connection.request("POST", "/", encode(inputs))
-                response = connection.getresponse()
-                body = response.read()
-                if response.status != http.HTTPStatus.OK:
-                    raise RuntimeError(f"{RIVAL}: {response.status}")
-                idle.append(connection)
-                return _outputs(body, names, len(inputs["HE"]), manifest.tile)
+        def call(inputs: Arrays) -> Arrays:
+            try:
+                connection = idle.pop()
+            except IndexError:
+                connection = http.client.HTTPConnection("127.0.0.1", port)
+                stack.callback(connection.close)
+            connection.request("POST", "/", encode(inputs), {"Content-Type": BINARY})
+            response = connection.getresponse()
+            body = response.read()
+            if response.status != http.HTTPStatus.OK:
+                raise RuntimeError(f"{response.status}: {body[:200]!r}")
+            idle.append(connection)
+            return _outputs(body, names, len(inputs["HE"]), manifest.tile)
 
-            yield call, dict
-        finally:
-            process.kill()
+        yield None, call
 
 
 def _outputs(body: bytes, names: Sequence[str], batch: int, tile: int) -> Arrays:

@@ -25,19 +25,19 @@ def load(
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each measurement.")] = 10.0,
     threads: Annotated[int | None, typer.Option(help="Threads of each engine; 0 for all cores.")] = None,
     rival: Annotated[
-        bool,
-        typer.Option(
-            "--rival/--no-rival", help="Also the same engines behind Starlette and uvicorn, and behind PyTriton."
-        ),
-    ] = True,
+        list[str] | None,
+        typer.Option(help="Also this server, such as 'LitServe'; repeat it. (default: all that are installed)"),
+    ] = None,
+    no_rival: Annotated[bool, typer.Option("--no-rival", help="Only ours.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """A real Triton server under load, beside the same engines behind Starlette and uvicorn (FastAPI) and PyTriton.
+    """A real Triton server under load, beside the same engines behind FastAPI, LitServe, BentoML, Ray Serve, PyTriton.
 
     Latency counts from the moment at which a request was due.
     """
 
     from staindiffuser.benchmarks.load import bench_load
+    from staindiffuser.benchmarks.rivals import RIVALS
     from staindiffuser.errors import UsageError
     from staindiffuser.export.manifest import Manifest
     from staindiffuser.serving.demo import repository_of
@@ -54,6 +54,10 @@ def load(
         ) from None
     if min(counts) < 1 or min(fractions) <= 0:
         raise UsageError("--clients must be at least 1, --shares more than 0")
+    names = [server.name for server in RIVALS]
+    for name in rival or ():
+        if name not in names:
+            raise UsageError(f"--rival {name}: there is {', '.join(names)}")
     chosen = repository_of(repository, say)
     largest = Manifest.load(chosen).max_batch
     if batch > largest:
@@ -65,7 +69,7 @@ def load(
         shares=fractions,
         seconds=seconds,
         threads=threads,
-        rival=rival,
+        rivals=() if no_rival else rival or tuple(names),
         progress=say,
     )
     if hand_over(report, json_file):
@@ -76,10 +80,12 @@ def load(
     for name, rates in report.closed.items():
         told = ", ".join(f"{rate:.2f} with {count}" for count, rate in zip(report.clients, rates, strict=True))
         typer.echo(f"{name}: requests/s by clients: {told}")
-    if rival:
-        (name, ours), *others = report.closed.items()
-        for other, theirs in others:
-            typer.echo(f"{name} / {other}, {report.clients[-1]} clients: {ours[-1] / theirs[-1]:.2f}")
+    (name, ours), *others = report.closed.items()
+    for other, theirs in others:
+        typer.echo(f"{name} / {other}, {report.clients[-1]} clients: {ours[-1] / theirs[-1]:.2f}")
+    for other, why in report.absent.items():
+        typer.echo(f"{other}: not here: {why}")
+    if others:
         typer.echo(f"same bytes: {'yes' if report.same_bytes else 'NO'}")
     for name, loops in report.open.items():
         for loop in loops:

@@ -1,4 +1,5 @@
-"""``staindiffuser bench slide``: what the client costs besides the server, with a stub of known cost in its place.
+"""``staindiffuser bench slide``: what the client costs besides the server, with a stub of known cost in its place; of a
+real slide, the whole of it beside other programs (:mod:`~staindiffuser.benchmarks.whole_slide`).
 
 Each measurement runs in a process of its own, whose peak memory and processor time are its own.
 """
@@ -213,6 +214,17 @@ def _peak_mib() -> float:
 
 
 def slide(
+    real: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A real slide to stain whole, with the model that ships; the options below are then --peer "
+            "and --rounds. Without it, a made-up slide."
+        ),
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PYTHON: LazySlide, tiatoolbox or WSInfer, in the Python that has it. Repeatable."),
+    ] = None,
     side: Annotated[int, typer.Option(min=512, help="Side of the slide, pixels.")] = 20480,
     cells: Annotated[int, typer.Option(min=0, help="Stained cells on it, of all stains together.")] = 500_000,
     stains: Annotated[int, typer.Option(min=1, help="Number of stains.")] = 2,
@@ -232,8 +244,27 @@ def slide(
     ] = True,
     json_file: JsonFile = None,
 ) -> None:
-    """The slide client alone: speed and memory on a made-up slide, with a stub of known cost as the server."""
+    """The slide client alone, with a stub of known cost as the server; or a real slide whole, beside other programs."""
 
+    if real is not None:
+        from staindiffuser.benchmarks.whole_slide import bench_whole_slide
+        from staindiffuser.errors import UsageError
+        from staindiffuser.serving.demo import demo_graphs
+
+        pairs = [entry.partition("=") for entry in peer or ()]
+        if not all(python for _, _, python in pairs):
+            raise UsageError("--peer: NAME=PYTHON, such as LazySlide=/opt/lazyslide/bin/python")
+        whole = bench_whole_slide(
+            real,
+            demo_graphs().parent,
+            {name: Path(python) for name, _, python in pairs},
+            rounds=rounds,
+            progress=lambda line: typer.echo(line, err=True),
+        )
+        if not hand_over(whole, json_file):
+            for line in whole.lines():
+                typer.echo(line)
+        return
     bench = SlideBench(
         side=side,
         cells=cells,

@@ -23,7 +23,7 @@ from staindiffuser.errors import DependencyError
 from staindiffuser.export import builders
 from staindiffuser.export.builders import BuildOptions, Engine
 from staindiffuser.export.builders.devices import processor
-from staindiffuser.export.description import GraphSet
+from staindiffuser.export.description import INT8, GraphSet
 from staindiffuser.export.errors import BuilderMissingError
 from staindiffuser.export.loading import load_engines
 from staindiffuser.export.parity import Golden, run_pipeline
@@ -33,7 +33,7 @@ from staindiffuser.triton_models.shared.cpus import available_cpus
 __all__ = ["AUTO", "CANDIDATES", "Choice", "available", "choice_key", "fastest", "measure"]
 
 AUTO = "auto"
-CANDIDATES = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
+CANDIDATES = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"), ("openvino", "int8"))
 """Target and precision, from the most conservative on."""
 WORTHWHILE = 0.95
 """A candidate is taken instead of a more conservative one if it needs at most this share of its time (ours)."""
@@ -76,6 +76,9 @@ def available(graphs: GraphSet, options: BuildOptions) -> tuple[dict[str, BuildO
             continue
         if graphs.precision not in builder.precisions:
             absent[name] = f"does not take {graphs.precision} graphs"
+            continue
+        if precision == INT8 and not graphs.int8:
+            absent[name] = "the graphs have no copies in 8 bits (export int8)"
             continue
         found[name] = chosen
     if not found:
@@ -152,6 +155,7 @@ def _load(
     stack: contextlib.ExitStack,
 ) -> dict[str, Engine]:
     builder = builders.get(name.split()[0])
+    graphs = graphs.at(options.precision)
     folder.mkdir()
     files = {engine: folder / f"{engine}{builder.suffix}" for engine in graphs.engines}
     for engine, graph in graphs.engines.items():

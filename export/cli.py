@@ -86,6 +86,31 @@ def quality(
         typer.echo(f"next: staindiffuser export build {graphs} --output REPO")
 
 
+@app.command(
+    epilog="Example: staindiffuser export int8 graphs --tiles tiles",
+)
+def int8(
+    graphs: GraphsArgument,
+    tiles: Annotated[
+        list[Path],
+        typer.Option(help="Folder of paired tiles; its training split calibrates and judges. Repeatable."),
+    ],
+    most: Annotated[int, typer.Option(min=1, help="Fields of a tile's size at most from each folder.")] = 24,
+) -> None:
+    """Add copies of the graphs whose residual blocks compute in 8 bits, for the target openvino (needs NNCF)."""
+    from staindiffuser.export.int8 import add_int8
+
+    found = add_int8(graphs, tiles, most=most, progress=lambda message: typer.echo(message, err=True))
+    dice = ", ".join(
+        f"{name} {copy.dab_dice} ({copy.dab_dice_fp32})"
+        for name, copy in found.int8.items()
+        if copy.dab_dice is not None
+    )
+    left = sum(len(copy.float_layers) for copy in found.int8.values())
+    typer.echo(f"{graphs}: 8 bits, {left} layers back in float; DAB-Dice, and in float32: {dice}")
+    typer.echo(f"next: staindiffuser export build {graphs} --target openvino --precision int8 --output REPO")
+
+
 BatchOption = Annotated[
     str, typer.Option(help="Batch sizes to optimise for, such as 1,8,32; clients may send at most the largest.")
 ]
@@ -139,7 +164,10 @@ def build(
     threads: Annotated[int, typer.Option(help="Threads of each CPU engine; 0: all cores that the server may use.")] = 0,
     compute_capability: CapabilityOption = "",
     precision: Annotated[
-        str, typer.Option(help="Compute float32 graphs in less (openvino): bf16. By default, in the graphs' precision.")
+        str,
+        typer.Option(
+            help="Compute float32 graphs in less (openvino): bf16, int8. By default, in the graphs' precision."
+        ),
     ] = "",
     workspace: WorkspaceOption = 0,
     verbosity: VerbosityOption = "names",

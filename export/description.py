@@ -20,10 +20,22 @@ from staindiffuser.export.errors import GraphsError, ManifestError
 from staindiffuser.files import file_sha256
 from staindiffuser.records import STRICT, RecordError, decode, read_json
 
-__all__ = ["GRAPHS_JSON", "QUALITY", "EngineGraph", "ExportedStain", "GraphSet", "Quality", "TensorSpec"]
+__all__ = [
+    "GRAPHS_JSON",
+    "INT8",
+    "QUALITY",
+    "EightBits",
+    "EngineGraph",
+    "ExportedStain",
+    "GraphSet",
+    "Quality",
+    "TensorSpec",
+]
 
 GRAPHS_JSON = "graphs.json"
 FORMAT = 1
+INT8 = "int8"
+"""The precision of the copies in 8 bits; what they leave in float is bfloat16."""
 QUALITY = "quality"
 """The engine that judges tiles, and the prefix of the ones that judge stains: they decide no pixel."""
 
@@ -52,6 +64,22 @@ class EngineGraph:
     """Of this engine's own checkpoint tensors: sorted name, dtype, shape, bytes."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EightBits:
+    """A copy of an engine's graph that computes in 8 bits; see :mod:`staindiffuser.export.int8`."""
+
+    file: str
+    """Path relative to the graphs folder."""
+    graph_sha256: str
+    """Of the file's bytes."""
+    float_layers: tuple[str, ...]
+    """Convolutions of residual blocks that stayed in float, because the image suffered."""
+    dab_dice: float | None = None
+    """Of a stain's image against the real stain, on fields that did not calibrate it."""
+    dab_dice_fp32: float | None = None
+    """The same of float32."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -110,6 +138,10 @@ class GraphSet:
     """Per stain that the gate of ``distill`` judged at this number of steps, what it fails on; empty if it passed."""
     quality: Quality | None = None
     """None for graphs without the engines ``quality`` and ``quality_<name>``."""
+    int8: Mapping[str, EightBits] = field(default_factory=dict)
+    """Copies in 8 bits, by engine name; empty where ``export int8`` made none."""
+    int8_reference: str = ""
+    """The tissue that calibrated and judged them."""
 
     @property
     def model_version(self) -> str:
@@ -121,6 +153,24 @@ class GraphSet:
         ]
         parts.append(json.dumps([self.steps, list(self.sigmas), self.precision, self.tile, self.mpp]))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def at(self, precision: str) -> GraphSet:
+        """These graphs as engines of a precision compute them; empty: their own.
+
+        Raises:
+            GraphsError: there are no copies in 8 bits.
+        """
+        if precision != INT8:
+            return dataclasses.replace(self, precision=precision or self.precision)
+        if not self.int8:
+            raise GraphsError(f"the graphs of {self.name} have no copies in 8 bits: make them with `export int8`")
+        engines = {
+            name: dataclasses.replace(engine, file=copy.file, graph_sha256=copy.graph_sha256)
+            if (copy := self.int8.get(name))
+            else engine
+            for name, engine in self.engines.items()
+        }
+        return dataclasses.replace(self, precision=precision, engines=engines)
 
     def save(self, folder: Path) -> None:
         """Write ``graphs.json`` into ``folder``."""
@@ -146,7 +196,8 @@ class GraphSet:
         except RecordError as error:
             raise GraphsError(f"{path}: {error}: export the graphs again") from error
         if verify:
-            expected = {engine.file: engine.graph_sha256 for engine in graphs.engines.values()}
+            named = (*graphs.engines.values(), *graphs.int8.values())
+            expected = {engine.file: engine.graph_sha256 for engine in named}
             for name, sha256 in {**expected, graphs.golden: graphs.golden_sha256}.items():
                 if not (folder / name).is_file():
                     raise ManifestError(f"{folder / name} is missing: export the graphs again")

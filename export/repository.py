@@ -196,7 +196,7 @@ def prepare_build(
         accepted = ", ".join(builder.precisions)
         raise ExportUsageError(f"target {target} does not take {graphs.precision} graphs: export them as {accepted}")
     # What engines compute in decides the pixels, so it is part of the model's version.
-    graphs = dataclasses.replace(graphs, precision=options.precision or graphs.precision)
+    graphs = graphs.at(options.precision)
     keys = {name: engine_key(builder, engine, graphs.precision, options) for name, engine in graphs.engines.items()}
     files = {name: f"{key[:16]}{builder.suffix}" for name, key in keys.items()}
     capability = builder.device().compute_capability

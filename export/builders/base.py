@@ -50,7 +50,7 @@ class BuildOptions:
     threads: int = 0
     """Threads of each CPU engine; 0 for all cores that the serving process may use."""
     precision: str = ""
-    """Compute float32 graphs in less than float32: ``bf16``. Empty: in the graphs' own precision."""
+    """Compute float32 graphs in less than float32: ``bf16``, ``int8``. Empty: in the graphs' own precision."""
     batches: tuple[int, ...] = ()
     """Batch sizes to optimise for, such as (1, 8, 32); the largest is ``max_batch``. Empty: 1 and ``max_batch``."""
     compute_capabilities: tuple[str, ...] = ()

@@ -1,8 +1,9 @@
-"""Target ``openvino``: a CPU, in float32 or bfloat16.
+"""Target ``openvino``: a CPU, in float32, bfloat16 or 8 bits.
 
 The engine is the graph, marked with the precision that it is computed in. In bfloat16 convolutions read bfloat16 and
 sum in float32, and what follows the last convolution stays in float32. Only processors with such instructions take it
-(AVX-512 BF16, AMX): elsewhere OpenVINO would silently compute in float32.
+(AVX-512 BF16, AMX): elsewhere OpenVINO would silently compute in float32. For 8 bits the graphs bring copies
+(:mod:`staindiffuser.export.int8`), whose other layers are computed in bfloat16.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from staindiffuser.export.builders.base import BuildOptions, Device, Engine, refuse_unused
 from staindiffuser.export.builders.devices import processor
@@ -19,10 +20,20 @@ from staindiffuser.export.builders.missing import missing
 from staindiffuser.export.description import QUALITY, EngineGraph
 from staindiffuser.export.errors import BuildError, ExportUsageError
 
-__all__ = ["PRECISIONS", "OpenVINOBuilder"]
+if TYPE_CHECKING:
+    import onnx
 
-PRECISIONS = ("fp32", "bf16")
+__all__ = ["PRECISIONS", "OpenVINOBuilder", "mark"]
+
+PRECISIONS = ("fp32", "bf16", "int8")
 """In which it computes float32 graphs."""
+
+
+def mark(model: onnx.ModelProto, precision: str) -> None:
+    """Write the precision that a graph is computed in into its metadata."""
+    from staindiffuser.triton_models.engine.engine_openvino import PRECISION
+
+    model.metadata_props.add(key=PRECISION, value=precision)
 
 
 class OpenVINOBuilder(GraphEngineBuilder):
@@ -81,7 +92,7 @@ class OpenVINOBuilder(GraphEngineBuilder):
         # Distances and thresholds that judge a tile need all digits, and take no time.
         judges = description.outputs[0].name.startswith(QUALITY.upper())
         precision = "fp32" if judges else options.precision or "fp32"
-        model.metadata_props.add(key=engine_openvino.PRECISION, value=precision)
+        mark(model, precision)
         onnx.save(model, output)
         try:
             engine_openvino.load(output, threads=1).close()

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from staindiffuser.benchmarks.load import _open_loop
-from staindiffuser.benchmarks.rival import decode, encode
+from staindiffuser.benchmarks.rivals.pipeline import decode, encode
 from staindiffuser.cli import app
 from staindiffuser.export.repository import build_repository
 from tests.synthetic_graphs import write_graphs

@@ -82,7 +82,7 @@ def test_what_ships_is_small() -> None:
     megabytes = {path.name: path.stat().st_size / 1e6 for path in FOLDER.rglob("*") if path.is_file()}
     assert megabytes[WEIGHTS] <= 8
     graphs = sum(path.stat().st_size for path in (FOLDER / "graphs").iterdir()) / 1e6
-    assert graphs <= 12
+    assert graphs <= 14
     assert json.loads((FOLDER / "metrics.json").read_text())["stains"].keys() == {"cd3", "ck818"}
 
 

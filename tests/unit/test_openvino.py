@@ -121,7 +121,7 @@ def test_a_graph_that_openvino_lacks_is_one_line(graphs: Path, tmp_path: Path) -
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("target", "words"), [("openvino", "has fp32, bf16"), ("onnxruntime", "does not use")])
+@pytest.mark.parametrize(("target", "words"), [("openvino", "has fp32, bf16, int8"), ("onnxruntime", "does not use")])
 def test_other_precisions_are_refused(graphs: Path, tmp_path: Path, target: str, words: str) -> None:
     with pytest.raises(ExportUsageError, match=words):
         build(graphs, tmp_path / "repository", target=target, options=BuildOptions(precision="int4"))
@@ -317,7 +317,7 @@ def test_auto_says_what_is_absent(graphs: Path, tmp_path: Path, monkeypatch: pyt
     assert report.manifest.target == "onnxruntime"
     assert report.manifest.choice is not None
     assert report.manifest.choice.absent == dict.fromkeys(
-        ("openvino fp32", "openvino bf16"), "OpenVINO is not installed"
+        ("openvino fp32", "openvino bf16", "openvino int8"), "OpenVINO is not installed"
     )
     assert "openvino bf16: not here: OpenVINO is not installed" in said
     with pytest.raises(ExportUsageError, match="target auto chooses the precision"):

@@ -33,9 +33,9 @@ else:  # in a model repository, where the file lies beside this one
 __all__ = ["PRECISION", "JoinedEngines", "OpenVINOEngine", "computes", "load", "load_joined"]
 
 PRECISION = "staindiffuser.precision"
-"""Key of the graph's metadata: ``fp32`` or ``bf16``."""
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
-_CAPABILITIES = {"fp32": "FP32", "bf16": "BF16"}
+"""Key of the graph's metadata: ``fp32``, ``bf16`` or ``int8``, which is bfloat16 where the graph does not quantise."""
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
+_CAPABILITIES = {"fp32": {"FP32"}, "bf16": {"BF16"}, "int8": {"INT8", "BF16"}}
 _MOST_COMPILED = 4
 """Sets of outputs for which joined engines stay compiled: each keeps its memory (ours)."""
 
@@ -66,8 +66,8 @@ def _signal_stack_kept() -> Iterator[None]:
 
 @_signal_stack_kept()
 def computes(precision: str) -> bool:
-    """Whether this processor has instructions for a precision, ``fp32`` or ``bf16``."""
-    return _CAPABILITIES[precision] in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    """Whether this processor has instructions for a precision: ``fp32``, ``bf16``, ``int8``."""
+    return _CAPABILITIES[precision] <= set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 class OpenVINOEngine:

@@ -1,25 +1,20 @@
-"""The same engines behind PyTriton: a Python function with its ``@batch`` decorator.
-
-``python -m staindiffuser.benchmarks.rival_pytriton REPOSITORY THREADS`` prints ``port`` and the port of gRPC once it
-answers, and serves until its standard input ends. Triton merges the requests that wait, and the function gets them as
-one batch.
-"""
+"""PyTriton: a Python function with its ``@batch`` decorator. Triton merges the requests that wait into one batch."""
 
 from __future__ import annotations
 
+import signal
 import socket
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from staindiffuser.benchmarks.rival import Arrays, load_pipeline, output_names
+from staindiffuser.benchmarks.rivals.pipeline import Arrays, arguments, load_pipeline, output_names
 from staindiffuser.export.manifest import verify
 from staindiffuser.export.triton_config import ENSEMBLE, wire_inputs, wire_outputs
 
 
-def main(repository: Path, threads: int) -> None:
-    """Serve until standard input ends."""
+def main(repository: Path, threads: int, port: int) -> None:
+    """Serve until SIGTERM; ``port`` is that of gRPC."""
     from pytriton.decorators import batch
     from pytriton.model_config import ModelConfig, Tensor
     from pytriton.triton import Triton, TritonConfig
@@ -38,9 +33,10 @@ def main(repository: Path, threads: int) -> None:
         for t in wire_outputs(manifest)
         if t.name in names
     ]
-    http, grpc = _free_ports(2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        http = listener.getsockname()[1]
     local = "127.0.0.1"
-    config = TritonConfig(http_address=local, http_port=http, grpc_address=local, grpc_port=grpc, allow_metrics=False)
+    config = TritonConfig(http_address=local, http_port=http, grpc_address=local, grpc_port=port, allow_metrics=False)
     with Triton(config=config) as triton:
         triton.bind(
             model_name=ENSEMBLE,
@@ -50,19 +46,9 @@ def main(repository: Path, threads: int) -> None:
             config=ModelConfig(max_batch_size=manifest.max_batch),
         )
         triton.run()
-        # Triton's log goes to the same standard output, in pieces that need not end with a line.
-        sys.stdout.write(f"\nport {grpc}\n")
-        sys.stdout.flush()
-        sys.stdin.read()
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in sockets]
-    for listener in sockets:
-        listener.close()
-    return ports
+        signal.sigwait({signal.SIGTERM})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    main(*arguments())

@@ -1,18 +1,11 @@
-"""What a user would write instead of Triton: the same engines in one process, behind Starlette and uvicorn.
-
-FastAPI is Starlette with validation, which raw bytes do not need. ``python -m staindiffuser.benchmarks.rival REPOSITORY
-THREADS`` prints its port once it answers. ``POST /`` takes ``HE``, ``ORIGIN`` and ``SEED`` one after another as raw
-bytes, and answers with the raw bytes of all outputs; noise, encoder and every branch are computed for each request.
-"""
+"""What every rival serves: the engines of a repository in one process, and requests as raw bytes."""
 
 from __future__ import annotations
 
-import socket
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,12 +15,16 @@ from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.export.parity import run_pipeline
 from staindiffuser.triton_models.shared.cpus import available_cpus
 
-if TYPE_CHECKING:
-    from starlette.applications import Starlette
-
-__all__ = ["decode", "encode", "load_pipeline", "output_names"]
+__all__ = ["arguments", "decode", "encode", "load_answers", "load_pipeline", "output_names"]
 
 Arrays = dict[str, np.ndarray]  # type: ignore[type-arg]
+BINARY = "application/octet-stream"
+
+
+def arguments() -> tuple[Path, int, int]:
+    """Repository, threads and port of the command line."""
+    repository, threads, port = sys.argv[1:]
+    return Path(repository), int(threads), int(port)
 
 
 def output_names(manifest: Manifest) -> list[str]:
@@ -36,7 +33,7 @@ def output_names(manifest: Manifest) -> list[str]:
 
 
 def encode(inputs: Arrays) -> bytes:
-    """A request's body."""
+    """A request's body: ``HE``, ``ORIGIN`` and ``SEED`` one after another."""
     return b"".join(np.ascontiguousarray(inputs[name]).tobytes() for name in ("HE", "ORIGIN", "SEED"))
 
 
@@ -69,38 +66,13 @@ def load_pipeline(manifest: Manifest, repository: Path, threads: int) -> Callabl
     return run
 
 
-def _application(repository: Path, threads: int) -> Starlette:
-    from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
-    from starlette.requests import Request
-    from starlette.responses import Response
-    from starlette.routing import Route
-
+def load_answers(repository: Path, threads: int) -> Callable[[bytes], bytes]:
+    """From a request's body to the raw bytes of all outputs; may be called from several threads."""
     manifest = verify(repository)
     run, names = load_pipeline(manifest, repository, threads), output_names(manifest)
 
-    def compute(body: bytes) -> bytes:
+    def answer(body: bytes) -> bytes:
         outputs = run(decode(body, manifest.tile))
         return b"".join(outputs[name].tobytes() for name in names)
 
-    async def stain(request: Request) -> Response:
-        answer = await run_in_threadpool(compute, await request.body())
-        return Response(answer, media_type="application/octet-stream")
-
-    return Starlette(routes=[Route("/", stain, methods=["POST"])])
-
-
-def main(repository: Path, threads: int) -> None:
-    """Serve until killed."""
-    import uvicorn
-
-    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-    application = _application(repository, threads)
-    sys.stdout.write(f"{listener.getsockname()[1]}\n")
-    sys.stdout.flush()
-    config = uvicorn.Config(application, log_level="error", access_log=False, lifespan="off")
-    uvicorn.Server(config).run(sockets=[listener])
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    return answer

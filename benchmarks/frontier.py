@@ -3,11 +3,14 @@
 Every way to make an image runs on the same tiles from the same noise, in turns, in torch and in one process. Timed are
 the encoder and the images of all stains. Fifty steps of DDIM, from the teacher's weights, stand for conditional
 diffusion as it is usually sampled (Palette, arXiv 2111.05826); 18 of Heun's (35 evaluations of the network) are what
-the teacher itself is judged by.
+the teacher itself is judged by. A U-Net that was trained as regression and as pix2pix is timed with random weights,
+which take as long, and brings the scores that ``bench ablations`` recorded of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +51,9 @@ class Point:
     dab_dice: Mapping[str, float]
     """By stain, as ``evaluate`` does."""
     cell_auroc: Mapping[str, float]
-    """By stain: how well the image's brown tells the positive cells."""
+    """By stain: how well the image's brown tells the positive cells; empty if that was not recorded."""
+    scored: str = ""
+    """Where the scores come from, if not from these tiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +73,10 @@ class FrontierReport:
         lines = [f"{self.tiles} tiles of {self.tile} px, {self.threads} threads on {self.machine.processor}"]
         for point in self.points:
             scores = ", ".join(
-                f"{stain} {dice:.3f} / {point.cell_auroc[stain]:.3f}" for stain, dice in point.dab_dice.items()
+                f"{stain} {dice:.3f}" + (f" / {point.cell_auroc[stain]:.3f}" if point.cell_auroc else "")
+                for stain, dice in point.dab_dice.items()
             )
+            scores += f" ({point.scored})" if point.scored else ""
             lines.append(
                 f"{point.model}, {point.sampler}: {point.cpu_ms:.0f} ms of CPU a tile ({point.wall_ms:.0f} ms), "
                 f"DAB-Dice / cell AUROC: {scores}"
@@ -96,6 +103,7 @@ def bench_frontier(
     *,
     most: int = 24,
     threads: int = 0,
+    baselines: Path | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> FrontierReport:
     """Measure and score every sampler (needs torch).
@@ -106,6 +114,7 @@ def bench_frontier(
         tiles: paired tiles, whose test split is scored.
         most: tiles at most, evenly spread.
         threads: of torch; 0 for all that the process may use.
+        baselines: what ``bench ablations`` recorded of networks of one evaluation.
         progress: called with one line per tile.
 
     Raises:
@@ -130,7 +139,8 @@ def bench_frontier(
     rows = spread(paired.scored("test"), most)
     if not rows:
         raise DataError(f"{tiles / 'tiles.csv'}: no row of the test split has an image of every stain")
-    ways = [*_few_step_ways(served), *_few_step_ways(taught), *_long_ways(taught)]
+    ways: list[_Way | _Baseline] = [*_few_step_ways(served), *_few_step_ways(taught), *_long_ways(taught)]
+    ways += _baselines(baselines, served) if baselines is not None else []
     gated = next(index for index, way in enumerate(ways) if way.steps == served.config.steps)
     seconds: list[list[tuple[float, float]]] = [[] for _ in ways]
     cells: list[dict[str, CellScore]] = [{stain: CellScore() for stain in stains} for _ in ways]
@@ -170,8 +180,11 @@ def bench_frontier(
                 evaluations=way.evaluations,
                 cpu_ms=statistics.median(cpu for _, cpu in counted) * 1e3,
                 wall_ms=statistics.median(wall for wall, _ in counted) * 1e3,
-                dab_dice={name: float(score.metrics()["dab_dice"]) for name, score in dice.items()},
-                cell_auroc={name: score.metrics()["image_auroc"] for name, score in of_cells.items()},
+                dab_dice=way.recorded or {name: float(score.metrics()["dab_dice"]) for name, score in dice.items()},
+                cell_auroc={}
+                if way.recorded
+                else {name: score.metrics()["image_auroc"] for name, score in of_cells.items()},
+                scored=way.scored,
             )
         )
     return FrontierReport(
@@ -197,6 +210,8 @@ class _Way:
     steps: int
     evaluations: int
     sample: Sample
+    recorded: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    scored: str = ""
 
     @property
     def model(self) -> str:
@@ -222,6 +237,42 @@ class _Way:
                 image = unstandardize(y, stain, "images", network.config.sigma_data).clamp(0, 1).mul(255).round()
                 images[f"STAIN_{stain.name.upper()}"] = image.to(torch.uint8).permute(0, 2, 3, 1).numpy()
         return images
+
+
+@dataclass(frozen=True)
+class _Baseline:
+    """A network of one evaluation: its time is measured, its scores were."""
+
+    model: str
+    run: Callable[[UInt8Array, Any], Mapping[str, UInt8Array]]
+    recorded: Mapping[str, float]
+    scored: str
+    sampler: str = "1 evaluation"
+    steps: int = 0
+    evaluations: int = 1
+
+
+def _baselines(file: Path, served: Checkpoint) -> list[_Baseline]:
+    from staindiffuser.training.baselines.unet import Regression
+    from staindiffuser.training.config import TrainConfig
+
+    found = []
+    for record in json.loads(file.read_text(encoding="utf-8")):
+        learner = Regression(served.config.model, TrainConfig())
+        settings = record["settings"]
+        train = settings["train"]
+        found.append(
+            _Baseline(
+                model=f"U-Net, {settings['arm']}",
+                run=lambda he, seeds, learner=learner: {  # type: ignore[misc]
+                    f"STAIN_{name.upper()}": image for name, image in learner.stain_tiles(he).items()
+                },
+                recorded={stain: float(scores["dab_dice"]) for stain, scores in record["stains"].items()},
+                scored=f"recorded on {settings['scored_tiles']} other tiles; {record['steps']} steps of "
+                f"{train['batch']} crops of {train['crop']} px, {record['seconds'] / 60:.0f} minutes",
+            )
+        )
+    return found
 
 
 def _few_step_ways(checkpoint: Checkpoint) -> list[_Way]:
@@ -286,11 +337,20 @@ def frontier(
     ),
     most: Annotated[int, typer.Option(min=2, help="Tiles at most; the first warms up.")] = 24,
     threads: Annotated[int, typer.Option(min=0, help="Threads of torch; 0 for all cores.")] = 0,
+    baselines: Annotated[
+        Path | None, typer.Option(help="Results of `bench ablations` for regression and pix2pix, to be timed as well.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """DAB-Dice and cell AUROC against CPU time, from one step to 50 of DDIM, on the same tiles (needs torch)."""
     report = bench_frontier(
-        student, teacher, tiles, most=most, threads=threads, progress=lambda line: typer.echo(line, err=True)
+        student,
+        teacher,
+        tiles,
+        most=most,
+        threads=threads,
+        baselines=baselines,
+        progress=lambda line: typer.echo(line, err=True),
     )
     if hand_over(report, json_file):
         return

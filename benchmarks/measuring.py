@@ -21,14 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from staindiffuser.export.builders.devices import find_gpu, processor
 from staindiffuser.triton_models.shared.cpus import available_cpus
 
-__all__ = ["Machine", "Sample", "Spread", "Timing", "in_turns"]
+__all__ = ["QUIET", "Machine", "Others", "Sample", "Spread", "Timing", "in_turns"]
 
 WIDEST = 0.15
 """Spread above which a timing is not to be trusted (ours)."""
+QUIET = 0.1
+"""Share of the cores up to which other programs hardly disturb (ours)."""
 _PACKAGES = ("numpy", "onnx", "onnxruntime", "openvino", "tensorrt", "torch", "nvidia-pytriton", "staindiffuser")
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
@@ -79,6 +82,24 @@ class Machine:
             commit=_commit(),
             date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         )
+
+
+class Others:
+    """How much of the machine's processor time other programs take, from now on."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds: of the clock, of all processors together that they were busy, and of this process."""
+        times = psutil.cpu_times()
+        return time.monotonic(), sum(times) - times.idle - times.iowait, time.process_time()
+
+    def share(self) -> float:
+        """Of all cores; what the children of this process do is counted as others'."""
+        wall, busy, own = (now - before for now, before in zip(self._now(), self._before, strict=True))
+        return round(max(0.0, busy - own) / (wall * (psutil.cpu_count() or 1)), 3)
 
 
 @dataclass(frozen=True, kw_only=True)

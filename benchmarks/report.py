@@ -1,4 +1,4 @@
-"""The page and the charts of what ``bench engines`` and ``bench frontier`` measured, from their JSON files alone.
+"""The page and the charts of what ``bench engines``, ``frontier``, ``load`` and ``slide`` measured, from their files.
 
 One file of each a machine, in ``benchmarks/results``. Where a machine was not idle, the page quotes CPU time, and says
 so.
@@ -6,7 +6,7 @@ so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from staindiffuser.benchmarks.engines import REFERENCE, EnginesReport, Row
 from staindiffuser.benchmarks.frontier import FrontierReport, Point, mean
+from staindiffuser.benchmarks.load import LoadReport
 from staindiffuser.benchmarks.measuring import Machine
+from staindiffuser.benchmarks.report_servers import chart_load, chart_slide, load_section, slide_section
+from staindiffuser.benchmarks.whole_slide import WholeSlideReport
 from staindiffuser.errors import InputError, UsageError
 
 __all__ = ["PATTERN", "headline", "read_frontiers", "read_results", "write_report"]
@@ -23,7 +26,7 @@ PATTERN = "engines-*.json"
 FRONTIERS = "frontier-*.json"
 _Report = TypeVar("_Report")
 _PARTS = ("encoder", "image, 1 step", "image, 2 steps", "image, 4 steps", "cell map")
-_COLOURS = {"fp32": "#4a6fa5", "bf16": "#c8553d", "trained": "#8a8a8a"}
+_COLOURS = {"fp32": "#4a6fa5", "bf16": "#c8553d", "int8": "#e0a030", "trained": "#8a8a8a"}
 
 
 def read_results(folder: Path) -> dict[str, EnginesReport]:
@@ -45,8 +48,11 @@ def read_frontiers(folder: Path) -> dict[str, FrontierReport]:
     Raises:
         InputError: a file is not one.
     """
-    adapter = TypeAdapter(FrontierReport)
-    return {file.name: _read(file, adapter, "frontier") for file in sorted(folder.glob(FRONTIERS))}
+    return _read_all(folder, FRONTIERS, TypeAdapter(FrontierReport), "frontier")
+
+
+def _read_all(folder: Path, pattern: str, adapter: TypeAdapter[_Report], command: str) -> dict[str, _Report]:
+    return {file.name: _read(file, adapter, command) for file in sorted(folder.glob(pattern))}
 
 
 def _read(file: Path, adapter: TypeAdapter[_Report], command: str) -> _Report:
@@ -59,10 +65,10 @@ def _read(file: Path, adapter: TypeAdapter[_Report], command: str) -> _Report:
 
 
 def headline(report: EnginesReport) -> tuple[str, float]:
-    """What needs least CPU time for the whole work of a tile, and its share of the default's."""
+    """What takes least time for the whole work of a tile, and its share of ONNX Runtime's in float32."""
     ways = report.whole_work(report.rows[0].batch)
     best = list(ways)[-1]
-    return best, ways[best].ms.cpu / ways[REFERENCE].ms.cpu
+    return best, report.cost(ways[best]) / report.cost(ways[REFERENCE])
 
 
 def write_report(results: Path, output: Path) -> Path:
@@ -97,6 +103,14 @@ def write_report(results: Path, output: Path) -> Path:
         stem = Path(name).stem
         lines += [*_frontier_section(name, frontier), "", f"![Quality against time]({stem}.png)", ""]
         _chart_frontier(frontier, output / f"{stem}.png")
+    for name, load in _read_all(results, "load-*.json", TypeAdapter(LoadReport), "load").items():
+        stem = Path(name).stem
+        lines += [*load_section(name, load), "", f"![Servers side by side]({stem}.png)", ""]
+        chart_load(_pyplot(), load, output / f"{stem}.png")
+    for name, slide in _read_all(results, "slide-*.json", TypeAdapter(WholeSlideReport), "slide").items():
+        stem = Path(name).stem
+        lines += [*slide_section(name, slide), "", f"![A whole slide]({stem}.png)", ""]
+        chart_slide(_pyplot(), slide, output / f"{stem}.png")
     page = output / "benchmarks.md"
     page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return page
@@ -114,14 +128,18 @@ def _section(name: str, report: EnginesReport) -> list[str]:
         f"step(s); {report.threads} thread(s) an engine, {report.rounds} rounds.",
         "",
     ]
-    lines += _busy(machine)
+    if report.quiet:
+        lines += [f"Other programs took {report.others:.1%} of the processors.", ""]
+    else:
+        lines += _busy(machine)
     peaks = ", ".join(f"{precision} {gflops:.0f}" for precision, gflops in _peaks(report).items())
-    lines += [f"Peak of a convolution, GFLOP/s for each second of CPU time: {peaks}.", ""]
+    time, unit = ("time", "of all threads together") if report.quiet else ("CPU time", "for each second of CPU time")
+    lines += [f"Peak of a convolution, GFLOP/s {unit}: {peaks}.", ""]
     lines += [
-        "| work | batch | engine | p50 / p95 / p99, ms a tile | tiles/s | mm²/s | CPU, ms a tile | × of the default's "
-        "CPU time (90 %) | share of peak, CPU time |",
+        "| work | batch | engine | p50 / p95 / p99, ms a tile | tiles/s | mm²/s | CPU, ms a tile | × of ONNX Runtime's "
+        f"{time} in float32 (90 %) | share of peak, {time} |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|",
-        *(_line(row) for row in _sorted(report.rows)),
+        *(_line(row, report.quiet) for row in _sorted(report)),
         "",
         "A `?` marks a wall time whose quartiles are more than 15 % apart: do not quote it.",
         "",
@@ -162,7 +180,8 @@ def _frontier_section(name: str, report: FrontierReport) -> list[str]:
         "|---|---|--:|--:|--:|---|---|",
         *(
             f"| {point.model} | {point.sampler} | {point.evaluations} | {point.cpu_ms:.0f} | "
-            f"{point.cpu_ms / served.cpu_ms:.1f} | {_scores(point.dab_dice)} | {_scores(point.cell_auroc)} |"
+            f"{point.cpu_ms / served.cpu_ms:.1f} | {_scores(point.dab_dice)} | "
+            f"{_scores(point.cell_auroc) or point.scored} |"
             for point in report.points
         ),
         "",
@@ -175,21 +194,25 @@ def _scores(scores: Mapping[str, float]) -> str:
 
 
 def _peaks(report: EnginesReport) -> dict[str, float]:
-    """GFLOP for each second of CPU time at the peak, by precision."""
+    """GFLOP/s at the peak, or GFLOP for each second of CPU time, by precision."""
     return {
-        row.engine.split()[-1]: report.gflop[row.what] * 1e3 / row.ms.cpu / row.share_of_peak_cpu
+        row.engine.split()[-1]: report.gflop[row.what] * 1e3 / report.cost(row) / share
         for row in report.rows
-        if row.share_of_peak_cpu and row.engine.endswith(("fp32", "bf16")) and row.what == report.headline
+        if (share := _share(row, report.quiet))
+        and row.engine.endswith(("fp32", "bf16", "int8"))
+        and row.what == report.headline
     }
 
 
-def _line(row: Row) -> str:
-    relative = (
-        ""
-        if row.relative_cpu is None
-        else (f"{row.relative_cpu.median:.2f} ({row.relative_cpu.low:.2f} to {row.relative_cpu.high:.2f})")
-    )
-    share = "" if row.share_of_peak_cpu is None else f"{row.share_of_peak_cpu:.0%}"
+def _share(row: Row, quiet: bool) -> float | None:
+    return row.share_of_peak if quiet else row.share_of_peak_cpu
+
+
+def _line(row: Row, quiet: bool) -> str:
+    ratio = row.relative if quiet else row.relative_cpu
+    relative = "" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+    peak = _share(row, quiet)
+    share = "" if peak is None else f"{peak:.0%}"
     doubt = "" if row.ms.trusted else " ?"
     return (
         f"| {row.what} | {row.batch} | {row.engine} | {row.ms.p50:.0f} / {row.ms.p95:.0f} / {row.ms.p99:.0f}{doubt} | "
@@ -197,9 +220,9 @@ def _line(row: Row) -> str:
     )
 
 
-def _sorted(rows: Sequence[Row]) -> list[Row]:
+def _sorted(report: EnginesReport) -> list[Row]:
     order = {what: index for index, what in enumerate(_PARTS)}
-    return sorted(rows, key=lambda row: (order.get(row.what, -1), row.what, row.batch, row.ms.cpu))
+    return sorted(report.rows, key=lambda row: (order.get(row.what, -1), row.what, row.batch, report.cost(row)))
 
 
 def _colour(engine: str) -> str:
@@ -217,26 +240,34 @@ def _pyplot() -> Any:
 
 def _of(report: EnginesReport, what: str, batch: int) -> Mapping[str, Row]:
     rows = [row for row in report.rows if row.what == what and row.batch == batch]
-    return {row.engine: row for row in sorted(rows, key=lambda row: -row.ms.cpu)}
+    return {row.engine: row for row in sorted(rows, key=lambda row: -report.cost(row))}
+
+
+def _time(report: EnginesReport) -> str:
+    return "time" if report.quiet else "CPU time"
 
 
 def _chart_engines(report: EnginesReport, path: Path) -> None:
-    """Bars of CPU time, longest first, each with its ratio to the default."""
+    """Bars of time, longest first, each with its ratio to ONNX Runtime in float32."""
     plt = _pyplot()
     batch = report.rows[0].batch
     rows = report.whole_work(batch)
-    reference = rows[REFERENCE].ms.cpu
+    reference = report.cost(rows[REFERENCE])
     figure, axis = plt.subplots(figsize=(9, 0.7 + 0.5 * len(rows)), layout="constrained")
-    bars = axis.barh(list(rows), [row.ms.cpu for row in rows.values()], color=[_colour(engine) for engine in rows])
+    bars = axis.barh(
+        list(rows), [report.cost(row) for row in rows.values()], color=[_colour(engine) for engine in rows]
+    )
     labels = []
     for engine, row in rows.items():
-        ratio = "the default" if engine == REFERENCE else f"× {row.ms.cpu / reference:.2f}"
-        share = "" if row.share_of_peak_cpu is None else f", {row.share_of_peak_cpu:.0%} of the peak"
-        labels.append(f" {row.ms.cpu:.0f} ms  {ratio}{share}")
+        cost = report.cost(row)
+        ratio = "× 1" if engine == REFERENCE else f"× {cost / reference:.2f}"
+        peak = _share(row, report.quiet)
+        share = "" if peak is None else f", {peak:.0%} of the peak"
+        labels.append(f" {cost:.0f} ms  {ratio}{share}")
     axis.bar_label(bars, labels)
-    axis.set_xlim(0, 1.5 * max(row.ms.cpu for row in rows.values()))
+    axis.set_xlim(0, 1.5 * max(report.cost(row) for row in rows.values()))
     axis.set(
-        xlabel="CPU time of a tile, ms (shorter is faster)",
+        xlabel=f"{_time(report)} of a tile, ms (shorter is faster)",
         title=f"A tile of {report.tile} px with {report.headline} and their cells, batch {batch}",
     )
     axis.spines[["top", "right"]].set_visible(False)
@@ -253,7 +284,9 @@ def _chart_parts(report: EnginesReport, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     hatches = ("", "//", "..", "xx", "--")
     for index, engine in enumerate(engines):
-        heights = [_of(report, part, batch)[engine].ms.cpu for part in parts]
+        heights = [
+            report.cost(rows[engine]) if (rows := _of(report, part, batch)).get(engine) else 0.0 for part in parts
+        ]
         positions = [i + 0.8 * (index - (len(engines) - 1) / 2) / len(engines) for i in range(len(parts))]
         bars = axis.bar(
             positions,
@@ -264,9 +297,9 @@ def _chart_parts(report: EnginesReport, path: Path) -> None:
             hatch=hatches[index % 5],
             edgecolor="white",
         )
-        axis.bar_label(bars, [f"{height:.0f}" for height in heights], fontsize=8)
+        axis.bar_label(bars, [f"{height:.0f}" if height else "" for height in heights], fontsize=8)
     axis.set_xticks(range(len(parts)), parts)
-    axis.set(ylabel="CPU time of a tile, ms", title=f"Where the time goes: one part at a time, batch {batch}")
+    axis.set(ylabel=f"{_time(report)} of a tile, ms", title=f"Where the time goes: one part at a time, batch {batch}")
     axis.legend()
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100, metadata={"Software": None})
@@ -284,7 +317,7 @@ def _chart_batches(report: EnginesReport, path: Path) -> None:
         rows = [ways[batch][engine] for batch in batches if engine in ways[batch]]
         axis.plot(
             [row.batch for row in rows],
-            [1e3 / row.ms.cpu for row in rows],
+            [1e3 / report.cost(row) for row in rows],
             marker=markers[index % 6],
             color=_colour(engine),
             linestyle="-" if engine.endswith("one graph") else "--",
@@ -292,7 +325,11 @@ def _chart_batches(report: EnginesReport, path: Path) -> None:
         )
     axis.set_xticks(batches)
     axis.set_ylim(0)
-    axis.set(xlabel="batch size", ylabel="tiles a second of CPU time", title="Throughput against batch size")
+    axis.set(
+        xlabel="batch size",
+        ylabel="tiles a second" if report.quiet else "tiles a second of CPU time",
+        title="Throughput against batch size",
+    )
     axis.legend()
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100, metadata={"Software": None})
@@ -310,13 +347,16 @@ def _chart_frontier(report: FrontierReport, path: Path) -> None:
     }
     for axis, (title, score) in zip(axes, scores.items(), strict=True):
         for index, point in enumerate(report.points):
+            if title.startswith("AUROC") and not point.cell_auroc:
+                continue
             served = index == report.gated
+            which = models.index(point.model)
             axis.plot(
                 point.cpu_ms,
                 score(point),
-                marker="*" if served else "os"[models.index(point.model) % 2],
+                marker="*" if served else "osD^v"[which % 5],
                 markersize=16 if served else 8,
-                color=list(_COLOURS.values())[1 - models.index(point.model) % 2],
+                color=("#c8553d", "#4a6fa5", "#6d9c6d", "#8a8a8a", "#e0a030")[which % 5],
                 linestyle="none",
                 label=f"{point.model}, served" if served else point.model,
             )

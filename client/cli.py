@@ -43,13 +43,14 @@ def stain(
         ),
     ] = None,
     fast: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--fast",
-            help="A model that ships, on the fastest engines of this CPU, measured once; pixels differ by a few "
-            "grey levels from the default's.",
+            "--fast/--exact",
+            help="A model that ships: the fastest engines of this CPU, measured once (default), or float32, whose "
+            "pixels are the same on every machine, give or take one grey level.",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     stains: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Stains to produce. (default: all that the model has)")
     ] = None,

@@ -24,9 +24,10 @@ class Target:
     """``HOST:PORT`` of the gRPC endpoint of each running server; all must serve the same model."""
     repository: Path | None = None
     """A model repository to serve during the work; without addresses either, the demonstration model is served."""
-    fast: bool = False
-    """Serve a model that ships on the fastest engines of this CPU, measured once; pixels differ by a few grey
-    levels from the default's, which are the same on every machine, give or take one."""
+    fast: bool | None = None
+    """Serve a model that ships on the fastest engines of this CPU, measured once (also if None, unless the environment
+    sets ``STAINDIFFUSER_EXACT``), or in float32 (False), whose pixels are the same on every machine, give or take one
+    grey level."""
     timeout: float = 300.0
     """Seconds to wait for the answer to a request."""
     patience: float = PATIENCE

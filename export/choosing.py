@@ -37,7 +37,7 @@ CANDIDATES = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"
 """Target and precision, from the most conservative on."""
 WORTHWHILE = 0.95
 """A candidate is taken instead of a more conservative one if it needs at most this share of its time (ours)."""
-_BATCH = 4
+_BATCH = 2
 _ROUNDS = 3
 
 

@@ -25,13 +25,14 @@ def serve(
     grpc_port: Annotated[int, typer.Option(help="gRPC port on 127.0.0.1; 0: a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics port on 127.0.0.1; 0: a free one.")] = 8002,
     fast: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--fast",
-            help="A model that ships, on the fastest engines of this CPU, measured at the first start; pixels "
-            "differ by a few grey levels from the default's.",
+            "--fast/--exact",
+            help="A model that ships: the fastest engines of this CPU, measured once (default), or float32, whose "
+            "pixels are the same on every machine, give or take one grey level.",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of each CPU engine; 0: all cores.")] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Refuse engines that do not come from this checkpoint.")

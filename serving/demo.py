@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from staindiffuser.errors import UsageError
@@ -16,6 +17,8 @@ __all__ = ["DEMO", "demo_graphs", "repository_of", "shipped_models"]
 
 DEMO = "demo"
 """The model that is served where none is named."""
+EXACT = "STAINDIFFUSER_EXACT"
+"""Environment variable for machines that are to agree."""
 FAST_FLAVOUR = "single"
 """One process, in which OpenVINO's engines are one graph."""
 
@@ -40,7 +43,7 @@ def demo_graphs() -> Path:
     return graphs
 
 
-def repository_of(asked: Path | None, progress: Progress = lambda message: None, *, fast: bool = False) -> Path:
+def repository_of(asked: Path | None, progress: Progress = lambda message: None, *, fast: bool | None = None) -> Path:
     """The repository that a command is to serve: the folder that was named, or that of a model that ships.
 
     The repository of a model that ships is built in the cache folder on first use. The folder's name contains the
@@ -51,8 +54,8 @@ def repository_of(asked: Path | None, progress: Progress = lambda message: None,
         asked: a folder, or the name of a model that ships (a folder of that name goes first); None: the demonstration.
         progress: called with one line per step.
         fast: of a model that ships, the fastest engines that pass the gate on this machine, measured when they are
-            built, instead of ONNX Runtime in float32, which gives the same image on every machine, give or take a grey
-            level.
+            built; False: ONNX Runtime in float32, which gives the same image on every machine, give or take a grey
+            level. None: the fastest, unless the environment sets ``STAINDIFFUSER_EXACT``.
 
     Raises:
         StainDiffuserError: see :func:`staindiffuser.export.repository.build`.
@@ -65,6 +68,8 @@ def repository_of(asked: Path | None, progress: Progress = lambda message: None,
         return asked
     else:
         graphs = shipped_models()[str(asked)]
+    if fast is None:
+        fast = os.environ.get(EXACT, "") in ("", "0")
     if fast:
         loaded = GraphSet.load(graphs)
         key = choice_key(loaded, BuildOptions(), FAST_FLAVOUR)
@@ -72,16 +77,6 @@ def repository_of(asked: Path | None, progress: Progress = lambda message: None,
         return build(
             graphs, output, target=AUTO, flavour=FAST_FLAVOUR, progress=progress, allow_ungated=True
         ).repository
-    if _has_bfloat16():
-        progress("this processor has bfloat16: stain --fast and serve --fast measure which engines are fastest here")
     wanted = prepare_build(graphs)
     output = cache_folder() / "repositories" / f"{wanted.graphs.name}-{wanted.fingerprint[:16]}"
     return build(graphs, output, progress=progress, allow_ungated=True).repository
-
-
-def _has_bfloat16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from staindiffuser.benchmarks.load import _open_loop
+from staindiffuser.benchmarks.rivals import RIVALS
 from staindiffuser.benchmarks.rivals.pipeline import decode, encode
 from staindiffuser.cli import app
 from staindiffuser.export.repository import build_repository
@@ -24,11 +25,13 @@ def test_report(rivals: bool, tmp_path: Path) -> None:
     repository = build_repository(tmp_path / "graphs", tmp_path / "repository", max_batch=2, threads=1)
     file = tmp_path / "load.json"
     options = ["--batch", "2", "--clients", "1,3", "--shares", "0.5", "--seconds", "0.5", "--json", str(file)]
-    names = {"Triton", "Starlette + uvicorn", "PyTriton @batch"} if rivals else {"Triton"}
+    here = {rival.name for rival in RIVALS if not rival.absent}
+    names = {"Triton", *here} if rivals else {"Triton"}
     result = CliRunner().invoke(app, ["bench", "load", str(repository), *options, *["--no-rival"][rivals:]])
     assert result.exit_code == 0, result.output
     report = json.loads(file.read_text(encoding="utf-8"))
     assert report["same_bytes"] is True
+    assert set(report["absent"]) == ({rival.name for rival in RIVALS} - here if rivals else set())
     assert set(report["closed"]) == set(report["open"]) == names
     for name, rates in report["closed"].items():
         assert len(rates) == 2

@@ -31,10 +31,15 @@ def test_report(tiny_checkpoint: Path, tiles_folder: Path, tmp_path: Path, monke
     monkeypatch.setattr("staindiffuser.benchmarks.frontier.DDIM_STEPS", 3)
     file = tmp_path / "frontier.json"
     options = ["--tiles", str(tiles_folder), "--student", str(tiny_checkpoint), "--teacher", str(tiny_checkpoint)]
+    options += ["--baselines", str(Path(__file__).parents[2] / "benchmarks" / "results" / "baselines.json")]
     result = CliRunner().invoke(app, ["bench", "frontier", *options, "--most", "2", "--json", str(file)])
     assert result.exit_code == 0, result.output
     report = json.loads(file.read_text(encoding="utf-8"))
-    points = report["points"]
+    points = [point for point in report["points"] if not point["scored"]]
+    recorded = [point for point in report["points"] if point["scored"]]
+    assert [point["model"] for point in recorded] == ["U-Net, regression", "U-Net, pix2pix"]
+    assert all(point["cpu_ms"] > 0 and 0.5 < point["dab_dice"]["cd3"] < 0.6 for point in recorded)
+    assert all("recorded on 500 other tiles; 10000 steps of 5 crops" in point["scored"] for point in recorded)
     assert [point["sampler"] for point in points[-2:]] == ["18 steps, Heun", "3 steps, DDIM"]
     assert [point["evaluations"] for point in points[-2:]] == [35, 3]
     assert points[report["gated"]]["sampler"].endswith(("step", "steps"))

@@ -66,6 +66,10 @@ def test_fast_takes_what_was_measured_here_and_does_not_measure_again(
     said.clear()
     assert demo.repository_of(Path("demo"), said.append, fast=True) == repository
     assert not any("ms a tile" in line for line in said)
-    assert demo.repository_of(None) != repository
+    assert demo.repository_of(None) != repository  # the tests' environment asks for float32
+    monkeypatch.delenv("STAINDIFFUSER_EXACT")
+    assert demo.repository_of(None) == repository
+    exact = Manifest.load(demo.repository_of(None, fast=False))
+    assert [exact.target, exact.precision] == ["onnxruntime", "fp32"]
     with pytest.raises(UsageError, match=r"--fast is for models that ship: build .*models"):
         demo.repository_of(tmp_path / "models", fast=True)

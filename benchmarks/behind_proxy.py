@@ -23,8 +23,8 @@ MESSAGE_BYTES = 1 << 30
 
 
 @contextlib.contextmanager
-def behind_proxy(server: TritonServer, folder: Path) -> Iterator[tuple[str, Credentials]]:
-    """The proxy's ``HOST:PORT``, and what it knows its client by.
+def behind_proxy(server: TritonServer, folder: Path) -> Iterator[tuple[str, Credentials, int]]:
+    """The proxy's ``HOST:PORT``, what it knows its client by, and its process's id.
 
     Args:
         server: a running server.
@@ -62,7 +62,7 @@ def behind_proxy(server: TritonServer, folder: Path) -> Iterator[tuple[str, Cred
     url = f"localhost:{port}"
     try:
         _wait(url, credentials, folder / "haproxy.log")
-        yield url, credentials
+        yield url, credentials, process.pid
     finally:
         process.terminate()
         process.wait(20)

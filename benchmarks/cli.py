@@ -13,6 +13,7 @@ from staindiffuser.benchmarks.frontier import frontier
 from staindiffuser.benchmarks.load_cli import load
 from staindiffuser.benchmarks.loader import loader
 from staindiffuser.benchmarks.reporting import JsonFile, hand_over
+from staindiffuser.benchmarks.scaling_cli import scaling
 from staindiffuser.benchmarks.seams_cli import seams
 from staindiffuser.benchmarks.serving_cli import serving
 from staindiffuser.benchmarks.slide import slide
@@ -165,3 +166,4 @@ app.command(epilog="Example: staindiffuser bench load models --clients 1,16 --sh
 app.command(
     epilog="Example: staindiffuser bench serving models --proxy --two-clients --overhead 200 --json serving.json"
 )(serving)
+app.command(epilog="Example: staindiffuser bench scaling --server-rate 1.9 --client-ms 21 --chart scaling.png")(scaling)

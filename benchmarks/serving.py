@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from staindiffuser.benchmarks.behind_proxy import behind_proxy
 from staindiffuser.benchmarks.idle_engines import build_idle
-from staindiffuser.benchmarks.measuring import Spread, in_turns
+from staindiffuser.benchmarks.measuring import Sample, Spread, in_turns
 from staindiffuser.client.credentials import Credentials
 from staindiffuser.export import builders
 from staindiffuser.export.builders import Engine
@@ -38,7 +39,7 @@ from staindiffuser.serving.server import TritonServer
 from staindiffuser.triton_models.noise import philox
 from staindiffuser.triton_models.shared.cpus import available_cpus
 
-__all__ = ["ServingReport", "bench_serving"]
+__all__ = ["ServingReport", "TwoClients", "bench_serving"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 IN_FLIGHT = 2
@@ -46,6 +47,16 @@ IN_FLIGHT = 2
 DIRECT, TRITON, PROXY, BESIDE = "direct", "Triton", "proxy", "beside"
 """The sides."""
 _MESSAGE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoClients:
+    """Two clients with one stain each, side by side, over the sum of both alone."""
+
+    clock: Spread
+    """Of the time until both are served."""
+    cpu: Spread
+    """Of the processor time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +78,17 @@ class ServingReport:
     """By side: ``direct``, ``Triton``, ``proxy`` (the same server behind HAProxy), ``beside`` (another repository)."""
     ratios: Mapping[str, Spread]
     """Throughputs, divided round by round: ``Triton / direct``, ``proxy / Triton``, ``Triton / beside``."""
+    cpu_ms_per_tile: Mapping[str, Spread]
+    """Processor time of client, proxy and server together, which tells more where others use the machine."""
+    cpu_ratios: Mapping[str, Spread]
+    """As :attr:`ratios`, with processor time in the place of the clock's."""
     same_bytes: bool
     """Whether all sides gave the same bytes for the same batch."""
     direct_ms_per_tile: Mapping[str, float]
     """Median time of each stage, called directly, one after another."""
     triton_ms_per_tile: Mapping[str, float]
     """Mean compute time that Triton reports per model; with requests in flight models share the cores."""
-    two_clients: Spread | None = None
-    """Time until two clients with one stain each are served side by side, over the sum of their times alone."""
+    two_clients: TwoClients | None = None
     overhead_ms: Mapping[str, Spread] | None = None
     """Time of a request of one tile beyond the direct call, around engines that do nothing, by flavour."""
 
@@ -123,12 +137,15 @@ def bench_serving(
         for engine in set(engines.values()):
             stack.callback(engine.close)
         server = stack.enter_context(TritonServer(repository, threads=threads))
+        programs: dict[str, tuple[int, ...]] = {DIRECT: (), TRITON: (server.pid,)}
         clients = {TRITON: stack.enter_context(_Client(server.url, outputs, in_flight))}
         if proxy:
-            url, credentials = stack.enter_context(behind_proxy(server, folder))
+            url, credentials, proxy_pid = stack.enter_context(behind_proxy(server, folder))
+            programs[PROXY] = (server.pid, proxy_pid)
             clients[PROXY] = stack.enter_context(_Client(url, outputs, in_flight, credentials))
         if beside is not None:
             other = stack.enter_context(TritonServer(beside, threads=threads))
+            programs[BESIDE] = (other.pid,)
             clients[BESIDE] = stack.enter_context(_Client(other.url, outputs, in_flight))
 
         def called(inputs: Arrays) -> Arrays:
@@ -140,12 +157,13 @@ def bench_serving(
         sides: dict[str, Callable[[], object]] = {DIRECT: lambda: [called(inputs) for inputs in batches]}
         sides |= {name: functools.partial(client.run, batches) for name, client in clients.items()}
         before = clients[TRITON].compute_ns()
-        samples = in_turns(sides, rounds, progress)
+        samples = _in_turns(sides, programs, rounds, progress)
         after = clients[TRITON].compute_ns()
         together = _two_clients(server, manifest, batches, rounds, progress) if two_clients else None
         stages = _stage_times(engines, manifest, batches[0])
     tiles = batch * requests
     seconds = {side: [sample.wall for sample in taken] for side, taken in samples.items()}
+    spent = {side: [sample.cpu for sample in taken] for side, taken in samples.items()}
     served = tiles * (rounds + 1) * (1 + proxy)
     return ServingReport(
         model_name=manifest.model_name,
@@ -159,17 +177,55 @@ def bench_serving(
         tiles_per_round=tiles,
         outputs=tuple(outputs),
         tiles_per_second={side: Spread.of([tiles / s for s in taken]) for side, taken in seconds.items()},
-        ratios={
-            f"{one} / {base}": Spread.of([b / o for o, b in zip(seconds[one], seconds[base], strict=True)])
-            for one, base in ((TRITON, DIRECT), (PROXY, TRITON), (TRITON, BESIDE))
-            if one in seconds and base in seconds
-        },
+        cpu_ms_per_tile={side: Spread.of([1e3 * s / tiles for s in taken]) for side, taken in spent.items()},
+        ratios=_ratios(seconds),
+        cpu_ratios=_ratios(spent),
         same_bytes=same,
         direct_ms_per_tile=stages,
         triton_ms_per_tile={name: (after[name] - before[name]) / 1e6 / served for name in after},
         two_clients=together,
         overhead_ms=_overhead(manifest, overhead, progress) if overhead else None,
     )
+
+
+def _ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
+    return {
+        f"{one} / {base}": Spread.of([b / o for o, b in zip(seconds[one], seconds[base], strict=True)])
+        for one, base in ((TRITON, DIRECT), (PROXY, TRITON), (TRITON, BESIDE))
+        if one in seconds and base in seconds
+    }
+
+
+def _in_turns(
+    sides: Mapping[str, Callable[[], object]],
+    programs: Mapping[str, Sequence[int]],
+    rounds: int,
+    progress: Callable[[str], None],
+) -> dict[str, list[Sample]]:
+    """As :func:`~staindiffuser.benchmarks.measuring.in_turns`, with the processor time of a side's programs as well."""
+    elsewhere: dict[str, list[float]] = {side: [] for side in sides}
+
+    def counted(side: str, run: Callable[[], object]) -> None:
+        before = _cpu_seconds(programs[side])
+        run()
+        elsewhere[side].append(_cpu_seconds(programs[side]) - before)
+
+    samples = in_turns({side: functools.partial(counted, side, run) for side, run in sides.items()}, rounds, progress)
+    return {
+        side: [Sample(wall=s.wall, cpu=s.cpu + more) for s, more in zip(taken, elsewhere[side][1:], strict=True)]
+        for side, taken in samples.items()
+    }
+
+
+def _cpu_seconds(programs: Sequence[int]) -> float:
+    """Processor time that these processes and their children have used so far."""
+    total = 0.0
+    for pid in programs:
+        process = psutil.Process(pid)
+        for each in (process, *process.children(recursive=True)):
+            times = each.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 class _Client:
@@ -246,7 +302,7 @@ def _two_clients(
     batches: Sequence[Arrays],
     rounds: int,
     progress: Callable[[str], None],
-) -> Spread | None:
+) -> TwoClients | None:
     """Two clients, each of which sends its next request once the last is answered; None for a model of one stain."""
     if len(manifest.stains) < 2:
         return None
@@ -261,9 +317,14 @@ def _two_clients(
             "the other": functools.partial(clients[1].run, batches),
             "both": lambda: list(pool.map(lambda client: client.run(batches), clients)),
         }
-        samples = in_turns(sides, rounds, lambda line: progress(f"two clients, {line}"))
-    one, other, both = ([sample.wall for sample in samples[side]] for side in sides)
-    return Spread.of([c / (a + b) for a, b, c in zip(one, other, both, strict=True)])
+        programs = dict.fromkeys(sides, (server.pid,))
+        samples = _in_turns(sides, programs, rounds, lambda line: progress(f"two clients, {line}"))
+    one, other, both = (samples[side] for side in sides)
+    rounds_of = list(zip(one, other, both, strict=True))
+    return TwoClients(
+        clock=Spread.of([c.wall / (a.wall + b.wall) for a, b, c in rounds_of]),
+        cpu=Spread.of([c.cpu / (a.cpu + b.cpu) for a, b, c in rounds_of]),
+    )
 
 
 def _overhead(manifest: Manifest, requests: int, progress: Callable[[str], None]) -> dict[str, Spread]:

@@ -85,19 +85,25 @@ def _lines(report: ServingReport) -> Iterator[str]:
         f"{len(report.outputs)} outputs, {report.rounds} rounds of {report.tiles_per_round} tiles"
     )
     for side, spread in report.tiles_per_second.items():
-        yield f"{side}: {spread.median:.2f} tiles/s ({spread.smallest:.2f} to {spread.largest:.2f})"
+        cpu = report.cpu_ms_per_tile[side]
+        yield (
+            f"{side}: {spread.median:.2f} tiles/s ({spread.smallest:.2f} to {spread.largest:.2f}), "
+            f"{cpu.median:.0f} ms of processor time a tile ({cpu.smallest:.0f} to {cpu.largest:.0f})"
+        )
     for name, ratio in report.ratios.items():
         wanted = f"; {TARGETS[name]} is asked" if name in TARGETS else ""
         yield (
             f"{name}: {ratio.median:.3f} (90 % interval of the median {ratio.low:.3f} to {ratio.high:.3f}, "
-            f"rounds {ratio.smallest:.3f} to {ratio.largest:.3f}{wanted})"
+            f"rounds {ratio.smallest:.3f} to {ratio.largest:.3f}{wanted}); "
+            f"by processor time {report.cpu_ratios[name].median:.3f}"
         )
     yield f"same bytes: {'yes' if report.same_bytes else 'NO'}"
     if report.two_clients is not None:
-        share = report.two_clients
+        share, cpu = report.two_clients.clock, report.two_clients.cpu
         yield (
             f"two clients, one stain each, side by side / the sum of both alone: {share.median:.3f} "
-            f"(rounds {share.smallest:.3f} to {share.largest:.3f}; at most 1 is asked)"
+            f"(rounds {share.smallest:.3f} to {share.largest:.3f}; at most 1 is asked); "
+            f"by processor time {cpu.median:.3f}"
         )
     for flavour, cost in (report.overhead_ms or {}).items():
         yield (

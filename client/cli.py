@@ -140,6 +140,12 @@ def stain(
     token_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="File that holds the token for the server.")
     ] = None,
+    ray: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS", help="Spread the slides over the machines of this Ray cluster (HOST:PORT, or auto)."
+        ),
+    ] = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything up to the first request, and estimate disk and memory.")
     ] = False,
@@ -205,7 +211,7 @@ def stain(
     except ValueError as error:
         raise UsageError(str(error)) from error
     command = shlex.join(["staindiffuser", *sys.argv[1:]])
-    code = run_command(inputs, output, target, options, as_json=as_json, dry_run=dry_run, command=command)
+    code = run_command(inputs, output, target, options, as_json=as_json, dry_run=dry_run, command=command, cluster=ray)
     if code:
         raise typer.Exit(code)
 

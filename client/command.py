@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -16,20 +17,21 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
+from staindiffuser.client.cluster import run_on_cluster
 from staindiffuser.client.contract import ModelContract, Stainer
 from staindiffuser.client.errors import FileNameError, OutputError
 from staindiffuser.client.inputs import SlideInput, find_inputs
 from staindiffuser.client.names import SlideNames, hide_arguments
 from staindiffuser.client.options import StainingOptions
 from staindiffuser.client.progress import Reporter, TerminalReporter
-from staindiffuser.client.run_record import gate_text
+from staindiffuser.client.run_record import RunRecord, gate_text
 from staindiffuser.client.staining import SlideJob
-from staindiffuser.client.summary import Outcome, write_summary
+from staindiffuser.client.summary import Outcome, Status, write_summary
 from staindiffuser.client.target import Target
 from staindiffuser.client.tracing import exporting
 from staindiffuser.errors import EXIT_SOME_FAILED, InputError, StainDiffuserError, UsageError
 
-__all__ = ["run_command"]
+__all__ = ["run_command", "stain_one"]
 
 _OF_ONE_SLIDE = (InputError, OutputError, FileNameError)
 """Errors that do not stop the other slides."""
@@ -44,6 +46,7 @@ def run_command(
     as_json: bool = False,
     dry_run: bool = False,
     command: str = "",
+    cluster: str = "",
 ) -> int:
     """Stain every slide and report on stderr; the server is started or contacted for the first usable one.
 
@@ -57,6 +60,7 @@ def run_command(
         as_json: print one line per slide on stdout: its ``run.json``, or its error.
         dry_run: do everything up to the first request, and estimate the rest.
         command: the command line, shown when work is interrupted.
+        cluster: address of the Ray cluster whose machines do the work; empty for this one.
 
     Returns:
         The exit code: 0, or 1 if some slides failed and others did not.
@@ -78,7 +82,7 @@ def run_command(
             raise UsageError(f"--cells-from {options.cells_from} fits one slide, not {len(slides)}")
         try:
             with _sigterm_like_ctrl_c(), exporting(reporter.say):
-                batch.run()
+                batch.run_on(cluster) if cluster else batch.run()
         finally:
             if len(slides) > 1 and not dry_run:
                 path = write_summary(output or Path(), batch.outcomes_of_all())
@@ -144,6 +148,25 @@ class _Batch:
                     remaining = (time.monotonic() - started) / number * left
                     self.reporter.say(f"{number} of {len(self._slides)} slides · about {_time(remaining)} left")
 
+    def run_on(self, cluster: str) -> None:
+        """Stain every slide on the machines of a Ray cluster."""
+        if self._dry_run or not self._target.addresses:
+            raise UsageError("--ray needs --server, and no --dry-run")
+        options = dataclasses.replace(self._options, in_flight=self._in_flight)
+        arguments = [(slide.absolute(), self._target, options) for slide in self._slides]
+        outcomes: dict[int, Outcome] = {}
+        for index, found in run_on_cluster(cluster, stain_one, arguments, self.reporter.say):
+            slide, names = self._slides[index], self._names[index]
+            if isinstance(found, StainDiffuserError):
+                outcomes[index] = Outcome(slide=slide, names=names, status="failed", error=found)
+            else:
+                status, run, error = found
+                outcomes[index] = Outcome(slide=slide, names=names, status=status, run=run, error=error)
+            self._say(outcomes[index])
+            self.reporter.say(f"{len(outcomes)} of {len(self._slides)} slides")
+        for index in sorted(outcomes):
+            self._add(outcomes[index])
+
     def _say_model(self, model: ModelContract) -> None:
         gate = gate_text(model.gate, model.stains)
         self.reporter.say(f"model {model.model_name} {model.model_version[:12]}; gate: {gate}")
@@ -205,6 +228,17 @@ class _Batch:
             self.reporter.say(f"{outcome.slide.output}: {outputs} · {run.seconds.total:.1f} s · {run.notice}")
         elif outcome.error is not None and not (last and all(other.error for other in self._outcomes)):
             self.reporter.say(f"error: {outcome.error}")  # if all slides fail, the last error ends the command
+
+
+def stain_one(
+    slide: SlideInput, target: Target, options: StainingOptions
+) -> tuple[Status, RunRecord | None, StainDiffuserError | None]:
+    """Stain a slide as one of several, on a machine of a cluster; what became of it."""
+    batch = _Batch([slide], target, options, TerminalReporter(), as_json=False, dry_run=False, command="")
+    with contextlib.suppress(StainDiffuserError):  # it is in the outcome
+        batch.run()
+    (outcome,) = batch.outcomes_of_all()
+    return outcome.status, outcome.run, outcome.error
 
 
 @contextmanager

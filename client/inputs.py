@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import glob
 import re
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,10 @@ class SlideInput:
     """Whether the user named the folder; else it is named after the slide."""
     mpp: float | None = None
     """Pixel size from a list, µm per pixel."""
+
+    def absolute(self) -> SlideInput:
+        """The same, for a process with another current folder."""
+        return dataclasses.replace(self, path=self.path.absolute(), output=self.output.absolute())
 
 
 def find_inputs(inputs: Sequence[Path], output: Path | None) -> list[SlideInput]:

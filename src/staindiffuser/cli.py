@@ -45,6 +45,7 @@ _EXTRAS = {
     "starlette": "view",
     "uvicorn": "view",
     "pyarrow": "parquet",
+    "ray": "ray",
 }
 """Which extra brings an optional package; all others come with ``client``."""
 

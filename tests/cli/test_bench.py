@@ -40,7 +40,9 @@ def test_report(tmp_path: Path) -> None:
     assert 0 < ratio["smallest"] <= ratio["median"] <= ratio["largest"]
     assert set(report["direct_ms_per_tile"]) == set(report["triton_ms_per_tile"])
     assert set(report["ratios"]) == {"Triton / direct", *["proxy / Triton"] * proxy}
-    assert report["two_clients"]["median"] > 0
+    assert report["cpu_ratios"].keys() == report["ratios"].keys()
+    assert all(spread["smallest"] > 0 for spread in report["cpu_ms_per_tile"].values())
+    assert report["two_clients"]["clock"]["median"] > 0
     assert set(report["overhead_ms"]) == {"python", "single"}
     assert "Triton / direct:" in result.stdout
     assert "at most 8 is asked" in result.stdout

@@ -142,7 +142,7 @@ def test_an_event_that_the_audit_log_cannot_take_is_said(tmp_path: Path) -> None
 
 def test_shared_memory_that_is_full_costs_requests_and_not_the_server(repository: Path, tmp_path: Path) -> None:
     place = Path("/dev/shm")
-    with serving(repository, tmp_path, wrapper=small(place, "128m")) as server:
+    with serving(repository, tmp_path, wrapper=small(place, "16m")) as server:
         wanted = expected(server)
         outcomes: list[tuple[int, dict[str, np.ndarray]]] = []
 

@@ -24,7 +24,7 @@ __all__ = ["BlockRow", "ChunkCells", "MapCells", "Search"]
 
 OVERLAP = 64
 """Width of the neighbours' edges that a chunk is searched with, pixels: two or three cells."""
-CHUNK = 8
+CHUNK = 2
 """Blocks in a chunk: enough to spend little on its edges, few enough for the processor's cache."""
 COLOURS = ((150, 75, 0), (0, 120, 160), (170, 30, 90), (60, 130, 40))
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from skimage.segmentation import expand_labels, watershed
 
 from staindiffuser.imaging.arrays import FloatArray
-from staindiffuser.imaging.peaks import distances_to_edge, local_peaks, smoothed
+from staindiffuser.imaging.peaks import dealt_to_peaks, distances_to_edge, local_peaks, smoothed
 
 __all__ = ["Labels", "find_nuclei", "grown", "label_means", "nuclei_of_he"]
 
@@ -74,9 +73,7 @@ def find_nuclei(density: FloatArray, mpp: float, *, bright: float) -> Labels:
     distance = smoothed(distances_to_edge(opened), BLUR_UM / mpp) * np.float32(mpp)
     height = distance / np.float32(3.0) + np.float32(0.7) * brightness
     peaks = local_peaks(np.where(mask, height, np.float32(0)), max(1, round(APART_UM / mpp)))
-    seeds = np.zeros(mask.shape, np.int32)
-    seeds.ravel()[peaks] = np.arange(1, len(peaks) + 1)
-    labels = watershed(-height, seeds, mask=mask)
+    labels = dealt_to_peaks(mask, height, peaks)
     area = np.bincount(labels.ravel(), minlength=len(peaks) + 1) * mpp**2
     kept = (area >= SMALLEST_UM2) & (area < LARGEST_UM2)
     kept[0] = False
@@ -92,6 +89,8 @@ def _highest(values: FloatArray, side: int) -> FloatArray:
 
 def grown(labels: Labels, mpp: float, *, ring_um: float = 1.5) -> Labels:
     """Nuclei grown by a ring that stands for the cell's membrane and some cytoplasm; cells never overlap."""
+    from skimage.segmentation import expand_labels  # takes a second and 40 MiB to import
+
     cells: Labels = expand_labels(labels, ring_um / mpp).astype(np.int32)
     return cells
 

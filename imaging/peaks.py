@@ -1,4 +1,4 @@
-"""What watersheds of cells and nuclei start from: distances, smoothed heights, and their peaks, by OpenCV.
+"""What watersheds of cells and nuclei start from: distances, smoothed heights, and their peaks.
 
 The definitions are those of SciPy's and scikit-image's functions (tested), several times as fast.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
-from staindiffuser.imaging.arrays import FloatArray, UInt8Array
+from staindiffuser.imaging.arrays import BoolArray, FloatArray, UInt8Array
+from staindiffuser.imaging.cell_loops import connected_regions, flood, without_twins
 
-__all__ = ["distances_to_edge", "local_peaks", "smoothed"]
+__all__ = ["dealt_to_peaks", "distances_to_edge", "local_peaks", "smoothed"]
 
 
 def distances_to_edge(mask: UInt8Array) -> FloatArray:
@@ -48,18 +48,22 @@ def local_peaks(height: FloatArray, apart: int) -> NDArray[np.intp]:
     highest = cv2.dilate(height, window, borderType=cv2.BORDER_CONSTANT, borderValue=(0,))
     flat = height.ravel()
     peaks = np.flatnonzero((height == highest).ravel() & (flat > 0))
-    values = flat[peaks]
-    order = np.argsort(values, kind="stable")
-    twin = np.zeros(len(peaks), bool)
-    same = np.flatnonzero(values[order][1:] == values[order][:-1])
-    twin[order[same]] = twin[order[same + 1]] = True
-    candidates = np.flatnonzero(twin)
-    if len(candidates) < 2:
-        return peaks
-    points = np.stack(np.divmod(peaks[candidates], height.shape[1]), axis=-1)
-    pairs = cKDTree(points).query_pairs(apart - 0.5, p=np.inf, output_type="ndarray")
-    kept = np.ones(len(peaks), bool)
-    for first, second in candidates[np.unique(np.sort(pairs, axis=1), axis=0)].tolist():
-        if kept[first]:
-            kept[second] = False
-    return np.asarray(peaks[kept])
+    return without_twins(peaks, height.shape, apart)
+
+
+def dealt_to_peaks(mask: BoolArray, height: FloatArray, peaks_N: NDArray[np.intp]) -> NDArray[np.int32]:
+    """The watershed of a mask [H, W] from its peaks.
+
+    Args:
+        mask: what is parted.
+        height: float32 [H, W], not negative inside.
+        peaks_N: flat indices inside the mask.
+
+    Returns:
+        int32 [H, W]; n + 1 around the n-th peak, 0 outside the mask and where a connected part has no peak.
+    """
+    padded = np.pad(height, 1)
+    row, column = np.divmod(peaks_N, mask.shape[1])
+    regions = connected_regions(np.pad(mask, 1))
+    flood(padded, regions, (row + 1) * padded.shape[1] + column + 1)
+    return np.ascontiguousarray(regions.labels[1:-1, 1:-1])

@@ -1,0 +1,385 @@
+"""What :mod:`staindiffuser.imaging.instances` does pixel by pixel.
+
+Maps are padded: a frame of one pixel of background around them, so that each pixel has four neighbours. Flat indices
+are those of the padded map. A run is what a region has of one row without a gap.
+
+Shapes: H, W of the padded map; R runs; K regions that are connected by sides; N peaks or cells.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from staindiffuser.imaging.arrays import BoolArray, FloatArray
+from staindiffuser.imaging.compiled import compiled
+
+__all__ = [
+    "Regions",
+    "connected_regions",
+    "distances_inside",
+    "flood",
+    "measure",
+    "peaks_inside",
+    "smooth_inside",
+    "without_twins",
+]
+
+Labels = NDArray[np.int32]
+Indices = NDArray[np.int64]
+
+_FAR = 30_000
+"""Pixels; farther than any edge, and its square fits 32 bits."""
+
+
+class Regions(NamedTuple):
+    """Regions that are connected by sides, in reading order of their first pixels."""
+
+    labels: Labels
+    """[H, W], the region of each pixel, numbered from 1."""
+    runs: Indices
+    """[R, 3], row, first column and the one behind the last, region by region, in reading order."""
+    starts: Indices
+    """[K + 1], where those of each region begin."""
+    boxes: Indices
+    """[K, 4], y0, x0, y1, x1."""
+    sizes: Indices
+    """[K], pixels."""
+
+
+def connected_regions(positive_HW: BoolArray) -> Regions:
+    """Find the regions of a map, whose frame is not positive."""
+    positive = positive_HW.ravel()
+    changes = np.flatnonzero(positive[1:] != positive[:-1]) + 1
+    row, first = np.divmod(changes[::2], positive_HW.shape[1])
+    runs = np.stack([row, first, first + changes[1::2] - changes[::2]], axis=-1)
+    return _connect(runs, positive_HW.shape)
+
+
+@compiled
+def _connect(runs: Indices, shape: tuple[int, int]) -> Regions:
+    """Join runs that touch one another in successive rows: union-find, the earliest run is the root."""
+    root = np.arange(len(runs))
+    above, number = 0, 0
+    while number < len(runs):
+        row = runs[number, 0]
+        begin = number
+        while above < begin and runs[above, 0] < row - 1:
+            above += 1
+        while number < len(runs) and runs[number, 0] == row:
+            first, end = runs[number, 1], runs[number, 2]
+            while above < begin and runs[above, 2] <= first:
+                above += 1
+            other = above
+            while other < begin and runs[other, 1] < end:
+                one, two = _root(root, number), _root(root, other)
+                root[max(one, two)] = min(one, two)
+                other += 1
+            number += 1
+        above = begin
+    region_of = np.empty(len(runs), np.int64)
+    count = 0
+    for number in range(len(runs)):
+        parent = _root(root, number)
+        if parent == number:
+            region_of[number] = count
+            count += 1
+        else:
+            region_of[number] = region_of[parent]
+    starts = np.zeros(count + 1, np.int64)
+    for region in region_of:
+        starts[region + 1] += 1
+    for region in range(count):
+        starts[region + 1] += starts[region]
+    labels, place = np.zeros(shape, np.int32), starts[:-1].copy()
+    ordered, boxes, sizes = np.empty_like(runs), np.empty((count, 4), np.int64), np.zeros(count, np.int64)
+    for number in range(len(runs)):
+        region = region_of[number]
+        row, first, end = runs[number]
+        if place[region] == starts[region]:
+            boxes[region] = np.array([row, first, row + 1, end])
+        ordered[place[region]] = runs[number]
+        place[region] += 1
+        sizes[region] += end - first
+        boxes[region, 1], boxes[region, 2] = min(boxes[region, 1], first), row + 1
+        boxes[region, 3] = max(boxes[region, 3], end)
+        labels[row, first:end] = region + 1
+    return Regions(labels, ordered, starts, boxes, sizes)
+
+
+@compiled
+def _root(root: Indices, number: int) -> int:
+    while root[number] != number:
+        root[number] = root[root[number]]
+        number = root[number]
+    return number
+
+
+@compiled
+def distances_inside(positive_HW: BoolArray, regions: Regions) -> FloatArray:
+    """Euclidean distance of each pixel to the nearest that belongs to no region; the map's frame is no edge.
+
+    The nearest edge of a pixel lies in the box of its region, or beside it.
+
+    Returns:
+        float32 [H, W]; 0 outside the regions.
+    """
+    height, width = positive_HW.shape
+    distance = np.zeros((height, width), np.float32)
+    buffer = np.empty(_largest(regions.boxes, 2), np.int32)
+    for region in range(len(regions.boxes)):
+        top, bottom = max(1, regions.boxes[region, 0] - 1), min(height - 1, regions.boxes[region, 2] + 1)
+        left, right = max(1, regions.boxes[region, 1] - 1), min(width - 1, regions.boxes[region, 3] + 1)
+        # Within the column first, as in Saito and Toriwaki (1994); then along the row, no farther than the best so far.
+        gap = buffer[: (bottom - top) * (right - left)].reshape(bottom - top, right - left)
+        for y in range(bottom - top):
+            line, this, before = positive_HW[top + y, left:right], gap[y], gap[max(0, y - 1)]
+            for x in range(right - left):
+                this[x] = (min(before[x] + 1, _FAR) if y else _FAR) if line[x] else 0
+        for y in range(bottom - top - 2, -1, -1):
+            this, behind = gap[y], gap[y + 1]
+            for x in range(right - left):
+                this[x] = min(this[x], behind[x] + 1)
+        for number in range(regions.starts[region], regions.starts[region + 1]):
+            row, first, end = regions.runs[number]
+            gaps, target = gap[row - top, first - left : end - left], distance[row, first:end]
+            to_left, to_right = 1 if first > 1 else _FAR, 1 if end < width - 1 else _FAR
+            for x in range(end - first):
+                # Where the run ends, the gap is 0.
+                aside = min(x + to_left, end - first - 1 - x + to_right)
+                best = min(gaps[x], aside)
+                best *= best
+                aside = 1
+                while aside * aside < best:
+                    if aside <= x:
+                        best = min(best, aside * aside + gaps[x - aside] * gaps[x - aside])
+                    if x + aside < end - first:
+                        best = min(best, aside * aside + gaps[x + aside] * gaps[x + aside])
+                    aside += 1
+                target[x] = np.sqrt(np.float32(best))
+    return distance
+
+
+@compiled
+def _largest(boxes: Indices, margin: int) -> int:
+    """Pixels of the largest box that is ``margin`` taller and wider."""
+    largest = 0
+    for region in range(len(boxes)):
+        tall, wide = boxes[region, 2] - boxes[region, 0], boxes[region, 3] - boxes[region, 1]
+        largest = max(largest, (tall + margin) * (wide + margin))
+    return largest
+
+
+@compiled
+def smooth_inside(
+    distance_HW: FloatArray, weights: tuple[float, float, float, float, float], regions: Regions
+) -> FloatArray:
+    """The distances after a Gaussian that reaches four pixels, reflected at the map's frame, 0 outside the regions.
+
+    Args:
+        distance_HW: float32 [H, W], see :func:`distances_inside`.
+        weights: float32, from the middle outwards.
+        regions: of the map.
+
+    Returns:
+        float32 [H, W].
+    """
+    height, width = distance_HW.shape
+    smooth = np.zeros((height, width), np.float32)
+    buffer, padded = np.empty(_largest(regions.boxes, 8), np.float32), np.empty(width + 8, np.float32)
+    for region in range(len(regions.boxes)):
+        y0, x0, y1, x1 = regions.boxes[region]
+        along = buffer[: (y1 - y0 + 8) * (x1 - x0)].reshape(y1 - y0 + 8, x1 - x0)
+        for row in range(len(along)):
+            y = _reflected(y0 - 4 + row, height)
+            if x0 > 4 and x1 < width - 4:
+                line = distance_HW[y, x0 - 4 : x1 + 4]
+            else:
+                line = padded[: x1 - x0 + 8]
+                for x in range(len(line)):
+                    line[x] = distance_HW[y, _reflected(x0 - 4 + x, width)]
+            n = x1 - x0
+            _weighted(
+                weights, line[4 : n + 4],
+                line[3 : n + 3], line[5 : n + 5], line[2 : n + 2], line[6 : n + 6],
+                line[1 : n + 1], line[7 : n + 7], line[0:n], line[8 : n + 8], along[row],
+            )  # fmt: skip
+        for number in range(regions.starts[region], regions.starts[region + 1]):
+            row, first, end = regions.runs[number]
+            part = along[row - y0 : row - y0 + 9, first - x0 : end - x0]
+            _weighted(
+                weights, part[4], part[3], part[5], part[2], part[6], part[1], part[7], part[0], part[8],
+                smooth[row, first:end],
+            )  # fmt: skip
+    return smooth
+
+
+@compiled
+def _weighted(
+    weights: tuple[float, float, float, float, float], middle: FloatArray,
+    a1: FloatArray, b1: FloatArray, a2: FloatArray, b2: FloatArray,
+    a3: FloatArray, b3: FloatArray, a4: FloatArray, b4: FloatArray, target: FloatArray,
+) -> None:  # fmt: skip
+    """One pass of the Gaussian: pairs at the same distance first, so that mirrored shapes keep equal peaks."""
+    w0, w1, w2, w3, w4 = weights
+    for x in range(len(target)):
+        target[x] = (
+            w0 * middle[x] + w1 * (a1[x] + b1[x]) + w2 * (a2[x] + b2[x]) + w3 * (a3[x] + b3[x]) + w4 * (a4[x] + b4[x])
+        )
+
+
+@compiled
+def _reflected(index: int, padded: int) -> int:
+    """The row or column inside the padding that an index beyond the frame stands for: c b a | a b c | c b a."""
+    last = padded - 2
+    while index < 1 or index > last:
+        index = 1 - index if index < 1 else 2 * last + 1 - index
+    return index
+
+
+@compiled
+def peaks_inside(height_HW: FloatArray, regions: Regions, apart: int) -> Indices:
+    """The pixels of the regions that no other within ``apart`` by rows and columns exceeds, in reading order.
+
+    Returns:
+        int64 [N], flat.
+    """
+    width = height_HW.shape[1]
+    found = []
+    for number in range(len(regions.runs)):
+        row, first, end = regions.runs[number]
+        here, above, below = height_HW[row], height_HW[row - 1], height_HW[row + 1]
+        for x in range(first, end):
+            value = here[x]
+            if here[x - 1] > value or here[x + 1] > value or above[x] > value or below[x] > value:
+                continue  # nearly all
+            window = height_HW[max(0, row - apart) : row + apart + 1, max(0, x - apart) : x + apart + 1]
+            if value > 0 and window.max() == value:
+                found.append(row * width + x)
+    return np.sort(np.array(found)) if len(found) else np.empty(0, np.int64)
+
+
+@compiled
+def without_twins(peaks: Indices, shape: tuple[int, int], apart: int) -> Indices:
+    """Of equally high peaks that are nearer than ``apart`` to one another, the first in reading order."""
+    kept_HW, kept = np.zeros(shape, np.bool_), np.ones(len(peaks), np.bool_)
+    for number in range(len(peaks)):
+        y, x = peaks[number] // shape[1], peaks[number] % shape[1]
+        if kept_HW[max(0, y - apart + 1) : y + apart, max(0, x - apart + 1) : x + apart].any():
+            kept[number] = False
+        else:
+            kept_HW[y, x] = True
+    return peaks[kept]
+
+
+@compiled
+def flood(height_HW: FloatArray, regions: Regions, peaks: Indices) -> None:
+    """Deal each region's pixels to its peaks by watershed, from the highest pixel down, of equal ones the older first.
+
+    The order is that of scikit-image's ``watershed(-height, markers, mask=region)``. A region with one peak is a cell
+    as it is; the watershed would fill it from there.
+
+    Args:
+        height_HW: float32 [H, W], not negative.
+        regions: their labels become the numbers of the peaks, from 1; 0 where a region has none.
+        peaks: int64 [N], flat.
+    """
+    width = height_HW.shape[1]
+    labels, starts = regions.labels.ravel(), regions.starts
+    heights = height_HW.ravel().view(np.int32)  # floats that are not negative are ordered as their bits
+    steps = np.array([-width, -1, 1, width])
+    of_peak = labels[peaks] - 1
+    order = np.argsort(of_peak, kind="mergesort")
+    count = np.zeros(len(regions.sizes), np.int64)
+    largest = 0
+    for region in of_peak:
+        count[region] += 1
+        largest = max(largest, regions.sizes[region])
+    heap = np.empty((largest, 2), np.int64)  # what comes first, its pixel
+    at = 0
+    for region in range(len(count)):
+        label = -1 if count[region] > 1 else order[at] + 1 if count[region] else 0  # -1: not yet reached
+        for number in range(starts[region], starts[region + 1]):
+            row, first, end = regions.runs[number]
+            labels[row * width + first : row * width + end] = label
+        if label == -1:
+            size = age = 0
+            for number in order[at : at + count[region]]:
+                labels[peaks[number]] = number + 1
+                size = _push(heap, size, _key(heights[peaks[number]], 0), peaks[number])
+            while size:
+                pixel = heap[0, 1]
+                size = _pop(heap, size)
+                for step in steps:
+                    if labels[pixel + step] == -1:
+                        age += 1
+                        labels[pixel + step] = labels[pixel]
+                        size = _push(heap, size, _key(heights[pixel + step], age), pixel + step)
+        at += count[region]
+
+
+@compiled
+def _key(height: int, age: int) -> int:
+    return ((0x7FFFFFFF - np.int64(height)) << 32) | age
+
+
+@compiled
+def _push(heap: Indices, size: int, key: int, pixel: int) -> int:
+    place = size
+    while place and heap[(place - 1) >> 1, 0] > key:
+        heap[place, 0], heap[place, 1] = heap[(place - 1) >> 1, 0], heap[(place - 1) >> 1, 1]
+        place = (place - 1) >> 1
+    heap[place, 0], heap[place, 1] = key, pixel
+    return size + 1
+
+
+@compiled
+def _pop(heap: Indices, size: int) -> int:
+    size -= 1
+    key, pixel = heap[size, 0], heap[size, 1]
+    place = 0
+    while 2 * place + 1 < size:
+        below = 2 * place + 1
+        if below + 1 < size and heap[below + 1, 0] < heap[below, 0]:
+            below += 1
+        if key <= heap[below, 0]:
+            break
+        heap[place, 0], heap[place, 1] = heap[below, 0], heap[below, 1]
+        place = below
+    heap[place, 0], heap[place, 1] = key, pixel
+    return size
+
+
+@compiled
+def measure(map_HW: NDArray[np.uint8], regions: Regions, count: int) -> tuple[Indices, NDArray[np.float64], Indices]:
+    """What the pixels of each label amount to.
+
+    Args:
+        map_HW: the padded map.
+        regions: after :func:`flood`.
+        count: N; labels are 1 to N.
+
+    Returns:
+        int64 [N], areas; float64 [N, 3], means of x, y (of the map without its frame) and of the map's values; int64
+        [N], flat index of the first pixel in reading order.
+    """
+    width = map_HW.shape[1]
+    sums, first_of = np.zeros((count + 1, 4), np.int64), np.full(count + 1, -1)
+    for number in range(len(regions.runs)):
+        row, first, end = regions.runs[number]
+        labels, values = regions.labels[row], map_HW[row]
+        for x in range(first, end):
+            cell = labels[x]
+            if first_of[cell] < 0:
+                first_of[cell] = row * width + x
+            sums[cell, 0] += 1
+            sums[cell, 1] += x - 1
+            sums[cell, 2] += row - 1
+            sums[cell, 3] += values[x]
+    means = np.empty((count, 3))
+    for cell in range(count):
+        for column in range(3):
+            means[cell, column] = sums[cell + 1, column + 1] / sums[cell + 1, 0]
+    return sums[1:, 0].copy(), means, first_of[1:].copy()

@@ -82,7 +82,10 @@ def run_command(
             raise UsageError(f"--cells-from {options.cells_from} fits one slide, not {len(slides)}")
         try:
             with _sigterm_like_ctrl_c(), exporting(reporter.say):
-                batch.run_on(cluster) if cluster else batch.run()
+                if cluster:
+                    batch.run_on(cluster)
+                else:
+                    batch.run()
         finally:
             if len(slides) > 1 and not dry_run:
                 path = write_summary(output or Path(), batch.outcomes_of_all())

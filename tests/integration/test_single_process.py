@@ -90,6 +90,35 @@ def test_the_contract_and_the_bytes_are_those_of_the_ensemble(server: TritonServ
             np.testing.assert_array_equal(tensor, whole[name])
 
 
+def test_the_same_tile_has_the_same_bytes_whatever_is_beside_it_and_whoever_answers(repository: Path) -> None:
+    """Alone among glass, at each place among other tiles, many requests at once, from two replicas, after a restart."""
+    tile, origin = TILES[0], ORIGINS[0]
+    others = np.random.default_rng(1).integers(0, 255, TILES.shape, dtype=np.uint8)
+
+    def answers(client: StainClient) -> list[dict[str, np.ndarray]]:
+        batches = [(np.full_like(TILES, 243), 0), *((others, place) for place in range(3))]
+
+        def send(batch: tuple[np.ndarray, int]) -> dict[str, np.ndarray]:
+            tiles, origins = batch[0].copy(), ORIGINS.copy()
+            tiles[batch[1]], origins[batch[1]] = tile, origin
+            return {name: found[batch[1]] for name, found in client.stain_tiles(tiles, origins, 7).items()}
+
+        with ThreadPoolExecutor(4) as pool:
+            return list(pool.map(send, batches))
+
+    with TritonServer(repository) as one, TritonServer(repository) as two:
+        with StainClient(one.url) as first, StainClient(two.url) as second:
+            found = [*answers(first), *answers(second)]
+            alone = first.stain_tiles(tile[None], origin[None], 7)
+        one.restart()
+        with StainClient(one.url) as again:
+            found += answers(again)
+    for answer in found:
+        for name, array in answer.items():
+            np.testing.assert_array_equal(array, found[0][name])
+            assert np.abs(array.astype(int) - alone[name][0]).max() <= 1  # another batch size
+
+
 def test_a_request_is_a_line_of_the_log(repository: Path, server: TritonServer) -> None:
     log = repository.parent / "requests.jsonl"
     with StainClient(server.url) as client, triton.InferenceServerClient(server.url) as raw:

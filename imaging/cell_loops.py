@@ -59,7 +59,7 @@ def connected_regions(positive_HW: BoolArray) -> Regions:
 
 
 @compiled
-def _connect(runs: Indices, shape: tuple[int, int]) -> Regions:
+def _connect(runs: Indices, shape: tuple[int, ...]) -> Regions:
     """Join runs that touch one another in successive rows: union-find, the earliest run is the root."""
     root = np.arange(len(runs))
     above, number = 0, 0
@@ -262,7 +262,7 @@ def peaks_inside(height_HW: FloatArray, regions: Regions, apart: int) -> Indices
 
 
 @compiled
-def without_twins(peaks: Indices, shape: tuple[int, int], apart: int) -> Indices:
+def without_twins(peaks: Indices, shape: tuple[int, ...], apart: int) -> Indices:
     """Of equally high peaks that are nearer than ``apart`` to one another, the first in reading order."""
     kept_HW, kept = np.zeros(shape, np.bool_), np.ones(len(peaks), np.bool_)
     for number in range(len(peaks)):
@@ -322,7 +322,8 @@ def flood(height_HW: FloatArray, regions: Regions, peaks: Indices) -> None:
 
 @compiled
 def _key(height: int, age: int) -> int:
-    return ((0x7FFFFFFF - np.int64(height)) << 32) | age
+    first = 0x7FFFFFFF - np.int64(height)
+    return (first << 32) | age  # type: ignore[return-value]  # NumPy's integers are those of the compiled loops
 
 
 @compiled

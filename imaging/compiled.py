@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 
@@ -19,7 +19,6 @@ def compiled(function: Function) -> Function:
     be written, each process compiles it again.
     """
     try:
-        kept: Function = numba.njit(nogil=True, cache=True)(function)
+        return cast(Function, numba.njit(nogil=True, cache=True)(function))
     except RuntimeError:  # no place to keep it
-        kept = numba.njit(nogil=True)(function)
-    return kept
+        return cast(Function, numba.njit(nogil=True)(function))

@@ -196,7 +196,7 @@ class GraphSet:
         except RecordError as error:
             raise GraphsError(f"{path}: {error}: export the graphs again") from error
         if verify:
-            named = [*graphs.engines.values(), *graphs.int8.values()]
+            named: list[EngineGraph | EightBits] = [*graphs.engines.values(), *graphs.int8.values()]
             expected = {engine.file: engine.graph_sha256 for engine in named}
             for name, sha256 in {**expected, graphs.golden: graphs.golden_sha256}.items():
                 if not (folder / name).is_file():

@@ -108,8 +108,19 @@ class EnginesReport:
         return self.others is not None and self.others <= QUIET
 
     def cost(self, row: Row) -> float:
-        """Milliseconds a tile: of the clock, or of the processors where other programs used them too."""
-        return row.ms.p50 if self.quiet else row.ms.cpu
+        """Milliseconds a tile of the fastest run, which other programs disturbed least; of older reports CPU time."""
+        return row.ms.cpu if row.ms.best is None else row.ms.best
+
+    def share(self, row: Row) -> float | None:
+        """Of the convolution's peak, for :meth:`cost`."""
+        if row.ms.best is None:
+            return row.share_of_peak_cpu
+        return None if row.share_of_peak is None else row.share_of_peak * row.ms.p50 / row.ms.best
+
+    @property
+    def timed(self) -> str:
+        """What :meth:`cost` is."""
+        return "CPU time" if self.rows[0].ms.best is None else "time"
 
     @property
     def headline(self) -> str:
@@ -441,7 +452,7 @@ def _peaks(
     for side, (name, flops) in operations.items():
         timing = Timing.of(samples[side])
         wall, cpu = peaks.get(name, (0.0, 0.0))
-        peaks[name] = (max(wall, flops / timing.p50 / 1e6), max(cpu, flops / timing.cpu / 1e6))
+        peaks[name] = (max(wall, flops / (timing.best or timing.p50) / 1e6), max(cpu, flops / timing.cpu / 1e6))
     return peaks
 
 

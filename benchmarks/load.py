@@ -325,14 +325,19 @@ def _http(port: int, manifest: Manifest) -> Iterator[tuple[None, Call]]:
     idle: list[http.client.HTTPConnection] = []
     with contextlib.ExitStack() as stack:
 
+        def send(body: bytes, connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
+            connection.request("POST", "/", body, {"Content-Type": BINARY})
+            return connection.getresponse()
+
         def call(inputs: Arrays) -> Arrays:
+            request = encode(inputs)
             try:
                 connection = idle.pop()
-            except IndexError:
+                response = send(request, connection)
+            except (IndexError, ConnectionError):  # none is idle, or the server had closed it meanwhile
                 connection = http.client.HTTPConnection("127.0.0.1", port)
                 stack.callback(connection.close)
-            connection.request("POST", "/", encode(inputs), {"Content-Type": BINARY})
-            response = connection.getresponse()
+                response = send(request, connection)
             body = response.read()
             if response.status != http.HTTPStatus.OK:
                 raise RuntimeError(f"{response.status}: {body[:200]!r}")

@@ -124,6 +124,8 @@ class Timing:
     spread: float
     """Distance between the quartiles of wall time over its median."""
     runs: int
+    best: float | None = None
+    """The fastest run's wall time: what other programs disturbed least. None in older reports."""
 
     @property
     def trusted(self) -> bool:
@@ -136,7 +138,9 @@ class Timing:
         wall = np.array([sample.wall for sample in samples]) * 1e3 / tiles
         low, p50, high, p95, p99 = (float(value) for value in np.percentile(wall, [25, 50, 75, 95, 99]))
         cpu = statistics.median(sample.cpu for sample in samples) * 1e3 / tiles
-        return cls(p50=p50, p95=p95, p99=p99, cpu=cpu, spread=(high - low) / p50, runs=len(samples))
+        return cls(
+            p50=p50, p95=p95, p99=p99, cpu=cpu, spread=(high - low) / p50, runs=len(samples), best=float(wall.min())
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,18 +128,18 @@ def _section(name: str, report: EnginesReport) -> list[str]:
         f"step(s); {report.threads} thread(s) an engine, {report.rounds} rounds.",
         "",
     ]
-    if report.quiet:
-        lines += [f"Other programs took {report.others:.1%} of the processors.", ""]
-    else:
+    if report.others is None:
         lines += _busy(machine)
+    else:
+        lines += [f"Other programs took {report.others:.0%} of the processors meanwhile.", ""]
     peaks = ", ".join(f"{precision} {gflops:.0f}" for precision, gflops in _peaks(report).items())
-    time, unit = ("time", "of all threads together") if report.quiet else ("CPU time", "for each second of CPU time")
+    unit = "of all threads together" if report.timed == "time" else "for each second of CPU time"
     lines += [f"Peak of a convolution, GFLOP/s {unit}: {peaks}.", ""]
     lines += [
-        "| work | batch | engine | p50 / p95 / p99, ms a tile | tiles/s | mm²/s | CPU, ms a tile | × of ONNX Runtime's "
-        f"{time} in float32 (90 %) | share of peak, {time} |",
-        "|---|--:|---|--:|--:|--:|--:|--:|--:|",
-        *(_line(row, report.quiet) for row in _sorted(report)),
+        "| work | batch | engine | fastest run, ms a tile | p50 / p95 / p99 | tiles/s | mm²/s | CPU, ms a tile | × of "
+        "ONNX Runtime's CPU time in float32 (90 %) | share of peak |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+        *(_line(row, report) for row in _sorted(report)),
         "",
         "A `?` marks a wall time whose quartiles are more than 15 % apart: do not quote it.",
         "",
@@ -198,25 +198,22 @@ def _peaks(report: EnginesReport) -> dict[str, float]:
     return {
         row.engine.split()[-1]: report.gflop[row.what] * 1e3 / report.cost(row) / share
         for row in report.rows
-        if (share := _share(row, report.quiet))
+        if (share := report.share(row))
         and row.engine.endswith(("fp32", "bf16", "int8"))
         and row.what == report.headline
     }
 
 
-def _share(row: Row, quiet: bool) -> float | None:
-    return row.share_of_peak if quiet else row.share_of_peak_cpu
-
-
-def _line(row: Row, quiet: bool) -> str:
-    ratio = row.relative if quiet else row.relative_cpu
+def _line(row: Row, report: EnginesReport) -> str:
+    ratio = row.relative_cpu
     relative = "" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-    peak = _share(row, quiet)
+    peak = report.share(row)
     share = "" if peak is None else f"{peak:.0%}"
+    best = "" if row.ms.best is None else f"{row.ms.best:.0f}"
     doubt = "" if row.ms.trusted else " ?"
     return (
-        f"| {row.what} | {row.batch} | {row.engine} | {row.ms.p50:.0f} / {row.ms.p95:.0f} / {row.ms.p99:.0f}{doubt} | "
-        f"{row.tiles_per_second:.2f} | {row.mm2_per_second:.3f} | {row.ms.cpu:.0f} | {relative} | {share} |"
+        f"| {row.what} | {row.batch} | {row.engine} | {best} | "
+        f"{row.ms.p50:.0f} / {row.ms.p95:.0f} / {row.ms.p99:.0f}{doubt} | {row.tiles_per_second:.2f} | {row.mm2_per_second:.3f} | {row.ms.cpu:.0f} | {relative} | {share} |"
     )
 
 
@@ -243,10 +240,6 @@ def _of(report: EnginesReport, what: str, batch: int) -> Mapping[str, Row]:
     return {row.engine: row for row in sorted(rows, key=lambda row: -report.cost(row))}
 
 
-def _time(report: EnginesReport) -> str:
-    return "time" if report.quiet else "CPU time"
-
-
 def _chart_engines(report: EnginesReport, path: Path) -> None:
     """Bars of time, longest first, each with its ratio to ONNX Runtime in float32."""
     plt = _pyplot()
@@ -261,13 +254,13 @@ def _chart_engines(report: EnginesReport, path: Path) -> None:
     for engine, row in rows.items():
         cost = report.cost(row)
         ratio = "× 1" if engine == REFERENCE else f"× {cost / reference:.2f}"
-        peak = _share(row, report.quiet)
+        peak = report.share(row)
         share = "" if peak is None else f", {peak:.0%} of the peak"
         labels.append(f" {cost:.0f} ms  {ratio}{share}")
     axis.bar_label(bars, labels)
     axis.set_xlim(0, 1.5 * max(report.cost(row) for row in rows.values()))
     axis.set(
-        xlabel=f"{_time(report)} of a tile, ms (shorter is faster)",
+        xlabel=f"{report.timed} of a tile, ms (shorter is faster)",
         title=f"A tile of {report.tile} px with {report.headline} and their cells, batch {batch}",
     )
     axis.spines[["top", "right"]].set_visible(False)
@@ -299,7 +292,7 @@ def _chart_parts(report: EnginesReport, path: Path) -> None:
         )
         axis.bar_label(bars, [f"{height:.0f}" if height else "" for height in heights], fontsize=8)
     axis.set_xticks(range(len(parts)), parts)
-    axis.set(ylabel=f"{_time(report)} of a tile, ms", title=f"Where the time goes: one part at a time, batch {batch}")
+    axis.set(ylabel=f"{report.timed} of a tile, ms", title=f"Where the time goes: one part at a time, batch {batch}")
     axis.legend()
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100, metadata={"Software": None})
@@ -327,7 +320,7 @@ def _chart_batches(report: EnginesReport, path: Path) -> None:
     axis.set_ylim(0)
     axis.set(
         xlabel="batch size",
-        ylabel="tiles a second" if report.quiet else "tiles a second of CPU time",
+        ylabel="tiles a second" if report.timed == "time" else "tiles a second of CPU time",
         title="Throughput against batch size",
     )
     axis.legend()

@@ -213,7 +213,8 @@ def _line(row: Row, report: EnginesReport) -> str:
     doubt = "" if row.ms.trusted else " ?"
     return (
         f"| {row.what} | {row.batch} | {row.engine} | {best} | "
-        f"{row.ms.p50:.0f} / {row.ms.p95:.0f} / {row.ms.p99:.0f}{doubt} | {row.tiles_per_second:.2f} | {row.mm2_per_second:.3f} | {row.ms.cpu:.0f} | {relative} | {share} |"
+        f"{row.ms.p50:.0f} / {row.ms.p95:.0f} / {row.ms.p99:.0f}{doubt} | {row.tiles_per_second:.2f} | "
+        f"{row.mm2_per_second:.3f} | {row.ms.cpu:.0f} | {relative} | {share} |"
     )
 
 

@@ -12,13 +12,14 @@ from scipy import ndimage
 
 from staindiffuser.errors import StainDiffuserError
 from staindiffuser.export.builders import BuildOptions
-from staindiffuser.export.description import GraphSet
+from staindiffuser.export.description import EightBits, GraphSet
 from staindiffuser.export.errors import ExportUsageError, GraphsError, ParityError
 from staindiffuser.export.manifest import verify
 from staindiffuser.export.parity import Golden, check_parity
 from staindiffuser.export.quality import add_quality, fields, statistics
 from staindiffuser.export.quality_graph import STAIN_MEASURES, TILE_MEASURES, stain_graph
 from staindiffuser.export.repository import build
+from staindiffuser.files import file_sha256
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.optical_density import dab_mask
 from staindiffuser.training.tiles.paired_tiles import PairedTiles
@@ -75,7 +76,13 @@ def test_again_gives_the_same(graphs: Path, reference: Path, tmp_path: Path) -> 
 
     copy = tmp_path / "copy"
     shutil.copytree(graphs, copy)
+    copy_in_8_bits = EightBits(
+        file="stain.int8.onnx", graph_sha256=file_sha256(copy / "stain_cd3.onnx"), float_layers=()
+    )
+    shutil.copyfile(copy / "stain_cd3.onnx", copy / copy_in_8_bits.file)
+    dataclasses.replace(GraphSet.load(copy), int8={"stain_cd3": copy_in_8_bits}).save(copy)
     again, first = add_quality(copy, [reference]), GraphSet.load(graphs)
+    assert GraphSet.load(copy).int8 == {"stain_cd3": copy_in_8_bits}, "the copies in 8 bits are kept"
     assert again.engines == first.engines
     assert again.quality == first.quality
 

@@ -100,7 +100,7 @@ demo-weights: install  ## train the demonstration model again (hours on two core
 graphs: install  ## export the demonstration model's graphs from its weights; REFERENCE: folders of real tiles that it knows
 	$(VENV)/bin/staindiffuser export graphs checkpoints/demo --output checkpoints/demo/graphs
 	$(VENV)/bin/staindiffuser simulate tiles --output runs/reference --count 800 --seed 31 --val-share 0 --test-share 0
-	$(VENV)/bin/staindiffuser export quality checkpoints/demo/graphs --tiles runs/reference $(addprefix --tiles ,$(REFERENCE))
+	$(VENV)/bin/staindiffuser export quality checkpoints/demo/graphs --quantile 0.98 --tiles runs/reference $(addprefix --tiles ,$(REFERENCE))
 	$(VENV)/bin/python -m pip $(PIP_INSTALL) 'nncf>=3.4'
 	$(VENV)/bin/staindiffuser simulate tiles --output runs/calibration --count 96 --seed 41 --val-share 0 --test-share 0
 	$(VENV)/bin/staindiffuser export int8 checkpoints/demo/graphs --tiles runs/calibration $(addprefix --tiles ,$(REFERENCE)) --most 18

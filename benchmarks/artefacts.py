@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from staindiffuser.imaging.arrays import UInt8Array
 
-__all__ = ["ARTEFACTS", "blurred", "broken_colours", "grey", "other_scanner", "penned"]
+__all__ = ["ARTEFACTS", "at_an_edge", "blurred", "broken_colours", "grey", "other_scanner", "penned"]
 
 INKS = ((40, 60, 160), (30, 30, 35), (30, 120, 60), (190, 30, 40))
 """Blue, black, green and red marker on white."""
@@ -61,12 +61,23 @@ def other_scanner(he: UInt8Array, rng: np.random.Generator) -> UInt8Array:
     return _bytes(255 * (he / 255) ** rng.uniform(0.75, 1.3) * rng.uniform(0.92, 1.06, 3))
 
 
+def at_an_edge(he: UInt8Array, rng: np.random.Generator) -> UInt8Array:
+    """Glass over 40 to 92 % of the field, behind a wavy edge: the model should cope with it."""
+    yy, xx = np.mgrid[: he.shape[0], : he.shape[1]]
+    angle = rng.uniform(0, 2 * np.pi)
+    depth = np.cos(angle) * xx + np.sin(angle) * yy + 12 * np.sin(yy / 23 + xx / 31)
+    glass = depth > np.quantile(depth, rng.uniform(0.08, 0.6))
+    empty = rng.normal(243, 1.5, (*he.shape[:2], 1)) + rng.normal(0, 0.7, he.shape)
+    return _bytes(np.where(glass[..., None], empty, he))
+
+
 ARTEFACTS: Mapping[str, Callable[[UInt8Array, np.random.Generator], UInt8Array]] = {
     "pen": penned,
     "blur": blurred,
     "broken colours": broken_colours,
     "grey": grey,
     "other scanner": other_scanner,
+    "edge of tissue": at_an_edge,
 }
 
 

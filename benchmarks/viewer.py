@@ -7,6 +7,7 @@ tiles, as the person's side sees them; both sides share this machine.
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 import math
@@ -25,6 +26,7 @@ import numpy as np
 import typer
 
 from staindiffuser.benchmarks.reporting import JsonFile, hand_over
+from staindiffuser.benchmarks.viewer_frames import LayoutFrames, count_frames
 from staindiffuser.errors import UsageError
 from staindiffuser.viewer.cell_index import BLOCK
 
@@ -57,6 +59,8 @@ class ViewReport:
     """Of blocks of cells."""
     server_peak_mib: float | None
     """Largest resident memory of the server; None where the system does not say."""
+    frames: tuple[LayoutFrames, ...] = ()
+    """Of zooming in a browser, if they were counted."""
 
     def lines(self) -> list[str]:
         """The report for people."""
@@ -70,6 +74,11 @@ class ViewReport:
             f"p99 {self.tile_p99_ms:.1f} ms{cells}",
             f"p95 by kind: {kinds}",
             f"server: peak {memory}",
+            *(
+                f"zooming, {one.layout}: {one.per_second:.1f} frames a second, longest {one.longest_ms:.0f} ms, "
+                f"main thread {one.main_thread_ms:.1f} ms a frame"
+                for one in self.frames
+            ),
         ]
 
 
@@ -95,7 +104,13 @@ class _Browser:
 
 
 def bench_view(
-    result: Path, *, slides: tuple[Path, ...] = (), people: int = 10, seconds: float = 10, wait: float = 3
+    result: Path,
+    *,
+    slides: tuple[Path, ...] = (),
+    people: int = 10,
+    seconds: float = 10,
+    wait: float = 3,
+    frames: float = 0,
 ) -> ViewReport:
     """Serve a result and let people look at it.
 
@@ -105,9 +120,11 @@ def bench_view(
         people: at once.
         seconds: for how long.
         wait: seconds until the first of them comes: the server opens its first slide meanwhile.
+        frames: seconds of zooming in a browser, per layout; 0 for none.
 
     Raises:
         UsageError: the viewer does not start, or does not answer.
+        DependencyError: frames are to be counted, and there is no browser.
     """
     options = [word for path in slides for word in ("--slides", str(path))]
     program = "from staindiffuser.cli import main; main()"
@@ -116,7 +133,14 @@ def bench_view(
         try:
             port = _port_of(server)
             time.sleep(wait)
-            return _measure(result, port, server.pid, people, seconds)
+            report = _measure(result, port, server.pid, people, seconds)
+            if frames:
+                browser = _Browser(port)
+                (line,) = json.loads(browser.get("/api/slides")[0])["slides"]
+                about = json.loads(browser.get(f"/api/slides/{line['name']}")[0])
+                counted = count_frames(f"http://127.0.0.1:{port}/", about, frames)
+                report = dataclasses.replace(report, frames=tuple(counted))
+            return report
         finally:
             server.terminate()
 
@@ -246,6 +270,9 @@ def view(
     people: Annotated[int, typer.Option(min=1, help="People at once.")] = 10,
     seconds: Annotated[float, typer.Option(min=1, help="For how long they look.")] = 10,
     wait: Annotated[float, typer.Option(min=0, help="Seconds after the start until the first of them comes.")] = 3,
+    frames: Annotated[
+        float, typer.Option(min=0, help="Seconds of zooming per layout in headless Chromium, frames counted; 0: none.")
+    ] = 0,
     json_file: JsonFile = None,
 ) -> None:
     """The viewer: time to the first view, time per tile with several people at once, memory of the server.
@@ -253,7 +280,7 @@ def view(
     Example: staindiffuser bench view slide-stained --people 10
     """
 
-    report = bench_view(result, slides=tuple(slides or ()), people=people, seconds=seconds, wait=wait)
+    report = bench_view(result, slides=tuple(slides or ()), people=people, seconds=seconds, wait=wait, frames=frames)
     if hand_over(report, json_file):
         return
     for line in report.lines():

@@ -33,12 +33,13 @@ WARN_SHARE = 0.2
 MAP_SIDE = 1024
 """Longer side of the map at most, pixels; a tile is a square of at least one."""
 WHITE, FINE = (255, 255, 255), (196, 222, 196)
-COLOURS = {"unlike": (178, 34, 52), "blur": (240, 160, 48), "clipped": (96, 96, 160)}
+COLOURS = {"unlike": (178, 34, 52), "blur": (240, 160, 48), "clipped": (96, 96, 160), "colour": (150, 40, 140)}
 """Of flagged tiles, the first that applies."""
 _ADVICE = {
     "unlike": "unlike the tissue that the model knows",
     "blur": "more blurred than that tissue",
     "clipped": "over- or underexposed",
+    "colour": "of a colour that H&E does not have (pen, another stain)",
 }
 
 
@@ -169,7 +170,8 @@ class QualityMap:
     def _legend(self) -> str:
         limits = "; ".join(f"{name}: above {value:g}" for name, value in self._contract.limits.items())
         colours = (
-            "red: unlike the tissue that the model knows; orange: blurred; blue: badly exposed; green: none of these"
+            "red: unlike the tissue that the model knows; orange: blurred; blue: badly exposed; purple: not H&E's "
+            "colours; green: none of these"
         )
         return f"Flags of tiles, {self._grid.stride} px each. {colours}. Limits: {limits}. {self._contract.reference}"
 

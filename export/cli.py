@@ -69,6 +69,10 @@ def quality(
         typer.Option(help="Folder of paired tiles; its training split is the tissue that the model knows. Repeatable."),
     ],
     most: Annotated[int, typer.Option(min=1, help="Fields of a tile's size at most from each folder.")] = 400,
+    quantile: Annotated[
+        float,
+        typer.Option(min=0.5, max=1, help="Share of new tissue of the same kind that is not to be flagged as unlike."),
+    ] = 0.99,
     as_json: JsonOption = False,
 ) -> None:
     """Add engines that judge each tile: tissue, blur, likeness to the training tissue, agreement of image and cells."""
@@ -76,7 +80,7 @@ def quality(
 
     from staindiffuser.export.quality import add_quality
 
-    found = add_quality(graphs, tiles, most=most).quality
+    found = add_quality(graphs, tiles, most=most, quantile=quantile).quality
     assert found is not None
     if as_json:
         typer.echo(json.dumps({"graphs": str(graphs), **asdict(found)}))

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from staindiffuser.export.description import QUALITY, EngineGraph, GraphSet, Quality, TensorSpec
 from staindiffuser.export.errors import ExportUsageError
 from staindiffuser.export.parity import Golden, run_pipeline
 from staindiffuser.export.publishing import locked, staging_folder
 from staindiffuser.export.quality_graph import (
+    FEW,
     POOLED,
     STAIN_MEASURES,
     TILE_MEASURES,
@@ -47,22 +48,29 @@ DEAD = 0.05
 """Standard deviation that a feature is taken to have at least, in shares of the features' mean one (ours): one that
 never fires in the reference must not decide alone."""
 QUANTILE = 0.99
-"""Of the reference tissue, a field of a region that the statistics did not see is at most as unlike, or as blurred, as
-the limit with this probability."""
+"""Of the reference tissue, a field of a region that the statistics did not see is at most as unlike as the limit with
+this probability, unless another is asked for. A reference of several kinds of tissue is wide: it wants a lower one."""
+SEEN_BLUR = 2.0
+"""Gaussian, pixels, that a person sees at once. The limit of blur lies halfway between the reference as it is (its
+:data:`QUANTILE`) and the reference blurred like this (the other end): regions differ in sharpness."""
 FOLDS = 5
+MOST_COLOUR = 0.015
+"""Share of a tile that may have a colour which H&E does not give: of the real tissue that we have none does, and the
+thinnest stroke of a pen covers more (ours)."""
 MOST_CLIPPED = 0.2
 """Share of the tissue that may be clipped. Reference tissue is hardly clipped at all, which gives no limit (ours)."""
 
 Array = npt.NDArray[np.float64]
 
 
-def add_quality(graphs_dir: Path, tiles: Sequence[Path], *, most: int = 400) -> GraphSet:
+def add_quality(graphs_dir: Path, tiles: Sequence[Path], *, most: int = 400, quantile: float = QUANTILE) -> GraphSet:
     """Add the engines ``quality`` and ``quality_<stain>`` to a folder of graphs, or replace them.
 
     Args:
         graphs_dir: what ``export graphs`` wrote; replaced as a whole.
         tiles: folders of paired tiles. Of each the training split is the tissue that the model knows.
         most: fields at most from each folder, evenly spread.
+        quantile: of the reference's ``unlike``, as measured on slides left out of the statistics: its limit.
 
     Returns:
         The new description. Its ``model_version`` is the old one: no pixel changes.
@@ -74,7 +82,7 @@ def add_quality(graphs_dir: Path, tiles: Sequence[Path], *, most: int = 400) -> 
     """
     graphs = GraphSet.load(graphs_dir)
     groups: list[str] = []
-    pooled, measured = [], []
+    pooled, measured, blurred = [], [], []
     encoder = graphs.engines["he_encoder"]
     pool = pool_graph(encoder.inputs[0], encoder.outputs)
     size = pool.graph.output[0].type.tensor_type.shape.dim[1].dim_value
@@ -93,6 +101,8 @@ def add_quality(graphs_dir: Path, tiles: Sequence[Path], *, most: int = 400) -> 
                     inputs |= encode.run(inputs, [spec.name for spec in encoder.outputs])
                     pooled.append(engines[0].run(inputs, [POOLED])[POOLED][0])
                     measured.append(engines[1].run(inputs, ["QUALITY"])["QUALITY"][0])
+                    inputs["HE"] = _blurred(he)[None]
+                    blurred.append(engines[1].run(inputs, ["QUALITY"])["QUALITY"][0])
                     groups.append(f"{number} {slide}")
             judged = np.array(measured, np.float64).reshape(len(measured), len(TILE_MEASURES))
             enough = judged[:, TILE_MEASURES.index("tissue")] >= 0.2 if len(judged) else np.zeros(0, bool)
@@ -104,14 +114,17 @@ def add_quality(graphs_dir: Path, tiles: Sequence[Path], *, most: int = 400) -> 
             vectors = np.array(pooled, np.float64)[enough]
             names = [name for name, use in zip(groups, enough, strict=True) if use]
             mean, whitening = statistics(vectors)
-            blur = judged[enough, TILE_MEASURES.index("blur")]
+            share = judged[enough, TILE_MEASURES.index("tissue")]
+            sharp, dull = (np.array(of)[enough, TILE_MEASURES.index("blur")] for of in (measured, blurred))
+            sharpest, dullest = np.quantile(sharp, QUANTILE), np.quantile(dull, 1 - QUANTILE)
             quality = Quality(
                 tile=TILE_MEASURES,
                 stain=STAIN_MEASURES,
                 limits={
-                    "unlike": _rounded(np.quantile(_held_out(vectors, names), QUANTILE)),
-                    "blur": _rounded(np.quantile(blur, QUANTILE)),
+                    "unlike": _rounded(np.quantile(_held_out(vectors, names) * share**FEW, quantile)),
+                    "blur": _rounded(max(sharpest, (sharpest + dullest) / 2)),
                     "clipped": MOST_CLIPPED,
+                    "colour": MOST_COLOUR,
                 },
                 reference=f"{len(vectors)} fields from {len(set(names))} slides",
             )
@@ -206,6 +219,10 @@ def _resampled(image: UInt8Array, scale: float, side: int, across: int) -> UInt8
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     top, left = ((length - wanted) // 2 for length in image.shape[:2])
     return image[top : top + wanted, left : left + wanted]
+
+
+def _blurred(he: UInt8Array) -> UInt8Array:
+    return np.asarray(Image.fromarray(he).filter(ImageFilter.GaussianBlur(SEEN_BLUR)))
 
 
 def _rounded(value: Any) -> float:

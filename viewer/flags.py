@@ -15,6 +15,7 @@ REASONS = {
     "unlike": "unlike the tissue that the model knows",
     "blur": "blurred",
     "clipped": "over- or underexposed",
+    "colour": "of a colour that H&E does not have (pen, another stain)",
 }
 """What the flags mean; others are shown by their own name."""
 _MOST = 0.5

@@ -104,6 +104,14 @@ def test_tiles_are_told_apart(graphs: Path, kind: type[OnnxRuntimeEngine] | type
     assert swapped["unlike"].min() > quality.limits["unlike"]
     overexposed = judge(graphs, np.clip(new * 1.2, 0, 255).astype(np.uint8), kind)
     assert overexposed["clipped"].min() > quality.limits["clipped"]
+    assert (ordinary["colour"] == 0).all()
+    foreign = {
+        "grey": np.repeat(0.5 * new.mean(axis=-1, keepdims=True), 3, axis=-1),
+        "brown": 245 * (new / 245) ** 0.4 * np.array([0.75, 0.5, 0.35]),
+        "green pen": np.where(np.arange(TILE)[:, None] < 20, new * np.array([0.12, 0.5, 0.25]), new),
+    }
+    for name, tiles in foreign.items():
+        assert judge(graphs, tiles.astype(np.uint8), kind)["colour"].min() > quality.limits["colour"], name
     glass = judge(graphs, np.full((1, TILE, TILE, 3), 243, np.uint8), kind)
     assert glass["tissue"][0] == 0
     assert glass["unlike"][0] == 0  # there is nothing to judge

@@ -102,6 +102,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "Sigmoid": torch.sigmoid,
     "Split": _split,
     "SpaceToDepth": lambda x, blocksize: _unshuffle(x, blocksize),
+    "Pow": torch.pow,
     "Sqrt": torch.sqrt,
     "Sub": torch.sub,
     "Transpose": lambda x, perm: x.permute(perm),

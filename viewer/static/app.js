@@ -12,6 +12,7 @@ import { MODES, address, readAddress, remember, rememberNow, state } from "./sta
 
 const $ = (id) => document.getElementById(id);
 const READING_AGAIN = 700; // ms until it is asked again whether the cells have been read
+const TELL = 80; // ms after which numbers follow a view that moves: text in every frame costs frames
 
 let slides = [];
 let slide = null;
@@ -110,12 +111,31 @@ async function scoreRegion() {
   }
 }
 
+let telling = 0;
+
 function moved(place) {
   state.place = place;
   remember();
+  telling ||= setTimeout(tell, TELL);
+}
+
+// Where the view is, in numbers and scale bars.
+function tell() {
+  telling = 0;
+  const { place } = state;
+  if (!place || !slide) return;
   const [x, y] = [place.x * slide.mpp[0], place.y * slide.mpp[1]];
   $("coordinates").textContent = `Centre: ${x.toFixed(0)} µm, ${y.toFixed(0)} µm`;
   $("magnification").textContent = `${(slide.objective * place.scale).toPrecision(3)}×`;
+  for (const panel of panels.list) if (panel.ready) showScale(panel);
+}
+
+function showScale(panel) {
+  const { scale, width } = panels.projection(panel);
+  const [text, bar] = panel.scale.children;
+  const { pixels, text: length } = scaleBar(slide.mpp[0] / scale, Math.min(140, width / 3));
+  if (text.textContent !== length) text.textContent = length;
+  bar.style.width = `${pixels.toFixed(1)}px`;
 }
 
 function drawMarks(panel) {
@@ -125,13 +145,11 @@ function drawMarks(panel) {
   context.resetTransform();
   context.clearRect(0, 0, panel.marks.width, panel.marks.height);
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
-  drawFlags(context, projection, slide.flags);
-  cells.draw(context, projection, panel);
+  const flagged = drawFlags(context, projection, slide.flags);
+  const found = cells.draw(context, projection, panel);
   tool.draw(context, projection);
-  const [text, bar] = panel.scale.children;
-  const { pixels, text: length } = scaleBar(slide.mpp[0] / projection.scale, Math.min(140, projection.width / 3));
-  if (text.textContent !== length) text.textContent = length;
-  bar.style.width = `${pixels.toFixed(1)}px`;
+  if (!panel.scale.firstElementChild.textContent) showScale(panel);
+  return flagged || found || tool.kind !== null || state.region !== null;
 }
 
 function setMode(mode) {

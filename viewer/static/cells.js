@@ -31,17 +31,18 @@ export class Cells {
     this.about = about;
   }
 
-  // Draws the cells of these classes (names; null: all) on a panel's canvas; brightly on a dark one.
+  // Draws the cells of these classes (names; null: all) on a panel's canvas, brightly on a dark one; says whether there are any.
   draw(context, projection, { classes, dark }) {
-    if (!this.about || this.about.state !== "ready" || !state.cells) return;
+    if (!this.about || this.about.state !== "ready" || !state.cells) return false;
     const wanted = this.about.classes
       .map((one, index) => ({ name: one.name, colour: dark ? one.bright : one.dark, index }))
       .filter((one) => !state.hiddenClasses.has(one.name) && (classes === null || classes.includes(one.name)))
       .filter((one) => !this.slide.stains.some((stain) => stain.label === one.name && state.hidden.has(stain.name)));
-    if (!wanted.length) return;
+    if (!wanted.length) return false;
     const mpp = this.slide.mpp[0] / projection.scale;
     if (mpp <= OUTLINES_BELOW) this.drawOutlines(context, projection, wanted, dark);
     else this.drawCounts(context, projection, wanted);
+    return true;
   }
 
   drawOutlines(context, projection, wanted, dark) {

@@ -4,8 +4,9 @@ import { state } from "./state.js";
 
 const STEP = 9; // screen pixels between the lines
 
+// Draws them; says whether there are any.
 export function drawFlags(context, { x, y, scale, width, height }, flags) {
-  if (!flags || !state.flags || !flags.tiles.length) return;
+  if (!flags || !state.flags || !flags.tiles.length) return false;
   context.save();
   context.beginPath();
   let small = false;
@@ -33,4 +34,5 @@ export function drawFlags(context, { x, y, scale, width, height }, flags) {
     context.stroke();
   }
   context.restore();
+  return true;
 }

@@ -12,7 +12,7 @@ const PATIENCE = 10; // marks that take longer are drawn anew once in so many ti
 const REST = 100; // ms after which a view that moved is at rest
 
 export class Panels {
-  // onMove(place): the view changed. draw(panel): time to draw marks over a panel.
+  // onMove(place): the view changed. draw(panel): time to draw marks over a panel; says whether there are any.
   constructor(container, { onMove, draw, onMessage }) {
     this.container = container;
     this.onMove = onMove;
@@ -141,7 +141,10 @@ export class Panels {
     viewer.addHandler("update-viewport", () => this.follow(panel));
     viewer.addHandler("tile-load-failed", () => this.onMessage(`Part of ${title} could not be read.`));
     viewer.addHandler("open-failed", () => this.onMessage(`${title} could not be opened.`));
-    // The H&E that a stain covers is not drawn, but loaded: it may be uncovered at any time.
+    // The H&E that a stain covers is not drawn, but loaded when the view rests: it may be uncovered at any time.
+    const preload = (wanted) => layered && viewer.world.getItemAt(0)?.setPreload(wanted);
+    viewer.addHandler("animation-start", () => preload(false));
+    viewer.addHandler("animation-finish", () => preload(true));
     viewer.open(images.map((one, i) => ({ tileSource: this.source(one), width: 1, preload: layered && i === 0 })));
     this.sizes.observe(element);
     return panel;
@@ -235,7 +238,9 @@ export class Panels {
     const began = performance.now();
     panel.drawn = this.projection(panel);
     panel.marks.style.transform = "";
-    this.drawMarks(panel);
+    // Nothing on it: the browser need not lay it over the image in every frame.
+    const anything = this.drawMarks(panel);
+    if (panel.marks.hidden === anything) panel.marks.hidden = !anything;
     // The browser rasters after this: only the next frame tells how long it took.
     panel.due = Infinity;
     requestAnimationFrame(() =>

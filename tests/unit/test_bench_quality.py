@@ -54,7 +54,7 @@ def test_kinds_are_scored_against_held_out_fields(graphs: Path, held_out: Path, 
         assert report.auroc[kind] > 0.95, kind
     assert report.flagged["noise"] == 1
     assert report.flagged_anyway < 0.3
-    assert report.auroc["other scanner"] < report.auroc["broken colours"]
+    assert report.auroc["other scanner"] <= report.auroc["broken colours"]
     assert set(report.dice) == {"cd3"}  # the only stain with true images
     for curve in report.dice["cd3"].values():
         assert list(curve) == [f"{share:g}" for share in KEPT]

@@ -254,12 +254,12 @@ def _chart_engines(report: EnginesReport, path: Path) -> None:
     labels = []
     for engine, row in rows.items():
         cost = report.cost(row)
-        ratio = "× 1" if engine == REFERENCE else f"× {cost / reference:.2f}"
+        ratio = "(others are compared with this)" if engine == REFERENCE else f"× {cost / reference:.2f}"
         peak = report.share(row)
-        share = "" if peak is None else f", {peak:.0%} of the peak"
+        share = "" if peak is None else f", {peak:.0%} of a convolution's peak"
         labels.append(f" {cost:.0f} ms  {ratio}{share}")
     axis.bar_label(bars, labels)
-    axis.set_xlim(0, 1.5 * max(report.cost(row) for row in rows.values()))
+    axis.set_xlim(0, 1.6 * max(report.cost(row) for row in rows.values()))
     axis.set(
         xlabel=f"{report.timed} of a tile, ms (shorter is faster)",
         title=f"A tile of {report.tile} px with {report.headline} and their cells, batch {batch}",
@@ -303,7 +303,7 @@ def _chart_parts(report: EnginesReport, path: Path) -> None:
 def _chart_batches(report: EnginesReport, path: Path) -> None:
     """Lines: throughput against batch size."""
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 4), layout="constrained")
     markers = "osD^vP"
     batches = sorted({row.batch for row in report.rows})
     ways = {batch: report.whole_work(batch) for batch in batches}
@@ -324,7 +324,7 @@ def _chart_batches(report: EnginesReport, path: Path) -> None:
         ylabel="tiles a second" if report.timed == "time" else "tiles a second of CPU time",
         title="Throughput against batch size",
     )
-    axis.legend()
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(figure)

@@ -12,7 +12,7 @@ from staindiffuser.benchmarks.reporting import JsonFile, hand_over
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from staindiffuser.benchmarks.engines import EnginesReport, Row
+    from staindiffuser.benchmarks.engine_rows import EnginesReport, Row
 
 __all__ = ["engines", "table"]
 

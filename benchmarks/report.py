@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from staindiffuser.benchmarks.engines import REFERENCE, EnginesReport, Row
+from staindiffuser.benchmarks.engine_rows import REFERENCE, EnginesReport, Row
 from staindiffuser.benchmarks.frontier import FrontierReport, Point, mean
 from staindiffuser.benchmarks.load import LoadReport
 from staindiffuser.benchmarks.measuring import Machine

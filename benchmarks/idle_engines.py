@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -49,7 +50,7 @@ def build_idle(manifest: Manifest, folder: Path, *, flavour: str, max_batch: int
         engines=engines,
         golden_sha256="",
     )
-    golden = {
+    golden: dict[str, np.ndarray[Any, Any]] = {
         "HE": np.zeros((1, manifest.tile, manifest.tile, 3), np.uint8),
         "ORIGIN": np.zeros((1, 2), np.int64),
         "SEED": np.zeros((1, 1), np.int64),

@@ -89,6 +89,9 @@ class LoadReport:
     """Servers that are not installed or did not start here, and why."""
 
 
+_RIVALS = tuple(rival.name for rival in RIVALS)
+
+
 def bench_load(
     repository: Path,
     *,
@@ -97,7 +100,7 @@ def bench_load(
     shares: Sequence[float] = (0.25, 0.5, 0.75),
     seconds: float = 10.0,
     threads: int | None = None,
-    rivals: Sequence[str] = tuple(rival.name for rival in RIVALS),
+    rivals: Sequence[str] = _RIVALS,
     progress: Callable[[str], None] = lambda message: None,
 ) -> LoadReport:
     """Measure a model repository behind Triton, and behind what a user would write.

@@ -77,7 +77,7 @@ def slide_section(name: str, report: WholeSlideReport) -> list[str]:
 def chart_load(plt: Any, report: LoadReport, path: Path) -> None:
     """Bars: requests a second of each server; beside them the latencies at half load."""
     figure, (rates, waits) = plt.subplots(1, 2, figsize=(11, 0.9 + 0.5 * len(report.closed)), layout="constrained")
-    names = list(reversed(report.closed))
+    names = list(report.closed)[::-1]
     colours = [OURS if name == next(iter(report.closed)) else OTHERS for name in names]
     bars = rates.barh(names, [report.closed[name][-1] for name in names], color=colours)
     rates.bar_label(bars, [f" {report.closed[name][-1]:.1f}" for name in names])

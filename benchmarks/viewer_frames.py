@@ -80,7 +80,7 @@ def count_frames(address: str, about: dict[str, Any], seconds: float) -> list[La
         browser = None
     if browser is None:
         raise DependencyError("counting frames needs the package playwright and a Chromium")
-    found = []
+    counted: list[LayoutFrames] = []
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, args=ARGUMENTS)
         context = chromium.new_context(viewport={"width": WINDOW[0], "height": WINDOW[1]})
@@ -91,10 +91,10 @@ def count_frames(address: str, about: dict[str, Any], seconds: float) -> list[La
             else:
                 page.goto(f"{address}#{LAYOUTS[layout]}")
                 page.locator("#cell-classes input").first.wait_for(state="attached")
-            found.append(_count(page, layout, seconds))
+            counted.append(_count(page, layout, seconds))
             page.close()
         chromium.close()
-    return found
+    return counted
 
 
 def _open_bare(page: Any, address: str, about: dict[str, Any]) -> None:

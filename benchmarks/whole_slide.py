@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -228,8 +229,8 @@ def _write_network(checkpoint: Path, graphs: GraphSet, path: Path) -> None:
             self.maps = torch.nn.ModuleList(
                 BranchEngine(network, "cells", s, [config.sigma_max]) for s in config.stains
             )
-            self.register_buffer("noise", torch.from_numpy(image))
-            self.register_buffer("cell_noise", torch.from_numpy(cells))
+            self.noise = torch.nn.Buffer(torch.from_numpy(image))
+            self.cell_noise = torch.nn.Buffer(torch.from_numpy(cells))
 
         def forward(self, he: torch.Tensor) -> torch.Tensor:
             count = he.shape[0]
@@ -242,7 +243,9 @@ def _write_network(checkpoint: Path, graphs: GraphSet, path: Path) -> None:
             return torch.cat([*planes, *maps[:3]], dim=3).permute(0, 3, 1, 2).float() / 255
 
     with torch.inference_mode():
-        traced = torch.jit.trace(Whole().eval(), torch.zeros(2, 3, side, side), check_trace=False)
+        traced: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
+            Whole().eval(), torch.zeros(2, 3, side, side), check_trace=False
+        )
         traced.save(os.fspath(path))
 
 

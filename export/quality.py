@@ -234,8 +234,8 @@ def _write(
 ) -> GraphSet:
     """Everything of the graphs folder, with the new engines and their golden outputs, into ``folder``."""
     kept = {name: engine for name, engine in graphs.engines.items() if not name.startswith(QUALITY)}
-    for engine in (*kept.values(), *graphs.int8.values()):
-        shutil.copyfile(source / engine.file, folder / engine.file)
+    for file in (*(engine.file for engine in kept.values()), *(copy.file for copy in graphs.int8.values())):
+        shutil.copyfile(source / file, folder / file)
     added = {name: _save(folder, name, model) for name, model in models.items()}
     engines = {**kept, **added}
     golden = Golden.load(source / graphs.golden)

@@ -20,7 +20,7 @@ class Network(VirtualStainModel):  # type: ignore[misc, unused-ignore]
     output_range = (0.0, 1.0)
 
     def __init__(self, path: str, stains: tuple[str, ...]) -> None:
-        self.model = torch.jit.load(path).eval()
+        self.model = torch.jit.load(path).eval()  # type: ignore[no-untyped-call]
         self.stains = stains
 
     def get_transform(self) -> Any:

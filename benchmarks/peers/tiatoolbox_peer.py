@@ -19,7 +19,7 @@ class Network(ModelABC):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        self.network = torch.jit.load(path).eval()
+        self.network = torch.jit.load(path).eval()  # type: ignore[no-untyped-call]
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """One batch."""

@@ -26,7 +26,8 @@ class Averaged(torch.nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """[B, 3, T, T] → [B, C]."""
-        return self.network(image).mean(dim=(2, 3))
+        means: torch.Tensor = self.network(image).mean(dim=(2, 3))
+        return means
 
 
 @dataclasses.dataclass
@@ -62,7 +63,9 @@ def main(slide: str, network: str, output: str, text: str) -> None:
     shutil.copy(slide, slides)
     overlap = 1 - settings["stride"] / settings["tile"]
     segment_and_patch_directory_of_slides(slides, results, settings["tile"], settings["mpp"], overlap=overlap)
-    torch.jit.script(Averaged(torch.jit.load(network).eval())).save(f"{output}/averaged.pt")
+    loaded: Any = torch.jit.load(network)  # type: ignore[no-untyped-call]
+    averaged: Any = torch.jit.script(Averaged(loaded.eval()))
+    averaged.save(f"{output}/averaged.pt")
     names = [f"{stain}_{channel}" for stain in (*settings["stains"], "cells") for channel in "rgb"]
     model = Model(f"{output}/averaged.pt", Config(names, [Transform("ToTensor")]))
     run_inference(slides, results, model, batch_size=settings["batch"])  # type: ignore[arg-type, unused-ignore]

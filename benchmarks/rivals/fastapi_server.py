@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -26,5 +27,5 @@ def application(answer: Callable[[bytes], bytes]) -> FastAPI:
 
 if __name__ == "__main__":
     repository, threads, port = arguments()
-    config = {"log_level": "error", "access_log": False, "lifespan": "off", "backlog": 512}
+    config: dict[str, Any] = {"log_level": "error", "access_log": False, "lifespan": "off", "backlog": 512}
     uvicorn.run(application(load_answers(repository, threads)), host="127.0.0.1", port=port, **config)

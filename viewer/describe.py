@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from staindiffuser.client.names import slide_identity
+from staindiffuser.client.quality import QUALITY_MAP
 from staindiffuser.client.run_record import SYNTHETIC, RunRecord, gate_text
 from staindiffuser.viewer.cell_index import BLOCK
 from staindiffuser.viewer.comparison import Reference
@@ -78,7 +79,7 @@ def about_result(result: OpenResult, references: Sequence[Reference] = ()) -> di
         "area_mm2": _area_mm2(run),
         "tissue_mm2": run.scores.tissue_area_mm2 if run.scores else _area_mm2(run) * run.tissue_fraction,
         "flags": _flags(result),
-        "warnings": [warning.removeprefix("warning: ") for warning in run.warnings],
+        "warnings": _warnings(result),
         "damaged": len(run.damaged),
         "provenance": {
             "Slide": Path(run.input.path).name if run.input.path else slide_identity(run.input.sha256),
@@ -92,6 +93,12 @@ def about_result(result: OpenResult, references: Sequence[Reference] = ()) -> di
             "StainDiffuser": run.versions.get("staindiffuser", "unknown"),
         },
     }
+
+
+def _warnings(result: OpenResult) -> list[str]:
+    """Those of the run, but for what the flags say themselves."""
+    said = result.flags is not None and result.flags.tiles
+    return [one.removeprefix("warning: ") for one in result.run.warnings if not (said and QUALITY_MAP in one)]
 
 
 def _flags(result: OpenResult) -> dict[str, Any] | None:

@@ -45,14 +45,16 @@ h1{font-size:20px;margin:8px 0}h2{font-size:15px;margin:14px 0 4px}p{margin:3px 
 .notice{background:#fff3c4;border:1px solid #d9bb52;padding:6px 10px}
 .alert{background:#fdecea;border:1px solid #b3261e;color:#5c120d;padding:6px 10px;margin:6px 0}
 .images{display:flex;flex-wrap:wrap;gap:8px}figure{margin:0;flex:1 1 180px;max-width:290px}
-figure img{display:block;width:100%;max-height:300px;object-fit:contain;border:1px solid #c9c9d2;background:#fff}
+figure img{display:block;box-sizing:border-box;width:100%;max-height:300px;object-fit:contain}
+figure img{border:1px solid #c9c9d2;background:#fff}
 figure.map img{image-rendering:pixelated;max-height:200px}figcaption{font-size:12px;color:#55555f}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{border-bottom:1px solid #d6d6dd;padding:2px 6px;text-align:right;font-weight:normal}
 th:first-child,td:first-child{text-align:left}thead th{color:#55555f}.out{background:#fde3a7}
 td.wide{overflow-wrap:anywhere;text-align:left}
 @media print{body{font-size:10.5px;padding:0}h1{font-size:16px}h2{font-size:12.5px}
-.second{break-before:page}figure{flex-basis:150px}figure img{max-height:250px}a{color:inherit}
+.second{break-before:page}figure{flex-basis:150px}figure img{max-height:200px}figure.map img{max-height:120px}
+a{color:inherit}
 .notice,.alert,.out,figure img{print-color-adjust:exact;-webkit-print-color-adjust:exact}@page{size:A4;margin:14mm}}
 """
 _COLUMNS = (

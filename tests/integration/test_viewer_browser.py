@@ -534,6 +534,10 @@ def test_axe_finds_nothing_serious_and_nothing_is_cut(open_page: Open, size: tup
 def test_the_report_opens_offline_and_prints_on_two_pages(browser: Any, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "first-stained", tmp_path / "printed-stained")
     write_quality(tmp_path / "printed-stained", {(2, 3): "blur"})
+    record = json.loads((tmp_path / "printed-stained" / "run.json").read_text(encoding="utf-8"))
+    record["model"]["notice"] = "What it paints has no medical meaning and must not be used for diagnosis. " * 5
+    record["warnings"] = ["warning: the slide has no pixel size of its own, and so on for a line and a half. " * 2] * 2
+    (tmp_path / "printed-stained" / "run.json").write_text(json.dumps(record), encoding="utf-8")
     written = write_reports(find_results([tmp_path]), (folder / "slide.ome.tiff",), tmp_path)
     assert [path.parent.name for path in written] == ["printed-stained", tmp_path.name]
     context = browser.new_context(offline=True)

@@ -109,6 +109,17 @@ def test_flags_lie_where_their_tiles_show(result: Path) -> None:
     assert "2 of" in words(report_of(result))
 
 
+def test_what_the_flags_say_is_not_said_twice(result: Path) -> None:
+    record = json.loads((result / "run.json").read_text(encoding="utf-8"))
+    record["warnings"] = ["warning: 6 of 9 tiles are unlike: quality.png shows where", "warning: something else"]
+    (result / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "quality.png" in words(report_of(result))
+    write_quality(result, {(0, 0): "unlike"})
+    text = words(report_of(result))
+    assert "quality.png" not in text
+    assert "something else" in text
+
+
 def test_a_slide_most_of_which_is_flagged_says_so_first(result: Path) -> None:
     write_quality(result, {(row, column): "unlike" for row in range(9) for column in range(4)})
     text = " ".join(words(report_of(result)).split())

@@ -331,7 +331,7 @@ def _python_model(
         # are merged ends Triton 24.10 with a segmentation fault.
         _queue(message, options)
         message.dynamic_batching.preferred_batch_size.append(1)
-    _finish(message, inputs, options)
+    _finish(message, inputs, options, gpu)
     return message
 
 
@@ -383,7 +383,7 @@ def _native_model(
         spec = cuda.graph_spec.add(batch_size=batch)
         for tensor in inputs:
             spec.input[tensor.name].dim.extend(tensor.shape)
-    _finish(message, inputs, options)
+    _finish(message, inputs, options, True)
     return message
 
 
@@ -405,10 +405,14 @@ def _queue(message: ModelConfig, options: BuildOptions) -> None:
     queue.max_queue_size = options.queue_length or QUEUE_LENGTH
 
 
-def _finish(message: ModelConfig, inputs: Iterable[TensorSpec], options: BuildOptions) -> None:
-    """Settings of every model: no response cache, and warm-up at the preferred batch sizes."""
+def _finish(message: ModelConfig, inputs: Iterable[TensorSpec], options: BuildOptions, gpu: bool) -> None:
+    """Settings of every model: no response cache, and warm-up.
+
+    On a GPU at each preferred batch size, for which there are plans and CUDA graphs. On a CPU one tile does: a batch of
+    eight takes seconds, for which clients of a server that was restarted would wait.
+    """
     message.response_cache.enable = False  # its key ignores shapes, dtypes and requested outputs
-    for batch in options.preferred:
+    for batch in options.preferred if gpu else (1,):
         warmup = message.model_warmup.add(name=f"batch_{batch}", batch_size=batch, count=1)
         for spec in inputs:
             warmup.inputs[spec.name].data_type = _TYPES[spec.dtype]

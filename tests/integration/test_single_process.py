@@ -23,6 +23,7 @@ from staindiffuser.export.manifest import verify
 from staindiffuser.export.parity import run_pipeline
 from staindiffuser.export.quality import add_quality
 from staindiffuser.export.repository import build
+from staindiffuser.export.triton_config import parse
 from staindiffuser.serving.preflight import require_shared_memory
 from staindiffuser.serving.server import TritonServer
 from staindiffuser.triton_models.engine.engine_onnxruntime import OnnxRuntimeEngine
@@ -66,6 +67,8 @@ def test_one_model_in_one_process(repository: Path, server: TritonServer) -> Non
     assert manifest.flavour == "single"
     assert {path.parent.name for path in repository.glob("*/config.pbtxt")} == {"staindiffuser"}
     assert all(engine.file.startswith("staindiffuser/") for engine in manifest.engines.values())
+    config = parse((repository / "staindiffuser" / "config.pbtxt").read_text(encoding="utf-8"))
+    assert [warmup.batch_size for warmup in config.model_warmup] == [1]  # more would delay a restart
     children = psutil.Process(server.pid).children(recursive=True)
     assert len(children) == 1
 

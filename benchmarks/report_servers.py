@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from staindiffuser.benchmarks.load import LoadReport, OpenLoop
+from staindiffuser.benchmarks.measuring import Machine
 from staindiffuser.benchmarks.whole_slide import WholeSlideReport
 
 __all__ = ["chart_load", "chart_slide", "load_section", "slide_section"]
@@ -22,7 +23,7 @@ def load_section(name: str, report: LoadReport) -> list[str]:
         f"The same engines ({report.target}, {report.tile} px, batch {report.batch}) behind Triton and behind what a "
         f"user would write. Saturated: {clients} clients that wait for one another, {report.seconds:g} s. Then "
         "requests at random moments (Poisson) at a share of what that server took; latency counts from when a request "
-        f"was due. {report.machine.date}, commit `{report.machine.commit}`, `{name}`.",
+        f"was due. {_runnable(report.machine)} {report.machine.date}, commit `{report.machine.commit}`, `{name}`.",
         "",
         f"| server | requests/s, {clients} clients | Triton's × | load | p50 / p95 / p99, ms | p99 / p50 | refused |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -43,6 +44,13 @@ def load_section(name: str, report: LoadReport) -> list[str]:
     return lines
 
 
+def _runnable(machine: Machine) -> str:
+    return (
+        f"In the minute before it ended {machine.load:g} processes were runnable on {machine.cores} cores, the "
+        "measured ones among them."
+    )
+
+
 def _latencies(loop: OpenLoop) -> str:
     if loop.p50 is None or loop.p95 is None or loop.p99 is None:
         return "none answered | "
@@ -55,10 +63,11 @@ def slide_section(name: str, report: WholeSlideReport) -> list[str]:
     lines = [
         f"## A whole slide: {report.slide}, {report.machine.processor}",
         "",
-        f"From the start of the command to the last file, median of {report.rounds} runs in turns; every program "
+        f"From the start of the command to the last file, median of {report.rounds} run(s) in turns; every program "
         f"starts cold, ours with its server. The same network, tiles of {report.tile} px every {report.stride} px; the "
         "others run it in torch (float32), ours on the engines that `stain` chooses here. Memory is the largest sum "
-        f"over all processes (PSS). {report.machine.date}, commit `{report.machine.commit}`, `{name}`.",
+        f"over all processes (PSS). {_runnable(report.machine)} {report.machine.date}, commit "
+        f"`{report.machine.commit}`, `{name}`.",
         "",
         "| program | s | × ours | tiles | peak memory, MiB | written, MiB | leaves out |",
         "|---|--:|--:|--:|--:|--:|---|",
@@ -92,7 +101,7 @@ def chart_load(plt: Any, report: LoadReport, path: Path) -> None:
             waits.plot(loop.p99, name, "|", color=colour, markersize=14)
             waits.annotate(f" {loop.p50:.0f} to {loop.p99:.0f}", (loop.p99, name), va="center")
     waits.set_xlim(0, 1.25 * max(loop.p99 or 0 for loop in half.values()))
-    waits.set_title("Half of that load at random: median (dot) to 99th percentile, ms")
+    waits.set_title("Half of it, at random: median to p99, ms")
     waits.tick_params(labelleft=False)
     for axis in (rates, waits):
         axis.spines[["top", "right"]].set_visible(False)

@@ -138,8 +138,8 @@ def bench_whole_slide(
         commands: dict[str, Callable[[Path], list[str]]] = {
             OURS: lambda output: [
                 sys.executable,
-                "-m",
-                "staindiffuser.cli",
+                "-c",
+                "from staindiffuser.cli import main; main()",
                 "stain",
                 os.fspath(slide),
                 "--output",

@@ -659,6 +659,8 @@ def use_everything(page: Any) -> None:
     page.get_by_role("button", name="Side by side").click()
     assert panels(page) == titles
 
+    page.keyboard.press("0")  # the other layouts are larger
+    place(page)
     page.locator("#flags-on").uncheck()
     marked = drawn(page, 0)
     page.keyboard.press("f")

@@ -24,10 +24,10 @@ TRITON_ROOT = "STAINDIFFUSER_TRITON"
 _MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
-    "MALLOC_ARENA_MAX": "4",
+    "MALLOC_ARENA_MAX": "2",
 }
 """Settings of glibc's allocator (ours). By default it gives tensors of a megabyte back to the kernel after each
-request, and gets them again page by page: a third of what the server itself costs. Four arenas bound what is kept."""
+request, and gets them again page by page: a third of what the server itself costs. Two arenas bound what is kept."""
 
 _INSTALL = (
     "install it with: pip install 'staindiffuser[serve]'"

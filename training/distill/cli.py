@@ -93,15 +93,13 @@ def distill(
         float | None,
         typer.Option(help="Weight of e2e's loss on the stains' densities; the pixel loss has 1. 3 if not given."),
     ] = None,
+    edge_weight: Annotated[
+        float | None,
+        typer.Option(help="Weight of e2e's loss on steps from pixel to pixel; the pixel loss has 1. 3 if not given."),
+    ] = None,
     positive_weight: Annotated[
         float | None,
         typer.Option(help="Weight of positive pixels in e2e; negative ones have 1. 2 if not given."),
-    ] = None,
-    pattern_weight: Annotated[
-        float | None,
-        typer.Option(
-            help="Weight of e2e's loss on patterns of the pixel grid; the pixel loss has 1. 100 if not given."
-        ),
     ] = None,
     images_from: Annotated[
         str | None,
@@ -190,8 +188,8 @@ def distill(
             "image_max_share": max_share,
             "detail_weight": detail_weight,
             "density_weight": density_weight,
+            "edge_weight": edge_weight,
             "positive_weight": positive_weight,
-            "pattern_weight": pattern_weight,
             "images_from": images_from,
             "bf16": bf16,
             "seed": seed,

@@ -56,7 +56,7 @@ def test_the_nearest_weights_are_taken_and_keep_detail() -> None:
     torch.testing.assert_close(layer.plain_weight().detach(), projected, atol=1e-5, rtol=0)
     dot = torch.zeros(5, 16, 16)
     dot[:, 8, 8] = 1
-    cells = F.pixel_unshuffle(painted(layer, dot)[None], 2)[0].unflatten(0, (3, 4))
+    cells = torch.unflatten(F.pixel_unshuffle(painted(layer, dot)[None], 2)[0], 0, (3, 4))
     assert (cells - cells.mean(dim=1, keepdim=True)).abs().max() > 0.1
 
 

@@ -46,7 +46,7 @@ def _conditions(side: int) -> Tensor:
 
 def phase_errors(weight: Tensor) -> Tensor:
     """By how much the filters of plain weights [4 C, cin, k, k] miss the conditions: [C, cin, 9]."""
-    grouped = weight.unflatten(0, (-1, PHASES)).transpose(1, 2).flatten(2, 4)
+    grouped = torch.unflatten(weight, 0, (-1, PHASES)).transpose(1, 2).flatten(2, 4)
     conditions = _conditions(weight.shape[-1]).to(grouped)
     return torch.einsum("cif,nf->cin", grouped, conditions)
 
@@ -64,7 +64,7 @@ def without_grid_(layer: MPConv) -> None:
     side = layer.kernel
     inverse = torch.linalg.pinv(_conditions(side)).to(plain)
     change = torch.einsum("cin,fn->cif", phase_errors(plain), inverse)
-    projected = plain - change.unflatten(2, (PHASES, side, side)).transpose(1, 2).flatten(0, 1)
+    projected = plain - torch.unflatten(change, 2, (PHASES, side, side)).transpose(1, 2).flatten(0, 1)
     norm = torch.linalg.vector_norm(projected.flatten(1), dim=1)
     signed = torch.where(layer.gain < 0, -norm, norm)
     unit = projected * (projected[0].numel() ** 0.5 / signed).view(-1, 1, 1, 1)
@@ -74,4 +74,4 @@ def without_grid_(layer: MPConv) -> None:
     now = torch.linalg.vector_norm(layer.plain_weight().flatten(1), dim=1)
     layer.gain.mul_(torch.where(now > 0, norm / now, 1.0))
     if layer.bias is not None:
-        layer.bias.copy_(layer.bias.unflatten(0, (-1, PHASES)).mean(dim=1).repeat_interleave(PHASES))
+        layer.bias.copy_(torch.unflatten(layer.bias, 0, (-1, PHASES)).mean(dim=1).repeat_interleave(PHASES))

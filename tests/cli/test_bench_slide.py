@@ -31,6 +31,5 @@ def test_report(tmp_path: Path) -> None:
     parts = complete["cpu_ms_per_megapixel"]
     assert parts.keys() >= {"read", "stain", "compose and encode", "cells", "nuclei", "other"}
     assert sum(parts.values()) == pytest.approx(1000 * complete["cpu_seconds"] / complete["megapixels"], rel=0.02)
-    # Most of it happens in pools.
-    assert parts["compose and encode"] + parts["cells"] > 0.1 * sum(parts.values())
+    assert min(parts["compose and encode"], parts["cells"], parts["nuclei"]) > 1, "what happens in pools counts too"
     assert report["cpu_ratio"] == pytest.approx(images["cpu_seconds"] / complete["cpu_seconds"])

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from staindiffuser.export.builders.devices import find_gpu, processor
 from staindiffuser.triton_models.shared.cpus import available_cpus
@@ -93,13 +92,15 @@ class Others:
     @staticmethod
     def _now() -> tuple[float, float, float]:
         """Seconds: of the clock, of all processors together that they were busy, and of this process."""
+        import psutil  # of the extra serve, which a client does without
+
         times = psutil.cpu_times()
         return time.monotonic(), sum(times) - times.idle - times.iowait, time.process_time()
 
     def share(self) -> float:
         """Of all cores; what the children of this process do is counted as others'."""
         wall, busy, own = (now - before for now, before in zip(self._now(), self._before, strict=True))
-        return round(max(0.0, busy - own) / (wall * (psutil.cpu_count() or 1)), 3)
+        return round(max(0.0, busy - own) / (wall * (os.cpu_count() or 1)), 3)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -113,9 +113,8 @@ def test_a_full_disk_ends_no_server_and_a_crash_is_survived_once_there_is_room(
 
 def test_a_disk_that_is_full_at_the_start_is_named(repository: Path, tmp_path: Path) -> None:
     command = ["serve", str(repository), "--grpc-port", "0", "--metrics-port", "0", "--audit", "/dev/full"]
-    result = subprocess.run(
-        ["staindiffuser", *command], capture_output=True, text=True, check=False, timeout=60, env=dict(os.environ)
-    )
+    program = [sys.executable, "-c", "from staindiffuser.cli import main; main()"]
+    result = subprocess.run([*program, *command], capture_output=True, text=True, check=False, timeout=60)
     assert result.returncode == 2
     assert result.stderr.startswith("error: the audit log /dev/full cannot be written: No space left on device")
 

@@ -38,7 +38,7 @@ from staindiffuser.serving.runtime import find_runtime
 from staindiffuser.serving.server import TritonServer
 from staindiffuser.triton_models.noise import philox
 
-__all__ = ["LoadReport", "OpenLoop", "bench_load"]
+__all__ = ["LoadReport", "OpenLoop", "bench_load", "open_loop"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 Call = Callable[[Arrays], Arrays]
@@ -152,7 +152,7 @@ def bench_load(
             closed[name] = tuple(rates)
             loops = []
             for share in shares:
-                loops.append(_open_loop(call, batches, share, rates[-1], seconds))
+                loops.append(open_loop(call, batches, share, rates[-1], seconds))
                 last = loops[-1]
                 progress(f"{name} at {share:.0%}: {last.requests} requests, {last.failed} refused")
             opened[name] = tuple(loops)
@@ -191,7 +191,7 @@ def _closed_loop(call: Call, batches: Sequence[Arrays], clients: int, seconds: f
     return sum(done) / (time.perf_counter() - begin)  # the last requests end after the time is up
 
 
-def _open_loop(call: Call, batches: Sequence[Arrays], share: float, saturated: float, seconds: float) -> OpenLoop:
+def open_loop(call: Call, batches: Sequence[Arrays], share: float, saturated: float, seconds: float) -> OpenLoop:
     rate = share * saturated
     generator = np.random.default_rng(round(1e3 * share))
     due = np.cumsum(generator.exponential(1 / rate, max(8, int(rate * seconds))))

@@ -27,7 +27,7 @@ from staindiffuser.benchmarks.peers import PEERS
 from staindiffuser.errors import UsageError
 from staindiffuser.export.description import GraphSet
 
-__all__ = ["WholeSlideReport", "WholeSlideRow", "bench_whole_slide"]
+__all__ = ["WholeSlideReport", "WholeSlideRow", "bench_whole_slide", "run_measured"]
 
 OURS = "StainDiffuser"
 
@@ -164,7 +164,7 @@ def bench_whole_slide(
                     continue
                 output = folder / f"{number} {name}"
                 output.mkdir()
-                taken, peak, said, failed = _run(commands[name](output), folder)
+                taken, peak, said, failed = run_measured(commands[name](output), folder)
                 if failed:
                     absent[name] = failed
                     progress(f"{name}: {failed}")
@@ -249,7 +249,7 @@ def _write_network(checkpoint: Path, graphs: GraphSet, path: Path) -> None:
         traced.save(os.fspath(path))
 
 
-def _run(command: Sequence[str], folder: Path) -> tuple[float, float, str, str]:
+def run_measured(command: Sequence[str], folder: Path) -> tuple[float, float, str, str]:
     """Seconds, largest memory in MiB, the last line of output, and why it failed, if it did."""
     with (folder / "output.txt").open("w+", encoding="utf-8") as log:
         start = time.perf_counter()

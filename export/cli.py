@@ -75,7 +75,7 @@ def quality(
     ] = 0.99,
     as_json: JsonOption = False,
 ) -> None:
-    """Add engines that judge each tile: tissue, blur, likeness to the training tissue, agreement of image and cells."""
+    """Add engines that judge each tile: tissue, blur, similarity to training tissue, agreement of image and cells."""
     from dataclasses import asdict
 
     from staindiffuser.export.quality import add_quality

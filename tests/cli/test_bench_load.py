@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from staindiffuser.benchmarks.load import _open_loop
+from staindiffuser.benchmarks.load import open_loop
 from staindiffuser.benchmarks.rivals import RIVALS
 from staindiffuser.benchmarks.rivals.pipeline import decode, encode
 from staindiffuser.cli import app
@@ -54,7 +54,7 @@ def test_a_request_has_waited_since_it_was_due() -> None:
             time.sleep(0.02)
         return {}
 
-    loop = _open_loop(call, [{}], share=2.0, saturated=50.0, seconds=1.0)  # type: ignore[arg-type]
+    loop = open_loop(call, [{}], share=2.0, saturated=50.0, seconds=1.0)  # type: ignore[arg-type]
     assert loop.requests == 100
     assert loop.answered < 60
     assert loop.p50 is not None
@@ -67,7 +67,7 @@ def test_refusals_are_counted() -> None:
     def call(inputs: dict[str, object]) -> dict[str, object]:
         raise RuntimeError("full")
 
-    loop = _open_loop(call, [{}], share=1.0, saturated=100.0, seconds=0.1)  # type: ignore[arg-type]
+    loop = open_loop(call, [{}], share=1.0, saturated=100.0, seconds=0.1)  # type: ignore[arg-type]
     assert loop.failed == loop.requests == 10
     assert loop.p50 is None
 

@@ -130,7 +130,7 @@ def kill_engine(server: Serve) -> None:
 
 @contextlib.contextmanager
 def under_load(url: str, expected: Sequence[dict[str, np.ndarray]]) -> Iterator[Callable[[], int]]:
-    """Three clients that send one request after another, and check that each gets the picture of its own tile.
+    """Three clients that send one request after another, and check that each gets the image of its own tile.
 
     Gives a function that says how many have been answered. Whatever goes wrong for one of them is raised at the end.
     """

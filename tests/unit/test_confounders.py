@@ -1,4 +1,4 @@
-"""What is pasted hides what was there, in the picture and in the truth alike, and the sampling finds rare positives."""
+"""What is pasted hides what was there, in the image and in the truth alike, and the sampling finds rare positives."""
 
 from __future__ import annotations
 

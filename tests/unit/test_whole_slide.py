@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from staindiffuser.benchmarks.whole_slide import _run
+from staindiffuser.benchmarks.whole_slide import run_measured
 from staindiffuser.cli import app
 
 
@@ -24,7 +24,7 @@ def test_what_cannot_be_compared_is_refused(peer: str, words: str, tmp_path: Pat
 def test_memory_is_that_of_all_processes_of_a_program(tmp_path: Path) -> None:
     hold = "import time; block = bytearray(64 << 20); time.sleep(0.8)"
     both = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}; print('done')"
-    seconds, peak, said, failed = _run([sys.executable, "-c", both], tmp_path)
+    seconds, peak, said, failed = run_measured([sys.executable, "-c", both], tmp_path)
     assert said == "done"
     assert failed == ""
     assert seconds > 0.8
@@ -32,5 +32,5 @@ def test_memory_is_that_of_all_processes_of_a_program(tmp_path: Path) -> None:
 
 
 def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
-    _, _, _, failed = _run([sys.executable, "-c", "raise SystemExit('no tissue')"], tmp_path)
+    _, _, _, failed = run_measured([sys.executable, "-c", "raise SystemExit('no tissue')"], tmp_path)
     assert failed == "no tissue"

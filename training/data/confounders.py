@@ -120,7 +120,7 @@ def _glass(rng: np.random.Generator, height: int, width: int) -> tuple[FloatArra
 
 
 def _keratin(rng: np.random.Generator, height: int, width: int) -> tuple[FloatArray, FloatArray]:
-    """Layers of horn, or smeared debris: dense eosin in bent lamellae, no nuclei."""
+    """Layers of horn, or smeared debris: dense eosin in curved lamellae, no nuclei."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle, period = rng.uniform(0, np.pi), rng.uniform(4, 14)
     bend = period * _field(rng, height, width, rng.uniform(50, 140))

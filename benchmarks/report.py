@@ -254,12 +254,12 @@ def _chart_engines(report: EnginesReport, path: Path) -> None:
     labels = []
     for engine, row in rows.items():
         cost = report.cost(row)
-        ratio = "(others are compared with this)" if engine == REFERENCE else f"× {cost / reference:.2f}"
+        ratio = "(× 1)" if engine == REFERENCE else f"× {cost / reference:.2f}"
         peak = report.share(row)
         share = "" if peak is None else f", {peak:.0%} of a convolution's peak"
         labels.append(f" {cost:.0f} ms  {ratio}{share}")
     axis.bar_label(bars, labels)
-    axis.set_xlim(0, 1.6 * max(report.cost(row) for row in rows.values()))
+    axis.set_xlim(0, 2.0 * max(report.cost(row) for row in rows.values()))
     axis.set(
         xlabel=f"{report.timed} of a tile, ms (shorter is faster)",
         title=f"A tile of {report.tile} px with {report.headline} and their cells, batch {batch}",

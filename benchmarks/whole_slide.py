@@ -126,7 +126,7 @@ def bench_whole_slide(
     settings = {
         "tile": graphs.tile,
         "stride": graphs.tile - 2 * graphs.margin,
-        "mpp": mpp,  # resampling to the model's own would be a pixel in a hundred
+        "mpp": sum(mpp) / 2,  # resampling to the model's own would be a pixel in a hundred
         "batch": batch,
         "stains": [stain.name for stain in graphs.stains],
     }

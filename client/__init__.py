@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from staindiffuser.client.connection import StainClient as StainClient
     from staindiffuser.client.contract import ModelContract as ModelContract
     from staindiffuser.client.contract import Stainer as Stainer
+    from staindiffuser.client.lazyslide import LazySlideModel as LazySlideModel
     from staindiffuser.client.options import StainingOptions as StainingOptions
     from staindiffuser.client.run_record import RunRecord as RunRecord
     from staindiffuser.client.run_record import read_run as read_run
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from staindiffuser.imaging.slides import open_slide as open_slide
 
 _MODULES = {
+    "LazySlideModel": "staindiffuser.client.lazyslide",
     "ModelContract": "staindiffuser.client.contract",
     "RunRecord": "staindiffuser.client.run_record",
     "StainClient": "staindiffuser.client.connection",
@@ -29,6 +31,7 @@ _MODULES = {
     "stain_slide": "staindiffuser.client.staining",
 }
 __all__ = [
+    "LazySlideModel",
     "ModelContract",
     "RunRecord",
     "StainClient",

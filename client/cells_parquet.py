@@ -19,7 +19,7 @@ import orjson
 
 from staindiffuser.errors import DependencyError
 
-__all__ = ["PARQUET_FILE", "require_pyarrow", "write_parquet"]
+__all__ = ["GROUP", "PARQUET_FILE", "require_pyarrow", "write_parquet"]
 
 PARQUET_FILE = "cells.parquet"
 GROUP = 20_000
@@ -34,7 +34,9 @@ def require_pyarrow() -> None:
         DependencyError: pyarrow is missing.
     """
     if find_spec("pyarrow") is None:
-        raise DependencyError("GeoParquet needs pyarrow: pip install 'staindiffuser[parquet]', or leave out --parquet")
+        raise DependencyError(
+            "GeoParquet needs pyarrow: pip install 'staindiffuser[parquet]', or leave out --parquet or spatialdata"
+        )
 
 
 def write_parquet(geojson: Path, path: Path) -> int:

@@ -79,7 +79,10 @@ def stain(
     formats: Annotated[
         list[str] | None,
         typer.Option(
-            "--format", metavar="ome-zarr|dicom", help="Also write the images as OME-Zarr or DICOM; repeat it for both."
+            "--format",
+            metavar="ome-zarr|dicom|spatialdata",
+            help="Also write the images as OME-Zarr or DICOM, or images, cells and scores as SpatialData (needs "
+            "pyarrow); repeat it for several.",
         ),
     ] = None,
     cells_from: Annotated[

@@ -7,8 +7,8 @@ from pathlib import Path
 
 __all__ = ["FORMATS", "StainingOptions"]
 
-FORMATS = ("ome-zarr", "dicom")
-"""Image formats beside OME-TIFF."""
+FORMATS = ("ome-zarr", "dicom", "spatialdata")
+"""What a result is written as beside OME-TIFF and GeoJSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class StainingOptions:
     combined: bool = False
     """Also write all stains as channels of one image."""
     formats: tuple[str, ...] = ()
-    """In which the images are written as well as OME-TIFF: of :data:`FORMATS`."""
+    """What the result is written as too: of :data:`FORMATS`."""
     allow_damaged: bool = False
     """Stain a slide some tiles of which cannot be decoded; they are left out and listed in ``run.json``."""
     mask: str | Path = "auto"
@@ -73,7 +73,9 @@ class StainingOptions:
             raise ValueError("parquet needs cells")
         if self.cells_from is not None and not self.cells:
             raise ValueError("cells_from needs cells")
+        if "spatialdata" in self.formats and not self.cells:
+            raise ValueError("spatialdata needs cells")
         for unknown in set(self.formats) - set(FORMATS):
-            raise ValueError(f"format must be {' or '.join(FORMATS)}, not {unknown}; OME-TIFF is always written")
+            raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {unknown}; OME-TIFF is always written")
         if self.overwrite and self.resume:
             raise ValueError("overwrite and resume are mutually exclusive")

@@ -30,7 +30,16 @@ from staindiffuser.imaging.slides import DamagedRegion
 if TYPE_CHECKING:
     from staindiffuser.imaging.dicom_image import DicomSource
 
-__all__ = ["CELLS_FILE", "MASK_FILE", "PREVIEW_FILE", "ResultFiles", "cell_map_file", "image_file", "output_images"]
+__all__ = [
+    "CELLS_FILE",
+    "MASK_FILE",
+    "PREVIEW_FILE",
+    "ResultFiles",
+    "WrittenImage",
+    "cell_map_file",
+    "image_file",
+    "output_images",
+]
 
 CELLS_FILE = "cells.geojson.gz"
 PREVIEW_FILE = "preview.png"
@@ -67,6 +76,18 @@ class _ImageFile:
     cells: MapCells | None
     """Finds the cells, if the image is a cell map."""
     stain: ServedStain
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenImage:
+    """A finished image of a result."""
+
+    name: str
+    """Of the OME-TIFF."""
+    info: ImageInfo
+    channels: int
+    glass: int
+    """Value of glass."""
 
 
 class ResultFiles:
@@ -112,6 +133,8 @@ class ResultFiles:
         self._open = ExitStack()
         self._workers: Executor = self._open.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="code"))
         self._cells: CellsFile | None = None
+        self.written: list[WrittenImage] = []
+        """The images, once they are complete."""
         self._formats, self._dicom_source = tuple(formats), dicom_source
         self._combined = self._open.enter_context(CombinedFile(folder, view.size, stains)) if combined else None
         self._source, self._view, self._contract, self._stains, self._seed = source, view, contract, stains, seed
@@ -234,23 +257,27 @@ class ResultFiles:
         """Complete the files and return their names. Every row must have been written."""
         names = [file.name for file in self._files]
         with self._watch.stage("assemble"):
-            written = [(file.name, file.info, file.image) for file in self._files]
             for file in self._files:
                 file.writer.finish(self._folder / file.name, file.info)
+                kind = file.image
+                self.written.append(
+                    WrittenImage(name=file.name, info=file.info, channels=kind.channels, glass=kind.glass)
+                )
             if self._combined is not None:
                 content = "hematoxylin of the first stain, and DAB of each: 100 × optical density"
                 channels = combined_channels(self._stains)
                 info = self._info("Virtual stains", self._stains, channels, content)
                 names.append(self._combined.finish(info))
-                written.append((names[-1], info, OutputImage(tensor="", channels=1, glass=0)))
+                self.written.append(WrittenImage(name=names[-1], info=info, channels=1, glass=0))
             if self._cells is not None:
                 self._cells.finish()
                 names.append(CELLS_FILE)
-        return names + self._convert(written)
+        return names + self._convert()
 
-    def _convert(self, written: Sequence[tuple[str, ImageInfo, OutputImage]]) -> list[str]:
-        """Write the other formats; return their names."""
-        if not self._formats:
+    def _convert(self) -> list[str]:
+        """Write the images in the other formats; return their names."""
+        suffixes = [suffix for suffix in self._formats if suffix in ("ome-zarr", "dicom")]
+        if not suffixes:
             return []
         from staindiffuser.client.cells_dicom import write_annotations
         from staindiffuser.imaging.dicom_image import new_uid, write_dicom
@@ -258,21 +285,21 @@ class ResultFiles:
 
         names = []
         study = new_uid()
-        for name, info, image in written:
-            for suffix in self._formats:
+        for image in self.written:
+            for suffix in suffixes:
                 if suffix == "dicom" and image.channels != 3:
                     continue
-                names.append(name.replace(".ome.tiff", f".{suffix.replace('-', '.')}"))
+                names.append(image.name.replace(".ome.tiff", f".{suffix.replace('-', '.')}"))
                 made = self._folder / names[-1]
                 remove(made)  # of a run that was killed here
                 with self._watch.stage(suffix):
                     if suffix == "dicom":
-                        write_dicom(self._folder / name, made, info, study=study, source=self._dicom_source)
+                        write_dicom(self._folder / image.name, made, image.info, study=study, source=self._dicom_source)
                         if self._cells is not None:
-                            (channel,) = info.channels
+                            (channel,) = image.info.channels
                             write_annotations(self._folder / CELLS_FILE, made, channel.name, self._view.scale)
                     else:
-                        write_ome_zarr(self._folder / name, made, info, glass=image.glass)
+                        write_ome_zarr(self._folder / image.name, made, image.info, glass=image.glass)
         return names
 
     def __enter__(self) -> Self:

@@ -71,7 +71,7 @@ class SlidePlan:
         pixels = len(self.tiles) * self.grid.stride**2
         channels = (stains + 1) * combined
         disk = 2.0 * pixels * (stains * (IMAGE_BYTES + MAP_BYTES * cells) + channels * CHANNEL_BYTES)
-        if "ome-zarr" in formats:
+        for _ in {"ome-zarr", "spatialdata"} & set(formats):
             disk += pixels * (stains * (ZARR_BYTES + MAP_BYTES * cells) + channels * CHANNEL_BYTES)
         if "dicom" in formats:
             disk += pixels * stains * IMAGE_BYTES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,14 @@ from staindiffuser.client.pipeline import stained_rows
 from staindiffuser.client.preview import PANEL, write_preview
 from staindiffuser.client.progress import Reporter, Stopwatch
 from staindiffuser.client.quality import QualityMap
-from staindiffuser.client.result_files import CELLS_FILE, MASK_FILE, PREVIEW_FILE, ResultFiles, output_images
+from staindiffuser.client.result_files import (
+    CELLS_FILE,
+    MASK_FILE,
+    PREVIEW_FILE,
+    ResultFiles,
+    WrittenImage,
+    output_images,
+)
 from staindiffuser.client.result_folder import ResultFolder
 from staindiffuser.client.run_record import RUN_JSON, Request, RunRecord
 from staindiffuser.client.scores import SCORES_FILE, NucleusCounter, Scores, score_stains, write_scores
@@ -76,10 +84,17 @@ class SlideRun:
             SlideError: part of the slide is damaged.
             ServerError: the server failed or was lost.
         """
-        names, cells, scores = self._write(self._saved())
+        names, images, cells, scores = self._write(self._saved())
         if scores is not None:
             write_scores(self.folder.work, self.names.shown, scores)
             names.append(SCORES_FILE)
+        if scores is not None and "spatialdata" in self.options.formats:
+            from staindiffuser.client.spatialdata_folder import SPATIALDATA_FOLDER, write_spatialdata
+
+            with self.watch.stage("spatialdata"):
+                work = self.folder.work
+                write_spatialdata(work, work / CELLS_FILE, images, scores, self.plan.view.scale)
+            names.append(SPATIALDATA_FOLDER)
         if self.options.parquet:
             with self.watch.stage("parquet"):
                 write_parquet(self.folder.work / CELLS_FILE, self.folder.work / PARQUET_FILE)
@@ -128,8 +143,9 @@ class SlideRun:
         self.reporter.say(f"continuing interrupted work: {len(rows)} of {self.plan.rows} rows are already done")
         return rows
 
-    def _write(self, saved: list[WorkRow]) -> tuple[list[str], dict[str, int], Scores | None]:
-        """Stain and write every row that is not saved; return the files' names, the cells per stain, and the scores."""
+    def _write(self, saved: list[WorkRow]) -> tuple[list[str], Sequence[WrittenImage], dict[str, int], Scores | None]:
+        """Stain and write every row that is not saved; return the files' names, the images among them, the cells per
+        stain, and the scores."""
         plan, slide = self.plan, self.plan.slide
         mosaic = Mosaic(plan.grid, output_images(self.stains, cells=self.options.cells), plan.mask, plan.left_out)
         with self._open_files(saved) as files, Journal(self.folder.work) as journal:
@@ -167,7 +183,7 @@ class SlideRun:
                 self.stains, cells=cells, positive_pixels=files.positive_pixels, nuclei=nuclei,
                 nuclei_tiles=counter.tiles if counter is not None else 0, mask=plan.mask, mpp=plan.view.mpp,
             )  # fmt: skip
-            return names, cells, scores if self.options.cells else None
+            return names, files.written, cells, scores if self.options.cells else None
 
     def _counter(self, saved: list[WorkRow]) -> NucleusCounter:
         plan = self.plan

@@ -82,7 +82,7 @@ class SlideJob:
     def __enter__(self) -> Self:
         try:
             _require_utf8(self._path, self._output)
-            if self._options.parquet:
+            if self._options.parquet or "spatialdata" in self._options.formats:
                 require_pyarrow()
             self._slide = self._open.enter_context(open_slide(self._path, allow_damaged=self._options.allow_damaged))
             self._names.files = self._slide.files

@@ -34,7 +34,7 @@ MARK = "Zzmueller"
 """Planted everywhere."""
 LABEL = (10, 250, 10)
 """Colour of label and macro, which no tissue has."""
-OPTIONS = StainingOptions(stains=("cd3",), preview=True, combined=True, formats=("ome-zarr", "dicom"))
+OPTIONS = StainingOptions(stains=("cd3",), preview=True, combined=True, formats=("ome-zarr", "dicom", "spatialdata"))
 RESOLUTION: dict[str, Any] = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}
 
 

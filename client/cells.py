@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import orjson
 
+from staindiffuser.client.cell_text import feature_texts
 from staindiffuser.client.contract import ServedStain
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.instances import Cells, find_cells
@@ -71,12 +71,15 @@ class MapCells:
         digest = hashlib.sha256(f"{source} {stain.name}".encode()).hexdigest()
         self._identity = f"{digest[:8]}-{digest[8:12]}-8{digest[12:15]}-8{digest[15:18]}-"
         classification = orjson.dumps({"name": stain.label, "color": list(COLOURS[number % len(COLOURS)])})
-        self._template = (
-            b'{"type":"Feature","id":"%b%04x%03x%05x","geometry":{"type":"Polygon","coordinates":[[[%b]]]},'
-            b'"properties":{"objectType":"detection","classification":'
-            + classification.replace(b"%", b"%%")
-            + ',"measurements":{"Centroid X px":%.1f,"Centroid Y px":%.1f,"Area µm^2":%.2f,'.encode()
-            + b'"Mean probability":%.4f}}}'
+        self._pieces = (
+            b'","geometry":{"type":"Polygon","coordinates":[[',
+            b']]},"properties":{"objectType":"detection","classification":'
+            + classification
+            + b',"measurements":{"Centroid X px":',
+            b',"Centroid Y px":',
+            ',"Area µm^2":'.encode(),
+            b',"Mean probability":',
+            b"}}}",
         )
         self._above: BlockRow = []
         self._current: BlockRow = []
@@ -123,14 +126,10 @@ class MapCells:
         if not len(cells):
             return b""
         corner = np.array([left, top])
-        points = np.round((cells.outlines.points + corner) * self._scale, 1)
-        rings = [points[first:last] for first, last in itertools.pairwise(cells.outlines.ends.tolist())]
-        coordinates = orjson.dumps(rings, option=orjson.OPT_SERIALIZE_NUMPY)[3:-3].split(b"]],[[")
-        x, y = ((cells.centroids + corner) * self._scale).T.tolist()
-        areas, probabilities = (cells.areas * self._mpp**2).tolist(), cells.probabilities.tolist()
-        identity = self._identity.encode()
-        columns = zip(coordinates, x, y, areas, probabilities, strict=True)
-        return b",\n".join(self._template % (identity, row, chunk, index, *cell) for index, cell in enumerate(columns))
+        start = f'{{"type":"Feature","id":"{self._identity}{row:04x}{chunk:03x}'.encode()
+        points, centroids = (cells.outlines.points + corner) * self._scale, (cells.centroids + corner) * self._scale
+        numbers = np.column_stack([centroids, cells.areas * self._mpp**2, cells.probabilities])
+        return feature_texts([start, *self._pieces], points, cells.outlines.ends, numbers)
 
 
 def _paste(canvas_HW: UInt8Array, block_HW: UInt8Array, x: int, y: int) -> None:

@@ -35,7 +35,7 @@ _FAR = 30_000
 
 
 class Regions(NamedTuple):
-    """Regions that are connected by sides, in reading order of their first pixels."""
+    """Regions that are connected by sides, in reading order of their first pixels; maybe not all of a map."""
 
     labels: Labels
     """[H, W], the region of each pixel, numbered from 1."""
@@ -49,17 +49,22 @@ class Regions(NamedTuple):
     """[K], pixels."""
 
 
-def connected_regions(positive_HW: BoolArray) -> Regions:
-    """Find the regions of a map, whose frame is not positive."""
+def connected_regions(positive_HW: BoolArray, within: tuple[int, int, int, int] | None = None) -> Regions:
+    """Find the regions of a map, whose frame is not positive.
+
+    Args:
+        positive_HW: the map.
+        within: y0, x0, y1, x1; regions that lie outside are left out.
+    """
     positive = positive_HW.ravel()
     changes = np.flatnonzero(positive[1:] != positive[:-1]) + 1
     row, first = np.divmod(changes[::2], positive_HW.shape[1])
     runs = np.stack([row, first, first + changes[1::2] - changes[::2]], axis=-1)
-    return _connect(runs, positive_HW.shape)
+    return _connect(runs, positive_HW.shape, within or (0, 0, *positive_HW.shape))
 
 
 @compiled
-def _connect(runs: Indices, shape: tuple[int, ...]) -> Regions:
+def _connect(runs: Indices, shape: tuple[int, ...], within: tuple[int, int, int, int]) -> Regions:
     """Join runs that touch one another in successive rows: union-find, the earliest run is the root."""
     root = np.arange(len(runs))
     above, number = 0, 0
@@ -79,33 +84,43 @@ def _connect(runs: Indices, shape: tuple[int, ...]) -> Regions:
                 other += 1
             number += 1
         above = begin
-    region_of = np.empty(len(runs), np.int64)
-    count = 0
+    # A root stands for its region: how many runs it has, and its box.
+    length, box_of = np.zeros(len(runs), np.int64), np.empty((len(runs), 4), np.int64)
     for number in range(len(runs)):
-        parent = _root(root, number)
-        if parent == number:
-            region_of[number] = count
-            count += 1
-        else:
-            region_of[number] = region_of[parent]
-    starts = np.zeros(count + 1, np.int64)
-    for region in region_of:
-        starts[region + 1] += 1
-    for region in range(count):
-        starts[region + 1] += starts[region]
-    labels, place = np.zeros(shape, np.int32), starts[:-1].copy()
-    ordered, boxes, sizes = np.empty_like(runs), np.empty((count, 4), np.int64), np.zeros(count, np.int64)
-    for number in range(len(runs)):
-        region = region_of[number]
         row, first, end = runs[number]
-        if place[region] == starts[region]:
-            boxes[region] = np.array([row, first, row + 1, end])
-        ordered[place[region]] = runs[number]
-        place[region] += 1
-        sizes[region] += end - first
-        boxes[region, 1], boxes[region, 2] = min(boxes[region, 1], first), row + 1
-        boxes[region, 3] = max(boxes[region, 3], end)
-        labels[row, first:end] = region + 1
+        parent = _root(root, number)
+        root[number] = parent
+        box = box_of[parent]
+        if parent == number:
+            box[0], box[1], box[2], box[3] = row, first, row + 1, end
+        box[1], box[2], box[3] = min(box[1], first), row + 1, max(box[3], end)
+        length[parent] += 1
+    y0, x0, y1, x1 = within
+    count = total = 0
+    for number in range(len(runs)):
+        box = box_of[number]
+        if length[number] and (box[0] >= y1 or box[1] >= x1 or box[2] <= y0 or box[3] <= x0):
+            length[number] = 0
+        count += length[number] > 0
+        total += length[number]
+    region_of, starts = np.empty(len(runs), np.int64), np.zeros(count + 1, np.int64)
+    boxes = np.empty((count, 4), np.int64)
+    region = 0
+    for number in range(len(runs)):
+        if length[number]:
+            region_of[number], boxes[region] = region, box_of[number]
+            starts[region + 1] = starts[region] + length[number]
+            region += 1
+    labels, place = np.zeros(shape, np.int32), starts[:-1].copy()
+    ordered, sizes = np.empty((total, 3), np.int64), np.zeros(count, np.int64)
+    for number in range(len(runs)):
+        if length[root[number]]:
+            region = region_of[root[number]]
+            row, first, end = runs[number]
+            ordered[place[region]] = runs[number]
+            place[region] += 1
+            sizes[region] += end - first
+            labels[row, first:end] = region + 1
     return Regions(labels, ordered, starts, boxes, sizes)
 
 
@@ -188,31 +203,38 @@ def smooth_inside(
     """
     height, width = distance_HW.shape
     smooth = np.zeros((height, width), np.float32)
-    buffer, padded = np.empty(_largest(regions.boxes, 8), np.float32), np.empty(width + 8, np.float32)
+    largest = _largest(regions.boxes, 8)
+    source, along, both = np.empty(largest, np.float32), np.empty(largest, np.float32), np.empty(largest, np.float32)
     for region in range(len(regions.boxes)):
         y0, x0, y1, x1 = regions.boxes[region]
-        along = buffer[: (y1 - y0 + 8) * (x1 - x0)].reshape(y1 - y0 + 8, x1 - x0)
-        for row in range(len(along)):
+        wide = x1 - x0 + 8
+        for row in range(y1 - y0 + 8):
             y = _reflected(y0 - 4 + row, height)
+            line = source[row * wide : (row + 1) * wide]
             if x0 > 4 and x1 < width - 4:
-                line = distance_HW[y, x0 - 4 : x1 + 4]
+                line[:] = distance_HW[y, x0 - 4 : x1 + 4]
             else:
-                line = padded[: x1 - x0 + 8]
-                for x in range(len(line)):
+                for x in range(wide):
                     line[x] = distance_HW[y, _reflected(x0 - 4 + x, width)]
-            n = x1 - x0
-            _weighted(
-                weights, line[4 : n + 4],
-                line[3 : n + 3], line[5 : n + 5], line[2 : n + 2], line[6 : n + 6],
-                line[1 : n + 1], line[7 : n + 7], line[0:n], line[8 : n + 8], along[row],
-            )  # fmt: skip
+        # All rows as one: what mixes the end of a row with the beginning of the next is not used.
+        n = (y1 - y0 + 8) * wide - 8
+        _weighted(
+            weights, source[4 : n + 4],
+            source[3 : n + 3], source[5 : n + 5], source[2 : n + 2], source[6 : n + 6],
+            source[1 : n + 1], source[7 : n + 7], source[0:n], source[8 : n + 8], along[4 : n + 4],
+        )  # fmt: skip
+        n = (y1 - y0) * wide
+        _weighted(
+            weights, along[4 * wide : 4 * wide + n],
+            along[3 * wide : 3 * wide + n], along[5 * wide : 5 * wide + n],
+            along[2 * wide : 2 * wide + n], along[6 * wide : 6 * wide + n],
+            along[wide : wide + n], along[7 * wide : 7 * wide + n], along[0:n], along[8 * wide : 8 * wide + n],
+            both[:n],
+        )  # fmt: skip
         for number in range(regions.starts[region], regions.starts[region + 1]):
             row, first, end = regions.runs[number]
-            part = along[row - y0 : row - y0 + 9, first - x0 : end - x0]
-            _weighted(
-                weights, part[4], part[3], part[5], part[2], part[6], part[1], part[7], part[0], part[8],
-                smooth[row, first:end],
-            )  # fmt: skip
+            at = (row - y0) * wide + 4 - x0
+            smooth[row, first:end] = both[at + first : at + end]
     return smooth
 
 
@@ -371,14 +393,19 @@ def measure(map_HW: NDArray[np.uint8], regions: Regions, count: int) -> tuple[In
     for number in range(len(regions.runs)):
         row, first, end = regions.runs[number]
         labels, values = regions.labels[row], map_HW[row]
-        for x in range(first, end):
-            cell = labels[x]
+        while first < end:
+            cell, x, total = labels[first], first, 0
+            while x < end and labels[x] == cell:
+                total += values[x]
+                x += 1
             if first_of[cell] < 0:
-                first_of[cell] = row * width + x
-            sums[cell, 0] += 1
-            sums[cell, 1] += x - 1
-            sums[cell, 2] += row - 1
-            sums[cell, 3] += values[x]
+                first_of[cell] = row * width + first
+            length = x - first
+            sums[cell, 0] += length
+            sums[cell, 1] += length * (first + x - 3) // 2  # of x - 1, over the pixels
+            sums[cell, 2] += length * (row - 1)
+            sums[cell, 3] += total
+            first = x
     means = np.empty((count, 3))
     for cell in range(count):
         for column in range(3):

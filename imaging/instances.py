@@ -40,6 +40,8 @@ SMALLEST_UM2 = 12.0
 """A lymphocyte's nucleus has about 30 µm²; what is smaller than this is a speck."""
 APART_UM = 3.0
 """The peaks of two cells are at least this far apart."""
+_REACH = 24
+"""Pixels from which a region may still change the peaks of another: the Gaussian's four, and what they are apart."""
 _DENSE = 0.4
 """Share of a map that the boxes of its regions cover from which on distances are computed everywhere at once."""
 _GAUSSIAN = np.exp(-0.5 * np.arange(5.0) ** 2)
@@ -87,7 +89,7 @@ def find_cells(
     positive = map_HW >= PROBABILITY
     if not positive.any():
         return Cells.none()
-    regions = connected_regions(positive)
+    regions = connected_regions(positive, None if within is None else _near(within))
     distance = _distances(positive) if _is_dense(regions) else distances_inside(positive, regions)
     height = smooth_inside(distance, _WEIGHTS, regions)
     apart = max(1, round(APART_UM / mpp))
@@ -131,6 +133,12 @@ def count_matches(a_N2: NDArray[np.float64], b_M2: NDArray[np.float64], *, withi
         return 0
     near = csr_array(cdist(a_N2, b_M2) <= within)
     return int((maximum_bipartite_matching(near, perm_type="column") >= 0).sum())
+
+
+def _near(within: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """What may hold or change a cell there: y0, x0, y1, x1 of the framed map."""
+    x0, y0, x1, y1 = within
+    return y0 + 1 - _REACH, x0 + 1 - _REACH, y1 + 1 + _REACH, x1 + 1 + _REACH
 
 
 def _framed(map_HW: UInt8Array) -> UInt8Array:

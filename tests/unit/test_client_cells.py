@@ -9,6 +9,7 @@ import numpy as np
 import orjson
 import pytest
 
+from staindiffuser.client.cell_text import feature_texts
 from staindiffuser.client.cells import ChunkCells, MapCells
 from staindiffuser.client.cells_file import CellsFile
 from staindiffuser.client.contract import ServedStain
@@ -140,3 +141,23 @@ def test_the_file_is_a_feature_collection_and_reproducible(tmp_path: Path) -> No
     with CellsFile(tmp_path / "empty", {}) as file:
         file.finish()
     assert orjson.loads(gzip.decompress((tmp_path / "empty").read_bytes()))["features"] == []
+
+
+def test_numbers_are_written_as_json_reads_them() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 40, 3000)
+    ends = np.cumsum([0, *lengths])
+    points = rng.uniform(0, 10.0 ** rng.integers(0, 7, (ends[-1], 1)), (ends[-1], 2))
+    points[:4] = [(0, 0.04), (0.05, 0.96), (9.97, 99.96), (1e6, 123456.7)]
+    numbers = rng.uniform(0, [1e6, 1e6, 5000, 1], (3000, 4))
+    numbers[:3] = [(0, 0, 0, 0), (0.01, 9.99, 0.001, 0.00004), (1, 10, 100, 1)]
+    pieces = [b'{"id":"', b'","ring":[', b'],"x":', b',"y":', b',"area":', b',"p":', b',"n":"\xc2\xb5"}']
+    text = feature_texts(pieces, points, ends, numbers)
+    cells = orjson.loads(b"[" + text + b"]")
+    assert len(cells) == 3000
+    assert text.count(b"\n") == 2999, "a feature a line"
+    for number, cell in enumerate(cells):
+        assert (cell["id"], cell["n"]) == (f"{number:05x}", "\u00b5")
+        np.testing.assert_allclose(cell["ring"], points[ends[number] : ends[number + 1]], atol=0.0500001)
+        written = [cell["x"], cell["y"], cell["area"], cell["p"]]
+        assert (np.abs(numbers[number] - written) <= [0.0500001, 0.0500001, 0.00500001, 0.0000500001]).all()

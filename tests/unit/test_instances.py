@@ -152,3 +152,20 @@ def _parts_connected_by_sides(labels: np.ndarray) -> np.ndarray:
         found, _ = ndimage.label(labels == label)
         parts[found > 0] = found[found > 0] + parts.max()
     return parts
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_cells_within_a_part_are_those_of_the_whole(name: str) -> None:
+    """Regions that lie elsewhere are left out early; none of them would have changed a cell."""
+    image = MAPS[name]()
+    height, width = image.shape
+    whole = find_cells(image, MPP)
+    x, y = whole.centroids.T
+    for box in ((0, 0, width // 2, height // 2), (width // 3, height // 4, width, height * 3 // 4)):
+        part = find_cells(image, MPP, box)
+        inside = np.flatnonzero((x >= box[0]) & (x < box[2]) & (y >= box[1]) & (y < box[3]))
+        np.testing.assert_array_equal(part.centroids, whole.centroids[inside])
+        np.testing.assert_array_equal(part.areas, whole.areas[inside])
+        np.testing.assert_array_equal(part.probabilities, whole.probabilities[inside])
+        for number, of_whole in enumerate(inside):
+            np.testing.assert_array_equal(part.outlines[number], whole.outlines[of_whole])

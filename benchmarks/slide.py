@@ -1,22 +1,25 @@
-"""``staindiffuser bench slide``: what the client costs besides the server, with a stub of known cost in its place; of a
-real slide, the whole of it beside other programs (:mod:`~staindiffuser.benchmarks.whole_slide`).
+"""``staindiffuser bench slide``: what the client costs besides the server, with a stub of known cost in its place, or
+Triton with engines that do nothing; of a real slide, the whole of it beside other programs
+(:mod:`~staindiffuser.benchmarks.whole_slide`).
 
 Each measurement runs in a process of its own, whose peak memory and processor time are its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args
+from unittest.mock import patch
 
 import typer
 
@@ -26,6 +29,10 @@ __all__ = ["SlideBench", "SlideReport", "SlideRun", "bench_slide", "slide"]
 
 MPP = 0.5
 DRAWINGS = "drawings.npz"
+
+
+Writes = Literal["images", "images and maps", "cells too"]
+"""What a run writes: the stained images alone, with their cell maps, or with maps and cells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,8 @@ class SlideBench:
     """Side of the stub's tiles, pixels."""
     tile_ms: float = 0.0
     """What the stub takes for a tile, ms."""
+    triton: bool = False
+    """A real Triton on the same cores instead of the stub; its engines do nothing."""
     pyramid: bool = True
     """The slide has reduced levels."""
     cores: int = 2
@@ -52,7 +61,7 @@ class SlideBench:
     nuclei: bool = True
     """With cells, count the H&E's nuclei as well, as `stain` does."""
     images_only: bool = True
-    """Measure without cells as well, in turns."""
+    """Measure images alone, and images and cell maps without finding the cells, as well, in turns."""
     seed: int = 0
 
 
@@ -60,7 +69,7 @@ class SlideBench:
 class SlideRun:
     """What one run took."""
 
-    cells_written: bool
+    writes: Writes
     megapixels: float
     """Of the slide."""
     seconds: float
@@ -95,16 +104,21 @@ class SlideReport:
     """The median over rounds of the rate with cells over that of images alone."""
     cpu_ratio: float | None
     """The same by processor time, for a machine that does other things as well."""
+    maps_ratio: float | None
+    """The median over rounds of the rate with cells over that of the same images and maps without cells."""
+    maps_cpu_ratio: float | None
+    """The same by processor time."""
 
     def lines(self) -> list[str]:
         """The report for people."""
         bench = self.bench
+        server = "Triton with engines that do nothing" if bench.triton else f"stub of {bench.tile_ms:g} ms a tile"
         lines = [
-            f"{bench.side} x {bench.side} px, {bench.stains} stains, stub of {bench.tile_ms:g} ms a tile, "
-            f"{bench.cores} cores, {bench.rounds} rounds"
+            f"{bench.side} x {bench.side} px, {bench.stains} stains, {server}, {bench.cores} cores, "
+            f"{bench.rounds} rounds"
         ]
         for run in self.runs:
-            what = f"{sum(run.cells.values())} cells" if run.cells_written else "images only"
+            what = f"{sum(run.cells.values())} cells" if run.writes == "cells too" else f"{run.writes} only"
             share = f", {run.server_share:.3f} x the server's time" if run.server_share is not None else ""
             lines.append(
                 f"{what}: {run.megapixels_per_second:.2f} MP/s, {run.seconds:.1f} s, {run.cpu_seconds:.1f} s of CPU, "
@@ -116,6 +130,9 @@ class SlideReport:
             lines.append(f"  CPU, ms a megapixel: {whole:.1f} ({parts}), {bench.cores * 1000 / whole:.1f} MP/s at most")
         if self.ratio is not None:
             lines.append(f"with cells / images only: {self.ratio:.3f}, by processor time {self.cpu_ratio:.3f}")
+            lines.append(
+                f"with cells / images and maps only: {self.maps_ratio:.3f}, by processor time {self.maps_cpu_ratio:.3f}"
+            )
         return lines
 
 
@@ -130,7 +147,8 @@ def bench_slide(bench: SlideBench, progress: Callable[[str], None] = lambda line
 
     from staindiffuser.benchmarks.stub_tissue import StubTissue, write_slide
 
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         path = Path(folder) / "slide.tif"
         progress("writing the slide")
         area_mm2 = (bench.side * bench.tissue * MPP / 1000) ** 2
@@ -138,46 +156,85 @@ def bench_slide(bench: SlideBench, progress: Callable[[str], None] = lambda line
         tissue_side = round(bench.side * bench.tissue)
         write_slide(path, tissue, bench.side, tissue_side=tissue_side, pyramid=bench.pyramid)
         np.savez(path.with_name(DRAWINGS), maps=np.stack(tissue.maps), images=np.stack(tissue.images))
+        url = stack.enter_context(_idle_triton(bench, Path(folder))) if bench.triton else None
         runs = []
         for number in range(bench.rounds):
-            for cells in (False, True) if bench.images_only else (True,):
-                progress(f"round {number + 1}: {'with cells' if cells else 'images only'}")
+            kinds: tuple[Writes, ...] = get_args(Writes)
+            for writes in kinds if bench.images_only else kinds[-1:]:
+                progress(f"round {number + 1}: {writes}")
                 # A fresh process each: its peak memory is that of one run.
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    runs.append(pool.submit(_measure, bench, path, cells).result())
+                    runs.append(pool.submit(_measure, bench, path, writes, url).result())
     return _report(bench, runs)
 
 
+@contextlib.contextmanager
+def _idle_triton(bench: SlideBench, folder: Path) -> Iterator[str]:
+    """The address of a Triton whose engines do nothing."""
+    from staindiffuser.benchmarks.idle_engines import build_idle
+    from staindiffuser.export.manifest import Manifest
+    from staindiffuser.serving.demo import repository_of
+    from staindiffuser.serving.server import TritonServer
+
+    manifest = Manifest.load(repository_of(None, fast=False))
+    repository = build_idle(manifest, folder, flavour=manifest.flavour, max_batch=bench.batch)
+    with TritonServer(repository) as server:
+        yield server.url
+
+
 def _report(bench: SlideBench, runs: Sequence[SlideRun]) -> SlideReport:
-    complete = [run for run in runs if run.cells_written]
-    images = [run for run in runs if not run.cells_written]
-    pairs = list(zip(complete, images, strict=False))
+    images, maps, complete = ([run for run in runs if run.writes == writes] for writes in get_args(Writes))
+
+    def median(others: Sequence[SlideRun], ratio: Callable[[SlideRun, SlideRun], float]) -> float | None:
+        return statistics.median(map(ratio, complete, others)) if others else None
+
+    def rate(run: SlideRun, other: SlideRun) -> float:
+        return run.megapixels_per_second / other.megapixels_per_second
+
+    def cpu(run: SlideRun, other: SlideRun) -> float:
+        return other.cpu_seconds / run.cpu_seconds
+
     return SlideReport(
         bench=bench,
         runs=tuple(runs),
         with_cells=statistics.median(run.megapixels_per_second for run in complete),
         images_only=statistics.median(run.megapixels_per_second for run in images) if images else None,
-        ratio=statistics.median(c.megapixels_per_second / i.megapixels_per_second for c, i in pairs) if pairs else None,
-        cpu_ratio=statistics.median(i.cpu_seconds / c.cpu_seconds for c, i in pairs) if pairs else None,
+        ratio=median(images, rate),
+        cpu_ratio=median(images, cpu),
+        maps_ratio=median(maps, rate),
+        maps_cpu_ratio=median(maps, cpu),
     )
 
 
-def _measure(bench: SlideBench, path: Path, cells: bool) -> SlideRun:
-    """One run, in this process."""
+def _measure(bench: SlideBench, path: Path, writes: Writes, url: str | None = None) -> SlideRun:
+    """One run, in this process; ``url`` is a server's instead of the stub."""
     allowed = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, set(allowed[: bench.cores]))
     import numpy as np
 
     from staindiffuser.benchmarks.stub_tissue import StubStainer
+    from staindiffuser.client.cells import MapCells
+    from staindiffuser.client.connection import StainClient
+    from staindiffuser.client.contract import Stainer
     from staindiffuser.client.options import StainingOptions
     from staindiffuser.client.progress import QuietReporter
     from staindiffuser.client.staining import SlideJob
 
-    with np.load(path.with_name(DRAWINGS)) as drawn:
-        stainer = StubStainer(drawn["maps"], drawn["images"], tile=bench.tile, seconds_per_tile=bench.tile_ms / 1000)
-    options = StainingOptions(batch=bench.batch, in_flight=bench.in_flight, cells=cells, nuclei=bench.nuclei)
+    stainer: Stainer
+    if url is not None:
+        stainer = StainClient(url)
+    else:
+        with np.load(path.with_name(DRAWINGS)) as drawn:
+            stainer = StubStainer(
+                drawn["maps"], drawn["images"], tile=bench.tile, seconds_per_tile=bench.tile_ms / 1000
+            )
+    complete = writes == "cells too"
+    options = StainingOptions(
+        batch=bench.batch, in_flight=bench.in_flight, cells=writes != "images", nuclei=bench.nuclei and complete
+    )
     base, cpu, start = _peak_mib(), time.process_time(), time.perf_counter()
     with (
+        contextlib.nullcontext() if complete else patch.object(MapCells, "add_row", return_value=[]),
         tempfile.TemporaryDirectory(dir=path.parent) as output,
         SlideJob(path, Path(output) / "result", options) as job,
     ):
@@ -189,7 +246,7 @@ def _measure(bench: SlideBench, path: Path, cells: bool) -> SlideRun:
     stages = job.run.watch.cpu_seconds() if job.run is not None else {}
     stages["other"] = cpu_seconds - sum(stages.values())
     return SlideRun(
-        cells_written=cells,
+        writes=writes,
         megapixels=megapixels,
         seconds=round(seconds, 2),
         megapixels_per_second=round(megapixels / seconds, 3),
@@ -231,6 +288,14 @@ def slide(
     tissue: Annotated[float, typer.Option(min=0.05, max=1, help="Share of the side that is tissue, not glass.")] = 1.0,
     tile: Annotated[int, typer.Option(min=256, help="Side of a tile, pixels.")] = 512,
     tile_ms: Annotated[float, typer.Option(min=0, help="What the stub takes for a tile, ms.")] = 0.0,
+    triton: Annotated[
+        bool,
+        typer.Option(
+            "--triton",
+            help="A real Triton in the stub's place, with the demonstration's stains and engines that do nothing; they "
+            "find no cells.",
+        ),
+    ] = False,
     pyramid: Annotated[bool, typer.Option("--pyramid/--no-pyramid", help="Whether the slide has levels.")] = True,
     cores: Annotated[int, typer.Option(min=1, help="Cores to use.")] = 2,
     batch: Annotated[int, typer.Option(min=1, help="Tiles per request.")] = 8,
@@ -272,6 +337,7 @@ def slide(
         tissue=tissue,
         tile=tile,
         tile_ms=tile_ms,
+        triton=triton,
         pyramid=pyramid,
         cores=cores,
         batch=batch,

@@ -20,9 +20,9 @@ def test_report(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "with cells / images only" in result.output
     report = json.loads(report_file.read_text(encoding="utf-8"))
-    images, complete = report["runs"]
-    assert (images["cells_written"], complete["cells_written"]) == (False, True)
-    assert images["cells"] == {}
+    images, maps, complete = report["runs"]
+    assert [run["writes"] for run in report["runs"]] == ["images", "images and maps", "cells too"]
+    assert images["cells"] == maps["cells"] == {}
     # Some of the drawn cells touch, and some of those cannot be told apart.
     assert 900 < sum(complete["cells"].values()) <= 1200
     assert report["ratio"] == complete["megapixels_per_second"] / images["megapixels_per_second"]
@@ -32,4 +32,20 @@ def test_report(tmp_path: Path) -> None:
     assert parts.keys() >= {"read", "stain", "compose and encode", "cells", "nuclei", "other"}
     assert sum(parts.values()) == pytest.approx(1000 * complete["cpu_seconds"] / complete["megapixels"], rel=0.02)
     assert min(parts["compose and encode"], parts["cells"], parts["nuclei"]) > 1, "what happens in pools counts too"
+    assert report["maps_ratio"] == complete["megapixels_per_second"] / maps["megapixels_per_second"]
+    assert report["maps_cpu_ratio"] == pytest.approx(maps["cpu_seconds"] / complete["cpu_seconds"])
     assert report["cpu_ratio"] == pytest.approx(images["cpu_seconds"] / complete["cpu_seconds"])
+
+
+@pytest.mark.slow
+def test_a_real_server_takes_the_stubs_place(tmp_path: Path) -> None:
+    report_file = tmp_path / "r.json"
+    options = ["--side", "1024", "--cells", "1200", "--triton", "--no-images-only", "--json", str(report_file)]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0, result.output
+    report = json.loads(report_file.read_text(encoding="utf-8"))
+    (run,) = report["runs"]
+    assert run["tiles"] > 1
+    assert run["cells"] == {}, "engines that do nothing find none"
+    assert run["server_share"] is None
+    assert report["ratio"] is report["maps_ratio"] is None

@@ -33,7 +33,10 @@ def stain(
     ] = None,
     model: Annotated[
         str,
-        typer.Option(metavar="NAME", help="Model to use, where a server offers several. (default: its current one)"),
+        typer.Option(
+            metavar="NAME",
+            help="Model to use, where a server offers several, or NAME@VERSION. (default: the only or current one)",
+        ),
     ] = "",
     repository: Annotated[
         Path | None,

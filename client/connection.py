@@ -1,4 +1,4 @@
-"""gRPC connection to a Triton server that serves the ensemble ``staindiffuser``."""
+"""gRPC connection to a Triton server that serves the ensemble ``staindiffuser``, or several."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ from staindiffuser.client.errors import (
     ServerBusyError,
     ServerUnreachableError,
 )
+from staindiffuser.client.offered import choose_model, offered_models
 from staindiffuser.client.tracing import Tracer
 from staindiffuser.errors import ServerError, ServerLostError, StainDiffuserError, UsageError
 from staindiffuser.imaging.arrays import UInt8Array
@@ -65,6 +66,8 @@ class _Served:
     """Random for each start; empty for a server that does not say."""
     has_queues: bool
     """Whether requests wait where urgent ones go first."""
+    ensemble: str
+    """What the model is called in requests."""
     ensemble_version: str
     """The number that Triton gives the ensemble's version; it is derived from the model version."""
 
@@ -80,7 +83,8 @@ class StainClient:
     Raises:
         ServerUnreachableError: no server answers at ``url``, or it is not ready.
         ContractError: the server has no ensemble that this client understands.
-        UsageError: another model than the one asked for, or urgent requests to a server that has no queues.
+        UsageError: the server lacks the model that is asked for, or has several and none was asked for; urgent requests
+            to a server that has no queues.
     """
 
     def __init__(
@@ -107,7 +111,8 @@ class StainClient:
             patience: seconds to wait for a lost server to return with the same model.
             busy_patience: seconds to send a request again that the server refuses because it has too much to do.
             urgent: requests go before all ordinary ones that wait on the server.
-            model: name of the model that is wanted, where a proxy offers several; by default whichever is served.
+            model: name of the model that is wanted, or ``NAME@VERSION`` with the version's first digits, where a server
+                or a proxy offers several; by default the only one, or a proxy's current one.
             use_proxy: obey ``http_proxy``, as gRPC does by default. Off here, because a proxy meant for the web
                 intercepts even requests to the loopback address.
             credentials: for a server that is offered on a network; None for plain text.
@@ -116,7 +121,7 @@ class StainClient:
 
         if in_flight < 1:
             raise ValueError(f"in_flight must be at least 1, not {in_flight}")
-        self._url = url
+        self._url, self._model = url, model
         self._deadline = deadline
         self._patience, self._busy_patience = patience, busy_patience
         self._priority = URGENT if urgent else ORDINARY
@@ -128,7 +133,7 @@ class StainClient:
         # In the request for Triton, and as a header (RFC 9218) for a proxy, which does not read requests.
         self._headers = {**credentials.headers(), **({"priority": "u=1"} if urgent else {})}
         if model:
-            self._headers[MODEL_HEADER] = model
+            self._headers[MODEL_HEADER] = model.partition("@")[0]
         # channel_args replaces all of tritonclient's defaults, message sizes included.
         self._client = triton.InferenceServerClient(
             url,
@@ -144,8 +149,6 @@ class StainClient:
             self._served = self._introduce(connect_timeout)
             # From here on a proxy sends this client to servers of this version, whatever is promoted meanwhile.
             self._headers[VERSION_HEADER] = self._served.ensemble_version
-            if model and self.contract.model_name != model:
-                raise UsageError(f"the server at {url} serves the model {self.contract.model_name}, not {model}")
             if urgent and not self._served.has_queues:
                 raise UsageError(
                     f"the server at {url} has no queue in which urgent requests could go first: leave out --urgent, or "
@@ -278,7 +281,7 @@ class StainClient:
                 raise ServerLostError(f"the requests to {self._url} were cancelled")
             try:
                 return self._client.infer(
-                    ENSEMBLE,
+                    self._served.ensemble,
                     inputs,
                     model_version=self._served.ensemble_version,
                     outputs=outputs,
@@ -313,12 +316,17 @@ class StainClient:
         while not self._cancelled.wait(pause) and time.monotonic() < give_up:
             pause = RETRY_SECONDS
             with contextlib.suppress(ServerUnreachableError):
-                found = self._introduce(timeout=max(1.0, give_up - time.monotonic())).contract
-                if found != self.contract:
-                    raise ModelChangedError(_change(self._url, self.contract, found))
+                try:
+                    found = self._introduce(timeout=max(1.0, give_up - time.monotonic()), known=self._served)
+                except UsageError as error:
+                    raise ModelChangedError(f"replaced while staining: {error}") from error
+                if found.contract != self.contract:
+                    raise ModelChangedError(_change(self._url, self.contract, found.contract))
+                self._served = replace(self._served, ensemble=found.ensemble)  # it may be the second one now
                 return
 
-    def _introduce(self, timeout: float) -> _Served:
+    def _introduce(self, timeout: float, known: _Served | None = None) -> _Served:
+        """Ask the server what it is, and for the model that is wanted: the known one, if there is one."""
         try:
             if not self._client.is_server_ready(self._headers, client_timeout=timeout):
                 raise ServerUnreachableError(
@@ -341,24 +349,32 @@ class StainClient:
                 "or omit --server to use the demonstration model"
             ) from error
         try:
-            versions = self._client.get_model_metadata(ENSEMBLE, headers=self._headers, client_timeout=timeout).versions
-            version = max(versions, key=int, default="")
-            # Naming the version makes sure that both answers come from servers with the same model.
-            headers = {**self._headers, VERSION_HEADER: version}
-            config: Any = self._client.get_model_config(
-                ENSEMBLE, version, headers=headers, client_timeout=timeout
-            ).config
+            config, version, parameters = self._configuration(ENSEMBLE, timeout)
+            offered = offered_models(parameters, self._url)
+            kept = [model for model in offered if known and model.version == known.contract.model_version]
+            ensemble = (kept or [choose_model(offered, self._model, self._url)])[0].ensemble
+            if ensemble != ENSEMBLE:
+                config, version, parameters = self._configuration(ensemble, timeout)
         except self._triton.InferenceServerException as error:
             raise self._no_model(error) from error
-        parameters: Mapping[str, str] = {key: value.string_value for key, value in config.parameters.items()}
         contract = ModelContract.from_config(parameters, max_batch=max(1, config.max_batch_size), server=self._url)
         return _Served(
             contract=contract,
             server_version=f"{metadata.name} {metadata.version}",
             server_id=parameters.get(SERVER_ID, ""),
             has_queues=_PRIORITY_LEVELS in parameters,
+            ensemble=ensemble,
             ensemble_version=version,
         )
+
+    def _configuration(self, ensemble: str, timeout: float) -> tuple[Any, str, dict[str, str]]:
+        """An ensemble's configuration, its version's number, and its parameters."""
+        versions = self._client.get_model_metadata(ensemble, headers=self._headers, client_timeout=timeout).versions
+        version = max(versions, key=int, default="")
+        # Naming the version makes sure that both answers come from servers with the same model.
+        headers = {**self._headers, VERSION_HEADER: version}
+        config: Any = self._client.get_model_config(ensemble, version, headers=headers, client_timeout=timeout).config
+        return config, version, {key: value.string_value for key, value in config.parameters.items()}
 
     def _no_model(self, error: Exception) -> ContractError:
         wanted = self._headers.get(MODEL_HEADER, ENSEMBLE)

@@ -35,7 +35,8 @@ class Target:
     urgent: bool = False
     """Requests go before all ordinary ones that wait on the server."""
     model: str = ""
-    """Name of the model, where a proxy offers several; by default whichever is served."""
+    """Name of the model, or ``NAME@VERSION``, where a server or a proxy offers several; by default the only one, or a
+    proxy's current one."""
     use_proxy: bool = False
     """Obey ``http_proxy``."""
     credentials: Credentials = field(default_factory=Credentials)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from staindiffuser.export.manifest import Manifest
@@ -27,7 +27,7 @@ def traces_endpoint(environment: Mapping[str, str]) -> str:
 
 
 def triton_arguments(
-    manifest: Manifest,
+    manifests: Sequence[Manifest],
     models: Path,
     backends: Path,
     *,
@@ -39,7 +39,7 @@ def triton_arguments(
     """Arguments for a server on loopback: no HTTP, no model control, no port reuse, closed administration protocols.
 
     Args:
-        manifest: of the repository.
+        manifests: of the repositories.
         models: the model repository for Triton.
         backends: the backend directory.
         grpc_port: for clients.
@@ -66,12 +66,12 @@ def triton_arguments(
         # The key is thrown away: these protocols are closed, not protected by a secret.
         "grpc-restricted-protocol": f"{','.join(RESTRICTED)}:closed={secrets.token_hex(32)}",
     }
-    if manifest.engines[ENCODER].device.kind == "cpu":
+    if all(manifest.engines[ENCODER].device.kind == "cpu" for manifest in manifests):
         arguments["pinned-memory-pool-byte-size"] = "0"
         arguments["allow-gpu-metrics"] = "false"
     else:
         # Holds the features between models; Triton silently falls back to host memory when it is full.
-        arguments["cuda-memory-pool-byte-size"] = f"0:{manifest.cuda_pool_bytes}"
+        arguments["cuda-memory-pool-byte-size"] = f"0:{sum(manifest.cuda_pool_bytes for manifest in manifests)}"
     backend = {"shm-region-prefix-name": shm_prefix, "stub-timeout-seconds": str(STUB_SECONDS)}
     tracing = ["mode=opentelemetry", f"opentelemetry,url={traces}", "level=TIMESTAMPS", "rate=1"] if traces else []
     if traces:

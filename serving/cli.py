@@ -11,6 +11,7 @@ import typer
 from staindiffuser.files import check_file
 
 if TYPE_CHECKING:
+    from staindiffuser.serving.model_links import ServedModel
     from staindiffuser.serving.rollout import Promotion
     from staindiffuser.serving.server import TritonServer
 
@@ -18,9 +19,13 @@ __all__ = ["doctor", "promote", "proxy", "rollback", "serve"]
 
 
 def serve(
-    repository: Annotated[
-        Path | None,
-        typer.Argument(help="Model repository from `export build`, or a shipped model's name; `demo` by default."),
+    repositories: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[REPO]...",
+            help="Model repositories from `export build`, or names of shipped models; `demo` by default. Of several, "
+            "clients choose one (`stain --model`).",
+        ),
     ] = None,
     grpc_port: Annotated[int, typer.Option(help="gRPC port on 127.0.0.1; 0: a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics port on 127.0.0.1; 0: a free one.")] = 8002,
@@ -35,7 +40,11 @@ def serve(
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of each CPU engine; 0: all cores.")] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Refuse engines that do not come from this checkpoint.")
+        list[Path] | None,
+        typer.Option(
+            help="Refuse engines that do not come from this checkpoint. With several repositories, one for each, in "
+            "their order."
+        ),
     ] = None,
     log: Annotated[Path | None, typer.Option(help="Append Triton's log to this file.")] = None,
     restarts: Annotated[int, typer.Option(min=0, help="Restarts in a row after crashes before giving up.")] = 5,
@@ -51,11 +60,15 @@ def serve(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ready line as one JSON object.")] = False,
 ) -> None:
-    """Serve a model repository on this machine, gRPC on loopback only, until SIGTERM (exit 0) or Ctrl-C (130).
+    """Serve model repositories on this machine, gRPC on loopback only, until SIGTERM (exit 0) or Ctrl-C (130).
 
     SIGTERM drains: requests in progress finish, new ones are refused as unavailable. A crash is followed by a restart.
 
-    Example: staindiffuser serve models --grpc-port 8001
+    Examples:
+
+    staindiffuser serve models --grpc-port 8001
+
+    staindiffuser serve demo colon
     """
     import signal
     from types import FrameType
@@ -77,15 +90,16 @@ def serve(
         signal.signal(number, stop)
     log_book = AuditLog(audit, say)
     try:
-        chosen = repository_of(repository, say, fast=fast)
-        log_book.record("start", repository=str(chosen.absolute()), grpc_port=grpc_port)
+        asked: list[Path | None] = list(repositories) if repositories else [None]
+        chosen = [repository_of(repository, say, fast=fast) for repository in asked]
+        log_book.record("start", repositories=[str(path.absolute()) for path in chosen], grpc_port=grpc_port)
         server = TritonServer(
-            chosen,
+            *chosen,
             grpc_port=grpc_port or None,
             metrics_port=metrics_port or None,
             log=log,
             threads=threads,
-            checkpoint=checkpoint,
+            checkpoints=checkpoint or (),
             requests=requests,
         )
         with server:
@@ -113,7 +127,9 @@ def serve(
 
 
 def doctor(
-    repository: Annotated[Path | None, typer.Argument(help="Model repository to verify as well.")] = None,
+    repositories: Annotated[
+        list[Path] | None, typer.Argument(metavar="[REPO]...", help="Model repositories to verify as well.")
+    ] = None,
     grpc_port: Annotated[int, typer.Option(help="Port that `serve` is to use.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Metrics port that `serve` is to use.")] = 8002,
     certificate: Annotated[
@@ -121,7 +137,7 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Report what this machine can run: processor, GPU, targets, Triton, memory, ports, repository, certificates.
+    """Report what this machine can run: processor, GPU, targets, Triton, memory, ports, repositories, certificates.
 
     Ends with 0, or with the exit code of the first problem.
 
@@ -133,7 +149,7 @@ def doctor(
 
     findings = []
     ports = [(grpc_port, "--grpc-port"), (metrics_port, "--metrics-port")]
-    for finding in examine(repository=repository, ports=ports, certificates=certificate or ()):
+    for finding in examine(repositories=repositories or (), ports=ports, certificates=certificate or ()):
         findings.append(finding)
         if not as_json:
             typer.echo(f"{finding.status:8} {finding.name}: {finding.detail}")
@@ -241,15 +257,30 @@ def _ready(server: TritonServer) -> dict[str, Any]:
         "steps": manifest.steps,
         "max_batch": manifest.max_batch,
         "target": manifest.target,
+        "models": [
+            {
+                "name": model.manifest.model_name,
+                "version": model.manifest.model_version,
+                "ensemble": model.ensemble,
+                "stains": [stain.name for stain in model.manifest.stains],
+            }
+            for model in server.models
+        ],
     }
 
 
 def _ready_text(server: TritonServer) -> str:
-    manifest = server.manifest
+    served = "\nand ".join(_model_text(model) for model in server.models)
+    notices = dict.fromkeys(model.manifest.notice for model in server.models)
+    return "\n".join([f"ready: {server.url} serves {served}", f"metrics: {server.metrics_url}", *notices])
+
+
+def _model_text(model: ServedModel) -> str:
+    manifest = model.manifest
     stains = ", ".join(stain.label for stain in manifest.stains)
     return (
-        f"ready: {server.url} serves {stains} of model {manifest.model_name} ({manifest.model_version[:12]}), tiles of "
-        f"{manifest.tile} px, batches up to {manifest.max_batch}\nmetrics: {server.metrics_url}\n{manifest.notice}"
+        f"{stains} of model {manifest.model_name} ({manifest.model_version[:12]}), tiles of {manifest.tile} px, "
+        f"batches up to {manifest.max_batch}"
     )
 
 

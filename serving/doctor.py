@@ -38,12 +38,12 @@ class Finding:
 
 
 def examine(
-    *, repository: Path | None = None, ports: Sequence[tuple[int, str]] = (), certificates: Sequence[Path] = ()
+    *, repositories: Sequence[Path] = (), ports: Sequence[tuple[int, str]] = (), certificates: Sequence[Path] = ()
 ) -> Iterator[Finding]:
     """Examine this machine.
 
     Args:
-        repository: a model repository to verify, or None.
+        repositories: model repositories to verify, which are to be served together.
         ports: ports that a server is to use, with their command-line options.
         certificates: PEM files whose dates are checked.
 
@@ -54,7 +54,7 @@ def examine(
         ("python", _python),
         ("processor", _processor),
         ("memory", _memory),
-        ("shared memory", partial(_shared_memory, repository)),
+        ("shared memory", partial(_shared_memory, repositories)),
         ("GPU", _gpu),
         ("targets", _targets),
         ("Triton", _triton),
@@ -62,8 +62,7 @@ def examine(
         ("cache", _cache),
     ]
     checks += [(f"port {port}", partial(_port, port, option)) for port, option in ports]
-    if repository is not None:
-        checks.append(("repository", partial(_repository, repository)))
+    checks += [("repository", partial(_repository, repository)) for repository in repositories]
     checks += [(f"certificate {path}", partial(_certificate, path)) for path in certificates]
     for name, check in checks:
         try:
@@ -116,16 +115,16 @@ def _memory() -> Iterator[Finding]:
         yield Finding(name="memory", status="ok", detail=detail)
 
 
-def _shared_memory(repository: Path | None) -> Iterator[Finding]:
+def _shared_memory(repositories: Sequence[Path]) -> Iterator[Finding]:
     from staindiffuser.export.manifest import Manifest
     from staindiffuser.serving.preflight import SHARED_MEMORY, require_shared_memory
 
     if not SHARED_MEMORY.is_dir():
         raise DependencyError(f"{SHARED_MEMORY} is missing: Triton's Python backend needs it")
-    if repository is not None:
-        require_shared_memory(Manifest.load(repository))
+    if repositories:
+        require_shared_memory([Manifest.load(repository) for repository in repositories])
     free = shutil.disk_usage(SHARED_MEMORY).free
-    enough = "; enough for the repository" if repository is not None else ""
+    enough = f"; enough for the {'repository' if len(repositories) == 1 else 'repositories'}" if repositories else ""
     yield Finding(name="shared memory", status="ok", detail=f"{SHARED_MEMORY}: {free / 2**20:.0f} MiB free{enough}")
 
 

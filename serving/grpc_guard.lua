@@ -1,4 +1,4 @@
--- HAProxy filter: lets only well-formed requests for one model through to Triton.
+-- HAProxy filter: lets only well-formed requests for the ensembles through to Triton.
 --
 -- The name of the model is in the body of a gRPC request and not in its path, so that a proxy which looks at paths cannot
 -- keep clients from the ensemble's inner models. This filter parses the protobuf message while it streams through, and
@@ -7,12 +7,13 @@
 -- shares memory or answers with text classifications; unknown fields; compression; a second message; too many bytes.
 --
 -- Messages: ModelInferRequest, ModelMetadataRequest, ModelConfigRequest of KServe's inference protocol (grpc_service.proto).
--- Arguments of the filter: the model's name, and the largest message in bytes.
+-- Arguments of the filter: the ensemble's name, and the largest message in bytes. Where a server holds several models, the
+-- further ensembles have that name too, with a hyphen and a suffix.
 
 local SMALL = 4096 -- bytes of a field that is looked into; tensors are not
 
 local PREFIX = "/inference.GRPCInferenceService/"
-local METHODS = { -- fields that may occur: "model" must be the one model, "skip" is not looked at, numbers limit fields
+local METHODS = { -- fields that may occur: "model" must be an ensemble, "skip" is not looked at, numbers limit fields
     ServerLive = {}, ServerReady = {}, ServerMetadata = {},
     ModelReady = { [1] = "model", [2] = "small" },
     ModelMetadata = { [1] = "model", [2] = "small" },
@@ -100,7 +101,9 @@ function Guard:accept(data)
             if length > SMALL then return false end
             if size > #self.text then return true end -- the rest of the field has yet to come
             local value = self.text:sub(start, size)
-            if kind == "model" and value ~= self.model then return false end
+            if kind == "model" and value ~= self.model and value:sub(1, #self.model + 1) ~= self.model .. "-" then
+                return false
+            end
             if type(kind) == "table" and not only(value, kind) then return false end
             self.left = self.left - size
         end

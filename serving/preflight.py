@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +27,22 @@ def _tensor_bytes(manifest: Manifest) -> int:
     return manifest.max_batch * sum(math.prod(t.shape) * np.dtype(t.dtype).itemsize for t in tensors)
 
 
-def require_shared_memory(manifest: Manifest) -> None:
+def require_shared_memory(manifests: Sequence[Manifest]) -> None:
     """Check that /dev/shm is large enough: the Python backend passes tensors through it, and containers make it small.
+
+    Args:
+        manifests: of the repositories that are to be served together.
 
     Raises:
         ServerMissingError: there is none, or too little is free.
     """
     if not SHARED_MEMORY.is_dir():
         raise ServerMissingError(f"{SHARED_MEMORY} is missing: Triton's Python backend needs it")
-    needed = int(1.25 * _tensor_bytes(manifest)) + (1 << 20) * (len(manifest.engines) + 1)
+    needed = sum(int(1.25 * _tensor_bytes(m)) + (1 << 20) * (len(m.engines) + 1) for m in manifests)
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < needed:
         raise ServerMissingError(
-            f"{SHARED_MEMORY} has {free >> 20} MiB free, this repository needs {needed >> 20} MiB at batch "
-            f"{manifest.max_batch}: give the container more (docker run --shm-size) or build with a smaller --max-batch"
+            f"{SHARED_MEMORY} has {free >> 20} MiB free, but {needed >> 20} MiB are needed at batch "
+            f"{max(m.max_batch for m in manifests)}: give the container more (docker run --shm-size) or build with a "
+            "smaller --max-batch"
         )

@@ -1,7 +1,7 @@
 """The proxy in front of Triton on a network: an HAProxy configuration with TLS, client authentication and limits.
 
-Triton's own front end stays on loopback. HAProxy lets through only the calls that clients need, for the one model that
-is served (``grpc_guard.lua``), counts requests per client, spreads them over the servers that are healthy, and writes
+Triton's own front end stays on loopback. HAProxy lets through only the calls that clients need, for the ensembles that
+are served (``grpc_guard.lua``), counts requests per client, spreads them over the servers that are healthy, and writes
 an access log with request ids and without payload.
 """
 
@@ -29,7 +29,7 @@ class ProxyServer:
     """One Triton server behind the proxy."""
 
     pool: str = "main"
-    """Servers of one pool serve the same version of the same model."""
+    """Servers of one pool serve the same version of the same model, or the same versions of several."""
     host: str
     grpc_port: int
     metrics_port: int

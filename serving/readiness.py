@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from staindiffuser.errors import ServerLostError
-from staindiffuser.export.manifest import Manifest
-from staindiffuser.export.triton_config import ENSEMBLE, wire_outputs
+from staindiffuser.export.triton_config import wire_outputs
 from staindiffuser.serving.errors import ServerStartError
-from staindiffuser.serving.model_links import SERVER_ID
+from staindiffuser.serving.model_links import SERVER_ID, ServedModel
 
 __all__ = ["require_answer", "require_identity", "wait_until_ready"]
 
 START_TIMEOUT = 180.0
 
 
-def wait_until_ready(url: str, manifest: Manifest, *, identity: str, require_alive: Callable[[], None]) -> None:
-    """Wait until the server answers a probe tile.
+def wait_until_ready(
+    url: str, models: Sequence[ServedModel], *, identity: str, require_alive: Callable[[], None]
+) -> None:
+    """Wait until every model of the server answers a probe tile.
 
     Args:
         url: ``HOST:PORT`` of gRPC.
-        manifest: what it serves.
+        models: what it serves.
         identity: what it was given as :data:`~staindiffuser.serving.model_links.SERVER_ID`.
         require_alive: raises the error to report once the server's process has ended.
 
@@ -41,27 +42,32 @@ def wait_until_ready(url: str, manifest: Manifest, *, identity: str, require_ali
             require_alive()
             with contextlib.suppress(triton.InferenceServerException):
                 if client.is_server_ready(client_timeout=5):
-                    require_identity(client.get_model_config(ENSEMBLE, client_timeout=5).config, identity, url)
+                    for model in models:
+                        config = client.get_model_config(model.ensemble, client_timeout=5).config
+                        require_identity(config, identity, url)
                     break
             time.sleep(0.05)
         else:
             raise ServerStartError(f"Triton was not ready after {START_TIMEOUT:.0f} s: see its log (--log)")
-        try:
-            _probe(client, manifest, max(10.0, deadline - time.monotonic()))
-        except triton.InferenceServerException as error:
-            require_alive()
-            raise ServerStartError(f"the server failed on a probe tile: {' '.join(str(error).split())}") from error
+        for model in models:
+            try:
+                _probe(client, model, max(10.0, deadline - time.monotonic()))
+            except triton.InferenceServerException as error:
+                require_alive()
+                raise ServerStartError(
+                    f"the model {model.manifest.model_name} failed on a probe tile: {' '.join(str(error).split())}"
+                ) from error
 
 
-def require_answer(url: str, manifest: Manifest, timeout: float) -> None:
-    """Check with a probe tile that a running server still works.
+def require_answer(url: str, model: ServedModel, timeout: float) -> None:
+    """Check with a probe tile that a model of a running server still works.
 
     A server that refuses the tile because it is busy or stopping works, and so does one that only takes long, as long
     as its engines finish anything in the meantime.
 
     Args:
         url: ``HOST:PORT`` of gRPC.
-        manifest: what it serves.
+        model: of the server.
         timeout: seconds.
 
     Raises:
@@ -72,11 +78,13 @@ def require_answer(url: str, manifest: Manifest, timeout: float) -> None:
     with triton.InferenceServerClient(url, channel_args=[("grpc.enable_http_proxy", 0)]) as client:
         before = _executions(client)
         try:
-            _probe(client, manifest, timeout)
+            _probe(client, model, timeout)
         except triton.InferenceServerException as error:
             status = str(error.status())
             if "INTERNAL" in status:
-                raise ServerLostError(f"the server failed on a probe tile: {' '.join(str(error).split())}") from error
+                raise ServerLostError(
+                    f"the model {model.manifest.model_name} failed on a probe tile: {' '.join(str(error).split())}"
+                ) from error
             if "DEADLINE" in status and before is not None and _executions(client) == before:
                 raise ServerLostError(f"the server has finished nothing for {timeout:g} s") from error
 
@@ -93,7 +101,7 @@ def _executions(client: Any) -> int | None:
 
 
 def require_identity(config: Any, identity: str, url: str) -> None:
-    """Check that the ensemble's configuration comes from the server that was started.
+    """Check that an ensemble's configuration comes from the server that was started.
 
     Raises:
         ServerStartError: another server answers at ``url``.
@@ -105,20 +113,21 @@ def require_identity(config: Any, identity: str, url: str) -> None:
         )
 
 
-def _probe(client: Any, manifest: Manifest, timeout: float) -> None:
-    """One tile of glass through every engine; its outputs must have the shapes and types of the contract."""
+def _probe(client: Any, model: ServedModel, timeout: float) -> None:
+    """One tile of glass through every engine of a model; its outputs must have the shapes and types of the contract."""
     import tritonclient.grpc as triton
 
-    glass = np.full((1, manifest.tile, manifest.tile, 3), 243, np.uint8)
+    tile = model.manifest.tile
+    glass = np.full((1, tile, tile, 3), 243, np.uint8)
     inputs = [
         triton.InferInput("HE", list(glass.shape), "UINT8").set_data_from_numpy(glass),
         triton.InferInput("ORIGIN", [1, 2], "INT64").set_data_from_numpy(np.zeros((1, 2), np.int64)),
         triton.InferInput("SEED", [1, 1], "INT64").set_data_from_numpy(np.zeros((1, 1), np.int64)),
     ]
-    expected = wire_outputs(manifest)
+    expected = wire_outputs(model.manifest)
     outputs = [triton.InferRequestedOutput(spec.name) for spec in expected]
-    result = client.infer(ENSEMBLE, inputs, outputs=outputs, client_timeout=timeout)
+    result = client.infer(model.ensemble, inputs, outputs=outputs, client_timeout=timeout)
     for spec in expected:
         array = result.as_numpy(spec.name)
         if array is None or array.dtype.name != spec.dtype or array.shape != (1, *spec.shape):
-            raise ServerStartError(f"the server answered a probe tile without a valid {spec.name}")
+            raise ServerStartError(f"{model.ensemble} answered a probe tile without a valid {spec.name}")

@@ -1,6 +1,7 @@
 """Several models behind one proxy, and the change from one version to another without losing a request.
 
-Servers behind the proxy belong to *pools*; all servers of a pool serve the same version of the same model. A map file,
+Servers behind the proxy belong to *pools*; all servers of a pool serve the same: one version of one model, or
+of several, the first of which the pool stands for. A map file,
 ``routes.map``, tells HAProxy which pool a request goes to, by its headers:
 
 - ``x-staindiffuser-version``: the version that the client has found when it connected. A slide that was begun with one
@@ -28,6 +29,7 @@ import numpy as np
 from staindiffuser.errors import InputError, UsageError
 from staindiffuser.export.triton_config import ENSEMBLE
 from staindiffuser.serving.errors import ServerStartError
+from staindiffuser.serving.model_links import MODELS
 
 __all__ = ["CURRENT", "POOLS", "ROUTES", "SOCKET", "Promotion", "promote", "rollback", "write_pools"]
 
@@ -53,7 +55,7 @@ class Promotion:
 
 @dataclass(frozen=True, kw_only=True)
 class _Served:
-    """What a server says it serves."""
+    """A model that a server says it serves."""
 
     model_name: str
     model_version: str
@@ -77,7 +79,7 @@ def write_pools(folder: Path, pools: Mapping[str, Sequence[str]]) -> None:
 
 
 def promote(folder: Path, pool: str) -> Promotion:
-    """Send new work for a pool's model to that pool; slides that were begun elsewhere go on there.
+    """Send new work for a pool's models to that pool; slides that were begun elsewhere go on there.
 
     Args:
         folder: the proxy's, where :func:`staindiffuser.serving.proxy.write_proxy` has written.
@@ -90,19 +92,23 @@ def promote(folder: Path, pool: str) -> Promotion:
     pools = _pools(folder)
     if pool not in pools:
         raise UsageError(f"{folder} has no pool {pool}: it has {', '.join(pools)}")
-    new = _examine(pools[pool])
+    served = _examine(pools[pool])
+    new = served[0]
     routes = _routes(folder)
     previous = routes.get(f"model/{new.model_name}", routes[CURRENT])
     changes: dict[str, str] = {}
     old = None
     with contextlib.suppress(ServerStartError):  # it may be gone, which is a reason to promote another
-        old = _examine(pools[previous])
-        changes |= {f"version/{old.number}": previous, f"model/{old.model_name}": previous}
+        before = _examine(pools[previous])
+        old = before[0]
+        for model in before:
+            changes |= {f"version/{model.number}": previous, f"model/{model.model_name}": previous}
     if previous == routes[CURRENT] and (old is None or old.model_name == new.model_name):
         changes[CURRENT] = pool
     if old is not None and old.model_name != new.model_name:
         previous = pool  # the first of its model
-    changes |= {f"version/{new.number}": pool, f"model/{new.model_name}": pool}
+    for model in served:
+        changes |= {f"version/{model.number}": pool, f"model/{model.model_name}": pool}
     live = _apply(folder, routes, changes)
     promotion = Promotion(
         model_name=new.model_name, model_version=new.model_version, pool=pool, previous=previous, live=live
@@ -132,42 +138,53 @@ def rollback(folder: Path, model_name: str = "") -> Promotion:
     return promote(folder, past[-1]["previous"])
 
 
-def _examine(addresses: Sequence[str]) -> _Served:
-    """Ask every server of a pool for a probe tile."""
-    found = {address: _probe(address) for address in addresses}
+def _examine(addresses: Sequence[str]) -> list[_Served]:
+    """Ask every server of a pool for a probe tile of every model."""
+    found = {address: _probe_all(address) for address in addresses}
     first = next(iter(found.values()))
     for address, served in found.items():
         if served != first:
             raise ServerStartError(
-                f"{address} serves {served.model_name} {served.model_version[:12]}, but {addresses[0]} "
-                f"{first.model_name} {first.model_version[:12]}: a pool serves one version"
+                f"{address} serves {_text(served)}, but {addresses[0]} {_text(first)}: a pool serves one version"
             )
     return first
 
 
-def _probe(address: str) -> _Served:
+def _text(served: Sequence[_Served]) -> str:
+    return ", ".join(f"{model.model_name} {model.model_version[:12]}" for model in served)
+
+
+def _probe_all(address: str) -> list[_Served]:
     import tritonclient.grpc as triton
 
     try:
         with triton.InferenceServerClient(address, channel_args=[("grpc.enable_http_proxy", 0)]) as client:
-            config: Any = client.get_model_config(ENSEMBLE, client_timeout=10).config
-            told = {name: value.string_value for name, value in config.parameters.items()}
-            number = max(client.get_model_metadata(ENSEMBLE, client_timeout=10).versions, key=int)
-            side = int(told["tile"])
-            arrays: dict[str, np.ndarray[Any, Any]] = {
-                "HE": np.full((1, side, side, 3), 243, np.uint8),
-                "ORIGIN": np.zeros((1, 2), np.int64),
-                "SEED": np.zeros((1, 1), np.int64),
-            }
-            inputs = []
-            for name, array in arrays.items():
-                dtype = "UINT8" if array.dtype == np.uint8 else "INT64"
-                inputs.append(triton.InferInput(name, list(array.shape), dtype).set_data_from_numpy(array))
-            names = [f"{kind}_{stain['name'].upper()}" for stain in json.loads(told["stains"]) for kind in _KINDS]
-            outputs = [triton.InferRequestedOutput(name) for name in names]
-            client.infer(ENSEMBLE, inputs, model_version=number, outputs=outputs, client_timeout=_PROBE_SECONDS)
+            parameters = client.get_model_config(ENSEMBLE, client_timeout=10).config.parameters
+            offered = json.loads(parameters[MODELS].string_value or "[]")
+            return [_probe(client, name) for name in [model["ensemble"] for model in offered] or [ENSEMBLE]]
     except (triton.InferenceServerException, KeyError, ValueError) as error:
         raise ServerStartError(f"{address} did not answer a probe tile: {' '.join(str(error).split())}") from error
+
+
+def _probe(client: Any, ensemble: str) -> _Served:
+    import tritonclient.grpc as triton
+
+    config: Any = client.get_model_config(ensemble, client_timeout=10).config
+    told = {name: value.string_value for name, value in config.parameters.items()}
+    number = max(client.get_model_metadata(ensemble, client_timeout=10).versions, key=int)
+    side = int(told["tile"])
+    arrays: dict[str, np.ndarray[Any, Any]] = {
+        "HE": np.full((1, side, side, 3), 243, np.uint8),
+        "ORIGIN": np.zeros((1, 2), np.int64),
+        "SEED": np.zeros((1, 1), np.int64),
+    }
+    inputs = []
+    for name, array in arrays.items():
+        dtype = "UINT8" if array.dtype == np.uint8 else "INT64"
+        inputs.append(triton.InferInput(name, list(array.shape), dtype).set_data_from_numpy(array))
+    names = [f"{kind}_{stain['name'].upper()}" for stain in json.loads(told["stains"]) for kind in _KINDS]
+    outputs = [triton.InferRequestedOutput(name) for name in names]
+    client.infer(ensemble, inputs, model_version=number, outputs=outputs, client_timeout=_PROBE_SECONDS)
     return _Served(model_name=told["model_name"], model_version=told["model_version"], number=number)
 
 

@@ -1,4 +1,4 @@
-"""An embedded Triton server for one model repository, with gRPC and metrics on loopback only.
+"""An embedded Triton server for one or several model repositories, with gRPC and metrics on loopback only.
 
 The server in the ``nvidia-pytriton`` wheel is old and its HTTP front end can be crashed remotely, so it is never
 exposed: HTTP is off, gRPC and metrics listen on 127.0.0.1, models cannot be loaded or unloaded, the repository,
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -27,7 +28,7 @@ from staindiffuser.serving import supervisor
 from staindiffuser.serving.arguments import LOOPBACK, traces_endpoint, triton_arguments
 from staindiffuser.serving.drain import drain, open_gate
 from staindiffuser.serving.errors import PortInUseError, ServerMissingError, ServerStartError
-from staindiffuser.serving.model_links import link_models
+from staindiffuser.serving.model_links import ServedModel, link_models, named
 from staindiffuser.serving.ports import PortClaim
 from staindiffuser.serving.preflight import require_shared_memory
 from staindiffuser.serving.readiness import require_answer, wait_until_ready
@@ -50,35 +51,38 @@ class TritonServer:
 
     def __init__(
         self,
-        repository: Path,
-        *,
+        *repositories: Path,
         grpc_port: int | None = None,
         metrics_port: int | None = None,
         log: Path | None = None,
         threads: int | None = None,
-        checkpoint: Path | None = None,
+        checkpoints: Sequence[Path] = (),
         requests: Path | None = None,
     ) -> None:
         """Configure a server; entering the context starts it.
 
         Args:
-            repository: model repository from ``export build``.
+            repositories: model repositories from ``export build``; of several, clients choose one by its model's name.
             grpc_port: for clients, on 127.0.0.1; a free port by default.
             metrics_port: for Prometheus, on 127.0.0.1; a free port by default.
             log: file to append Triton's log to; by default the log is kept only while the server runs.
             threads: threads of each CPU engine, overriding the repository; 0 for all cores.
-            checkpoint: checkpoint folder that the engines must come from, or None.
+            checkpoints: checkpoint folder that the engines of each repository must come from; empty: from any.
             requests: file to append one line of JSON per request to, of the flavour ``single``; None for none.
         """
-        self.repository = repository.resolve()
+        if not repositories:
+            raise ValueError("name a model repository")
+        if checkpoints and len(checkpoints) != len(repositories):
+            raise UsageError(f"--checkpoint: name one for each of the {len(repositories)} repositories, in their order")
+        self.repositories = tuple(repository.resolve() for repository in repositories)
         self._ports = (grpc_port, metrics_port)
         self._log = log
         self._threads = threads
-        self._checkpoint = checkpoint
+        self._checkpoints = tuple(checkpoints)
         self._requests = requests
         self._folder: Path | None = None
         self._supervisor: subprocess.Popen[bytes] | None = None
-        self._manifest: Manifest | None = None
+        self._models: tuple[ServedModel, ...] = ()
         self._claims: list[PortClaim] = []
         self._grpc_port = self._metrics_port = self._pid = self._log_start = 0
         self._identity = ""
@@ -102,15 +106,20 @@ class TritonServer:
 
     @property
     def identity(self) -> str:
-        """Random identity of this start of the server; clients read it as the ensemble's parameter ``server_id``."""
+        """Random identity of this start of the server; clients read it as the ensembles' parameter ``server_id``."""
         return self._identity
 
     @property
-    def manifest(self) -> Manifest:
-        """Manifest of the repository being served."""
-        if self._manifest is None:
+    def models(self) -> tuple[ServedModel, ...]:
+        """What is served, in the order of the repositories."""
+        if not self._models:
             raise ServerLostError("the server was not started")
-        return self._manifest
+        return self._models
+
+    @property
+    def manifest(self) -> Manifest:
+        """Manifest of the first repository."""
+        return self.models[0].manifest
 
     @property
     def alive(self) -> bool:
@@ -118,12 +127,12 @@ class TritonServer:
         return self._supervisor is not None and self._supervisor.poll() is None
 
     def __enter__(self) -> TritonServer:
-        """Verify the repository, start the server and wait until it is ready.
+        """Verify the repositories, start the server and wait until every model is ready.
 
         Raises:
             VerificationError: files, builder or device do not match the manifest.
             PortInUseError: a requested port is in use.
-            UsageError: this flavour cannot log its requests.
+            UsageError: a flavour cannot log its requests, or two repositories hold the same model.
             ServerMissingError: no tritonserver on this machine, or too little shared memory.
             ServerStartError: the server did not become ready; quotes its log.
         """
@@ -194,7 +203,7 @@ class TritonServer:
             time.sleep(min(POLL_SECONDS, left))
 
     def probe(self, timeout: float) -> None:
-        """Check with a tile that every engine still works.
+        """Check with a tile per model that every engine still works.
 
         Args:
             timeout: seconds.
@@ -202,7 +211,8 @@ class TritonServer:
         Raises:
             ServerLostError: an engine fails, or is stuck.
         """
-        require_answer(self.url, self.manifest, timeout)
+        for model in self.models:
+            require_answer(self.url, model, timeout)
 
     def _claim_ports(self) -> None:
         if self._ports[0] is not None and self._ports[0] == self._ports[1]:
@@ -218,25 +228,29 @@ class TritonServer:
         except OSError as error:
             place = error.filename or tempfile.gettempdir()
             raise ServerStartError(f"Triton could not be started: {place}: {error.strerror}") from error
-        wait_until_ready(self.url, self.manifest, identity=self._identity, require_alive=self._require_started)
+        wait_until_ready(self.url, self.models, identity=self._identity, require_alive=self._require_started)
         triton = psutil.Process(self._pid)
         self._processes = [triton, *triton.children(recursive=True)]
 
     def _check(self) -> TritonRuntime:
-        """Verify the repository and this machine."""
-        self._manifest = verify(self.repository, checkpoint=self._checkpoint)
+        """Verify the repositories and this machine."""
+        checkpoints = self._checkpoints or [None] * len(self.repositories)
+        pairs = zip(self.repositories, checkpoints, strict=True)
+        self._models = named([(repository, verify(repository, checkpoint=given)) for repository, given in pairs])
         runtime = find_runtime()
-        if self._manifest.flavour == "native" and not runtime.backends:
-            raise ServerMissingError(
-                f"{self.repository} needs Triton's TensorRT backend, which the embedded server lacks: serve it in the "
-                "container, or build it with --flavour python or single"
-            )
-        if self._requests is not None and self._manifest.flavour != "single":
-            raise UsageError(
-                f"--requests: no process of the flavour {self._manifest.flavour} sees a whole request; build the "
-                "repository with --flavour single, or read the proxy's log"
-            )
-        require_shared_memory(self._manifest)
+        for model in self._models:
+            flavour = model.manifest.flavour
+            if flavour == "native" and not runtime.backends:
+                raise ServerMissingError(
+                    f"{model.repository} needs Triton's TensorRT backend, which the embedded server lacks: serve it in "
+                    "the container, or build it with --flavour python or single"
+                )
+            if self._requests is not None and flavour != "single":
+                raise UsageError(
+                    f"--requests: no process of the flavour {flavour} sees a whole request; build {model.repository} "
+                    "with --flavour single, or read the proxy's log"
+                )
+        require_shared_memory([model.manifest for model in self._models])
         return runtime
 
     def _end(self) -> None:
@@ -262,9 +276,9 @@ class TritonServer:
         self._folder = Path(tempfile.mkdtemp(prefix="staindiffuser-server-"))
         backends = runtime.prepare_backends(self._folder / "backends")
         self._identity = secrets.token_hex(16)
-        models = link_models(self.repository, self.manifest, self._folder / "models", identity=self._identity)
+        models = link_models(self.models, self._folder / "models", identity=self._identity)
         arguments = triton_arguments(
-            self.manifest,
+            [model.manifest for model in self.models],
             models,
             backends,
             grpc_port=self._grpc_port,

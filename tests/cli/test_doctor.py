@@ -55,6 +55,9 @@ def test_a_machine_that_can_serve(repository: Path, ports: list[object]) -> None
     assert "enough for the repository" in findings["shared memory"]["detail"]
     assert "model synthetic" in findings["repository"]["detail"]
     assert findings[f"port {ports[1]}"]["detail"] == "free (--grpc-port)"
+    code, findings, _ = doctor(repository, repository.parent / "nothing", *ports)
+    assert code == 5, "of several repositories, each is verified"
+    assert "nothing is not a model repository" in findings["repository"]["detail"]
 
 
 def test_missing_packages_are_absent_and_not_fatal(ports: list[object]) -> None:

@@ -53,6 +53,29 @@ def test_ready_line_and_clean_end(repository: Path, number: int, code: int) -> N
         os.killpg(ready["pid"], 0)
 
 
+def test_several_repositories(repository: Path, tmp_path: Path) -> None:
+    graphs = write_graphs(tmp_path / "graphs", tile=32, seed=1)
+    other = build_repository(tmp_path / "graphs", tmp_path / "other", max_batch=1, threads=1)
+    process = start(repository, other, "--grpc-port", 0, "--metrics-port", 0, "--json", "--audit", tmp_path / "audit")
+    assert process.stdout is not None
+    ready = json.loads(process.stdout.readline())
+    assert [model["name"] for model in ready["models"]] == ["synthetic", "synthetic"]
+    assert ready["models"][1]["version"] == graphs.model_version
+    assert [model["ensemble"] for model in ready["models"]] == [
+        "staindiffuser",
+        f"staindiffuser-synthetic-{graphs.model_version[:8]}",
+    ]
+    with triton.InferenceServerClient(ready["grpc"]) as client:
+        assert all(client.is_model_ready(model["ensemble"]) for model in ready["models"])
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    events = [json.loads(line) for line in (tmp_path / "audit").read_text(encoding="utf-8").splitlines()]
+    assert [event["event"] for event in events] == ["start", "ready", "drained", "stop"]
+    assert events[0]["repositories"] == [str(repository), str(other)]
+    assert events[1]["models"] == ready["models"]
+
+
 def test_lost_server_and_taken_port(repository: Path) -> None:
     first = start(repository, "--grpc-port", 0, "--metrics-port", 0, "--restarts", 0, "--json")
     assert first.stdout is not None

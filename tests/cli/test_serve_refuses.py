@@ -78,6 +78,22 @@ def test_a_swapped_engine(repository: Path) -> None:
     assert f"{one} differs from manifest.json" in refusal(repository)
 
 
+def test_of_several_repositories_the_broken_one_is_named(repository: Path, tmp_path: Path) -> None:
+    """Each is checked as if it were alone; nothing is served if one is refused."""
+    write_graphs(tmp_path / "graphs", tile=32, seed=1)
+    other = build_repository(tmp_path / "graphs", tmp_path / "other", max_batch=1)
+    (path,) = other.glob("staindiffuser/*/model.py")
+    path.write_bytes(path.read_bytes() + b"\n")
+    assert f"{path} differs from manifest.json (sha256)" in refusal(repository, other)
+    assert f"{tmp_path / 'nothing'} is not a model repository" in refusal(repository, tmp_path / "nothing")
+
+
+def test_the_same_model_twice(repository: Path, built: Path) -> None:
+    line = refusal(repository, built, code=2)
+    assert f"{repository} and {built} hold the same model synthetic" in line
+    assert "name one for each of the 2 repositories" in refusal(repository, built, "--checkpoint", built, code=2)
+
+
 def test_another_checkpoint(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"others")
     assert "checkpoint_sha256 is" in refusal(repository, "--checkpoint", tmp_path)

@@ -369,7 +369,7 @@ def test_a_client_that_asks_too_often_is_slowed_down(servers: list[TritonServer]
 
 def test_a_server_that_ends_is_left_out(servers: list[TritonServer], authority: Authority) -> None:
     with (
-        TritonServer(servers[1].repository) as third,
+        TritonServer(servers[1].repositories[0]) as third,
         running(authority.folder / "three", [third, servers[1]], authority) as proxy,
         StainClient(proxy.url, credentials=proxy.credentials()) as client,
     ):

@@ -136,7 +136,7 @@ def test_control_protocols_are_closed(running: TritonServer) -> None:
 
 def test_the_repository_stays_as_it_was(running: TritonServer) -> None:
     """The Python backend compiles what it runs; that must not land among verified files."""
-    assert not list(running.repository.rglob("*.pyc"))
+    assert not list(running.repositories[0].rglob("*.pyc"))
 
 
 def test_stopping_leaves_nothing_behind(repository: Path) -> None:

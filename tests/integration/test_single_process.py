@@ -265,7 +265,7 @@ def test_less_shared_memory_is_needed(repository: Path, monkeypatch: pytest.Monk
     wire = 4 * 64 * 64 * (3 + 2 * 3 + 2 * 1)
     enough = types.SimpleNamespace(free=int(1.25 * wire) + (9 << 20) + 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: enough)
-    require_shared_memory(verify(repository))
+    require_shared_memory([verify(repository)])
 
 
 def test_what_does_not_fit_is_refused(graphs: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ TITLES = {
     "single": "single task",
     "plain": "plain injection",
     "separate": "stains one by one",
+    "mixed": "with simulated tiles",
     "dual": "dual diffusion (ours)",
 }
 _EXPLAINED = """\
@@ -47,6 +48,7 @@ _EXPLAINED = """\
 * **single task**: dual diffusion without the cell branches.
 * **plain injection**: dual diffusion whose branches add the encoder's features as they are, without task attention.
 * **stains one by one**: dual diffusion, one model a stain, each with the full number of steps.
+* **with simulated tiles**: dual diffusion of which every second sample is one of the simulated tiles.
 * **dual diffusion (ours)**: one encoder, and an image and a cell branch for each stain, all trained together."""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from staindiffuser.training.data.dataset import load_tile
 from staindiffuser.training.errors import DataError
+from staindiffuser.training.tiles import mixed_tiles
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles
 from staindiffuser.training.tiles.reading import check_one_split
 from staindiffuser.training.tiles.writing import PairedTilesWriter
@@ -19,7 +20,7 @@ from staindiffuser.training.tiles.writing import PairedTilesWriter
 if TYPE_CHECKING:
     from staindiffuser.benchmarks.ablations import AblationStudy
 
-__all__ = ["fingerprint", "open_tiles", "subset"]
+__all__ = ["fingerprint", "open_simulated", "open_tiles", "subset"]
 
 
 def open_tiles(study: AblationStudy, progress: Callable[[str], None]) -> tuple[PairedTiles, tuple[PairedTile, ...]]:
@@ -58,6 +59,20 @@ def open_tiles(study: AblationStudy, progress: Callable[[str], None]) -> tuple[P
     progress(f"{len(train)} training tiles and {len(rows)} to score on, cut to {study.tile} × {study.tile}")
     cut = _cut(tiles, rows, study.tile, study.output)
     return dataclasses.replace(cut, tiles=cut.split("train")), cut.split(study.split)
+
+
+def open_simulated(study: AblationStudy, tiles: PairedTiles) -> PairedTiles:
+    """The training tiles that the arm ``mixed`` adds, cut like ``tiles``; nothing is known of stains that they lack.
+
+    Raises:
+        DataError: they cannot be used, or do not go together with ``tiles``.
+    """
+    assert study.simulated is not None  # checked with the arms
+    added = PairedTiles.load(study.simulated, mpp=study.preset.model.mpp)
+    added = dataclasses.replace(added, tiles=added.split("train"))
+    if study.tile is not None:
+        added = _cut(added, (), study.tile, study.output)
+    return mixed_tiles.open_tiles((tiles.folder, added.folder), stains=tiles.stains).parts[1]
 
 
 def _cut(tiles: PairedTiles, rows: tuple[PairedTile, ...], side: int, output: Path) -> PairedTiles:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import staindiffuser.training
-from staindiffuser.benchmarks.ablation_tiles import fingerprint, open_tiles, subset
+from staindiffuser.benchmarks.ablation_tiles import fingerprint, open_simulated, open_tiles, subset
 from staindiffuser.errors import DependencyError, UsageError
 from staindiffuser.files import write_json
 from staindiffuser.training.baselines.pix2pix import Pix2Pix
@@ -38,13 +38,14 @@ from staindiffuser.training.loop import fit
 from staindiffuser.training.options import RunOptions
 from staindiffuser.training.snapshots import find_snapshot
 from staindiffuser.training.teacher import Teacher
+from staindiffuser.training.tiles.mixed_tiles import MixedTiles
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, Split
 
 __all__ = ["ARMS", "EVERY_SIZE", "SMALL", "AblationStudy", "ArmName", "Run", "bench_ablations", "chosen_preset"]
 
-ArmName = Literal["regression", "pix2pix", "single", "plain", "separate", "dual"]
+ArmName = Literal["regression", "pix2pix", "single", "plain", "separate", "mixed", "dual"]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
-EVERY_SIZE: tuple[ArmName, ...] = ("regression", "single", "dual")
+EVERY_SIZE: tuple[ArmName, ...] = ("regression", "single", "mixed", "dual")
 """Arms that are trained at every number of tiles; the others at the median one only."""
 Scores = dict[str, dict[str, float]]
 """Per stain its metrics by name."""
@@ -92,9 +93,11 @@ class AblationStudy:
     """Size of the model and the recipe of all arms."""
     test: Path | None = None
     """Paired tiles to score on; ``data`` if not given."""
+    simulated: Path | None = None
+    """Paired tiles of which the arm ``mixed`` draws every second sample; they may lack stains of ``data``."""
     split: Split = "test"
     """Rows to score on: ``test``, or ``val`` to choose settings by."""
-    arms: tuple[ArmName, ...] = ARMS
+    arms: tuple[ArmName, ...] = tuple(arm for arm in ARMS if arm != "mixed")
     sizes: tuple[int | None, ...] = (64, 256, 1024)
     """Numbers of training tiles; None for all that there are."""
     seeds: int = 3
@@ -116,6 +119,8 @@ class AblationStudy:
             raise UsageError(f"--sampler-steps {self.sampler_steps}: there are {', '.join(map(str, START_SIGMAS))}")
         if not self.sizes or not self.arms or self.seeds < 1:
             raise UsageError("--arms, --sizes and --seeds: name at least one each")
+        if "mixed" in self.arms and self.simulated is None:
+            raise UsageError("--arms mixed: name the folder of the other tiles with --simulated")
 
     def runs(self) -> Iterator[Run]:
         """All runs, seed by seed: an interrupted table is whole for the seeds that are done."""
@@ -170,6 +175,7 @@ def bench_ablations(study: AblationStudy, progress: Callable[[str], None]) -> di
     from staindiffuser.benchmarks.ablation_report import write_report
 
     tiles, rows = open_tiles(study, progress)
+    simulated = open_simulated(study, tiles) if "mixed" in study.arms else None
     shared = {
         "data": fingerprint(tiles.split("train")),
         "scored_on": fingerprint(rows),
@@ -190,11 +196,17 @@ def bench_ablations(study: AblationStudy, progress: Callable[[str], None]) -> di
             "code": code[run.arm],
             **shared,
         }
+        if run.arm == "mixed" and simulated is not None:
+            about["simulated"] = fingerprint(simulated.split("train"))
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         file = study.output / "runs" / f"{run.name}.json"
         record = _finished(file, key) if study.resume else None
         if record is None:
-            record = {"key": key, "settings": about, **_do(study, run, config, tiles, rows, file.with_suffix(""), key)}
+            chosen: PairedTiles | MixedTiles = subset(tiles, run.tiles, run.seed)
+            if run.arm == "mixed" and simulated is not None:
+                chosen = MixedTiles(parts=(*chosen.parts, simulated), weights=(1.0, 1.0))
+            folder = file.with_name(f"{run.name}-{key[:12]}")
+            record = {"key": key, "settings": about, **_do(study, run, config, chosen, rows, folder)}
             write_json(file, record)
             progress(f"[{number}/{len(runs)}] {run.name}: {_line(record)}")
         else:
@@ -220,23 +232,21 @@ def _do(
     study: AblationStudy,
     run: Run,
     config: TrainConfig,
-    tiles: PairedTiles,
+    tiles: PairedTiles | MixedTiles,
     rows: tuple[PairedTile, ...],
     folder: Path,
-    key: str,
 ) -> dict[str, Any]:
-    """Train and score; what is kept on the way is in a folder of this key and goes when it is done."""
-    folder = folder.with_name(f"{folder.name}-{key[:12]}")
-    chosen = subset(tiles, run.tiles, run.seed)
-    parts = [(stain,) for stain in chosen.stains] if run.arm == "separate" else [chosen.stains]
+    """Train and score; what is kept on the way is in the folder, which goes when it is done."""
+    parts = [tiles]
+    if run.arm == "separate" and isinstance(tiles, PairedTiles):
+        parts = [dataclasses.replace(tiles, stains=(stain,)) for stain in tiles.stains]
     clock, parameters = Clock(), 0
     scores: Scores = {}
-    for stains in parts:
-        part = dataclasses.replace(chosen, stains=stains)
+    for part in parts:
         model = dataclasses.replace(study.preset.model, stains=measure_stains(part))
         torch.manual_seed(run.seed)
         module = _module(run.arm, model, config)
-        clock += _fit(module, part, config, folder / "-".join(stains))
+        clock += _fit(module, part, config, folder / "-".join(part.stains))
         parameters += _trained_parameters(module)
         scores |= _score(module, rows, study.sampler_steps)
     shutil.rmtree(folder)
@@ -269,7 +279,7 @@ class Clock:
         return Clock(seconds=self.seconds - other.seconds, cpu_seconds=self.cpu_seconds - other.cpu_seconds)
 
 
-def _fit(module: Regression | Teacher, tiles: PairedTiles, config: TrainConfig, folder: Path) -> Clock:
+def _fit(module: Regression | Teacher, tiles: PairedTiles | MixedTiles, config: TrainConfig, folder: Path) -> Clock:
     """Train to the end, from where an earlier sitting was stopped; what all sittings took."""
     file = folder / "clock.json"
     before = Clock(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else Clock()

@@ -34,12 +34,16 @@ def ablations(
         Path, typer.Option(help="Gets the table, the chart and every run; the same command resumes it.")
     ] = Path("ablations"),
     test: Annotated[Path | None, typer.Option(help="Paired tiles to score on; --data if not given.")] = None,
+    simulated: Annotated[
+        Path | None, typer.Option(help="Paired tiles, simulated for example, that the arm mixed trains on as well.")
+    ] = None,
     split: Annotated[SplitName, typer.Option(help="Rows to score on; val to choose settings by.")] = SplitName.test,
     arms: Annotated[str, typer.Option(help="What to compare.")] = "regression,pix2pix,single,plain,separate,dual",
     sizes: Annotated[
         str,
         typer.Option(
-            help="Training tiles, or all; regression, single and dual run at every number, the rest at the median one."
+            help="Training tiles, or all; regression, single, mixed and dual run at every number, the rest at the "
+            "median one."
         ),
     ] = "64,256,1024",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, each with other weights, tiles and noise.")] = 3,
@@ -56,7 +60,8 @@ def ablations(
     """Baselines and ablations on the same tiles with equal optimiser steps: one table, one chart.
 
     regression: a U-Net. pix2pix: the same U-Net with a discriminator. single: diffusion without the cell branches.
-    plain: features injected without task attention. separate: one model a stain. dual: the method as it is.
+    plain: features injected without task attention. separate: one model a stain. mixed: the method, every second
+    sample from --simulated. dual: the method as it is.
 
     Example: staindiffuser bench ablations --data tiles --test unseen --output ablations
     """
@@ -75,6 +80,7 @@ def ablations(
         output=output,
         preset=chosen_preset(preset.value, steps=steps, batch=batch, crop=crop),
         test=test,
+        simulated=simulated,
         split=split.value,
         arms=tuple(known[name] for name in known if name in wanted),
         sizes=_numbers(sizes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
@@ -39,10 +40,25 @@ def run(tiles: Path, output: Path, *options: str) -> tuple[dict[str, Any], str]:
 
 
 @pytest.fixture(scope="module")
-def table(tiles_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other_tiles(tiles_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiles without CK8/18."""
+    folder = tmp_path_factory.mktemp("other") / "tiles"
+    shutil.copytree(tiles_folder, folder)
+    with (folder / "tiles.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = [name for name in rows[0] if not name.startswith("ck818")]
+    with (folder / "tiles.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(tiles_folder: Path, other_tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every arm once, at four tiles."""
     output = tmp_path_factory.mktemp("ablations")
-    run(tiles_folder, output, "--sizes", "4", "--seeds", "1")
+    run(tiles_folder, output, "--sizes", "4", "--seeds", "1", "--arms", ",".join(ARMS), "--simulated", str(other_tiles))
     return output
 
 
@@ -54,11 +70,11 @@ def test_every_arm_is_in_the_table(table: Path) -> None:
         assert set(record["stains"]) == {"cd3", "ck818"}
         for values in record["stains"].values():
             assert {"dab_dice", "psnr", "ssim"} <= set(values)
-            assert ("cell_dice" in values) == (arm in ("plain", "separate", "dual"))
+            assert ("cell_dice" in values) == (arm in ("plain", "separate", "mixed", "dual"))
         assert (record["models"], record["steps"]) == ((2, 4) if arm == "separate" else (1, 2))
         assert record["seconds"] > 0
     size = {arm: record["parameters"] for arm, record in records.items()}
-    assert size["single"] < size["plain"] < size["dual"] < size["separate"]
+    assert size["single"] < size["plain"] < size["dual"] == size["mixed"] < size["separate"]
     assert size["regression"] == size["pix2pix"] == pytest.approx(size["single"], rel=0.05)
     text = (table / "ablations.md").read_text()
     assert "| stains one by one | 4 |" in text
@@ -146,6 +162,7 @@ def test_which_runs_there_are(tiles_folder: Path, tmp_path: Path) -> None:
         (["--sizes", "9"], DataError, "8 training tiles, but --sizes asks for 9"),
         (["--sizes", "few"], UsageError, "--sizes few: must be numbers of tiles"),
         (["--sizes", "4", "--arms", "dual,cyclegan"], UsageError, "'cyclegan' is unknown"),
+        (["--sizes", "4", "--arms", "mixed"], UsageError, "name the folder of the other tiles"),
         (["--sizes", "4", "--tile", "40"], UsageError, "--tile 40: must be a multiple of 16"),
         (["--sizes", "4", "--tile", "80"], DataError, "row 2: the tile is 64 × 64, smaller than 80"),
         (["--sizes", "4", "--sampler-steps", "3"], UsageError, "there are 1, 2, 4"),

@@ -23,7 +23,7 @@ from staindiffuser.client import StainClient
 from staindiffuser.errors import ServerError
 from staindiffuser.export.repository import build_repository
 from staindiffuser.serving.audit import AuditLog
-from tests.integration.test_serving_faults import ORIGINS, TILE, Serve, eventually, kill_server, marked, serving
+from tests.running_serve import ORIGINS, TILE, Serve, eventually, kill_server, marked, serving
 from tests.synthetic_graphs import write_graphs
 
 

@@ -6,14 +6,13 @@ import shutil
 import signal
 import socket
 import ssl
-import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,10 @@ from staindiffuser.client.credentials import Credentials
 from staindiffuser.client.errors import ServerUnreachableError
 from staindiffuser.errors import UsageError
 from staindiffuser.export.repository import build_repository
-from staindiffuser.serving.proxy import ProxyOptions, ProxyServer, write_proxy
+from staindiffuser.serving.proxy import ProxyOptions, ProxyServer
 from staindiffuser.serving.server import TritonServer
+from tests.running_proxy import MAX_MESSAGE, Proxy, haproxy, running
+from tests.running_serve import eventually
 from tests.synthetic_graphs import write_graphs
 
 TILE = 64
@@ -39,102 +40,8 @@ TILES = np.random.default_rng(0).integers(0, 255, (2, TILE, TILE, 3), dtype=np.u
 ORIGINS = np.zeros((2, 2), np.int64)
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 INNER = ("he_encoder", "noise", "stain_cd3", "cells_cd3", "stain_ck818", "cells_ck818")
-MAX_MESSAGE = 200_000
 REFUSED = "status: 400"
 """What a client sees of a request that the guard has refused."""
-
-
-def haproxy() -> str:
-    path = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
-    if path is None:
-        pytest.skip("haproxy is not installed: apt-get install haproxy")
-    return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Proxy:
-    """A running HAProxy."""
-
-    def __init__(self, folder: Path, options: ProxyOptions) -> None:
-        self.url = f"localhost:{options.listen.rpartition(':')[2]}"
-        self.health = f"http://{options.health_listen}"
-        self.metrics = f"https://localhost:{options.metrics_listen.rpartition(':')[2]}"
-        self.log = folder / "log"
-        self.folder = folder
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def credentials(self, name: str = "clinic", **others: Any) -> Credentials:
-        folder = self.folder.parent
-        files = {"certificate": folder / f"{name}.pem", "key": folder / f"{name}.key"} if name else {}
-        return Credentials(**{"authority": folder / "ca.pem", **files, **others})
-
-    def client(self, name: str = "clinic") -> triton.InferenceServerClient:
-        return triton.InferenceServerClient(self.url, **self.credentials(name).tls())
-
-    def channel(self) -> grpc.Channel:
-        files = [self.credentials().authority, self.credentials().key, self.credentials().certificate]
-        return grpc.secure_channel(self.url, grpc.ssl_channel_credentials(*(f.read_bytes() for f in files if f)))
-
-
-def address(server: TritonServer) -> str:
-    return f"{server.url}:{server.metrics_url.rpartition(':')[2].partition('/')[0]}"
-
-
-@contextmanager
-def running(
-    folder: Path, servers: Sequence[TritonServer | str], authority: Authority, **options: Any
-) -> Iterator[Proxy]:
-    """HAProxy in front of servers, or of the addresses that ``ProxyServer`` reads."""
-    (authority.folder / "tokens").write_text("s3cret night-batch\n", encoding="utf-8")
-    chosen = ProxyOptions(
-        listen=f"127.0.0.1:{free_port()}",
-        metrics_listen=f"127.0.0.1:{free_port()}",
-        health_listen=f"127.0.0.1:{free_port()}",
-        servers=tuple(ProxyServer.parse(s if isinstance(s, str) else address(s)) for s in servers),
-        client_ca=authority.folder / "ca.pem",
-        **{
-            "certificate": authority.folder / "server.pem",
-            "tokens": authority.folder / "tokens",
-            "max_message": MAX_MESSAGE,
-            "requests_per_10s": 10_000,
-            **options,
-        },
-    )
-    configuration = write_proxy(chosen, folder)
-    checked = subprocess.run([haproxy(), "-c", "-f", configuration], capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stderr
-    assert "WARNING" not in checked.stderr
-    proxy = Proxy(folder, chosen)
-    with proxy.log.open("w") as log:
-        proxy.process = process = subprocess.Popen([haproxy(), "-W", "-f", configuration], stdout=log, stderr=log)
-    try:
-        assert eventually(lambda: is_ready(proxy)), proxy.log.read_text()
-        yield proxy
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def is_ready(proxy: Proxy) -> bool:
-    try:
-        with proxy.client() as client:
-            return bool(client.is_server_ready(client_timeout=2))
-    except triton.InferenceServerException:
-        return False
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return condition()
 
 
 @pytest.fixture(scope="module")

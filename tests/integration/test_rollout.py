@@ -30,7 +30,7 @@ from staindiffuser.export.repository import build_repository
 from staindiffuser.serving.errors import ServerStartError
 from staindiffuser.serving.rollout import promote, rollback
 from staindiffuser.serving.server import TritonServer
-from tests.integration.test_proxy import Proxy, address, free_port, running
+from tests.running_proxy import Proxy, address, free_port, running
 from tests.synthetic_graphs import write_graphs
 
 TILE = FAKE_CONTRACT.tile

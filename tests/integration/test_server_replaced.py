@@ -15,7 +15,7 @@ from staindiffuser.client import StainClient
 from staindiffuser.export.manifest import Manifest
 from staindiffuser.export.repository import build_repository
 from staindiffuser.serving.server import TritonServer
-from tests.integration.test_serving_faults import kill_server, serving
+from tests.running_serve import kill_server, serving
 from tests.synthetic_graphs import write_graphs
 
 COMMAND = [sys.executable, "-c", "from staindiffuser.cli import main; main()", "stain"]

@@ -11,9 +11,8 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,7 @@ from staindiffuser.serving.errors import PortInUseError, ServerMissingError, Ser
 from staindiffuser.serving.readiness import require_identity
 from staindiffuser.serving.runtime import TRITON_ROOT, find_runtime
 from staindiffuser.serving.server import TritonServer
+from tests.running_serve import eventually
 from tests.synthetic_graphs import write_graphs
 
 
@@ -74,15 +74,6 @@ def model_file(repository: Path) -> Path:
 
 def shared_memory() -> set[str]:
     return {path.name for path in Path("/dev/shm").glob(f"staindiffuser_{os.getpid()}_*")}
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return condition()
 
 
 def test_ready_with_its_model(running: TritonServer) -> None:

@@ -21,7 +21,8 @@ from staindiffuser.benchmarks.certificates import Authority
 from staindiffuser.export.repository import build_repository
 from staindiffuser.serving.arguments import traces_endpoint
 from staindiffuser.serving.server import TritonServer
-from tests.integration.test_proxy import eventually, running
+from tests.running_proxy import running
+from tests.running_serve import eventually
 from tests.synthetic_graphs import write_graphs
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="pip install 'staindiffuser[traces]'")

@@ -39,7 +39,17 @@ TILE = 64
 TILES = np.random.default_rng(0).integers(0, 255, (2, TILE, TILE, 3), dtype=np.uint8)
 ORIGINS = np.zeros((2, 2), np.int64)
 INFER = "/inference.GRPCInferenceService/ModelInfer"
-INNER = ("he_encoder", "noise", "stain_cd3", "cells_cd3", "stain_ck818", "cells_ck818")
+INNER = (
+    "he_encoder",
+    "noise",
+    "stain_cd3",
+    "cells_cd3",
+    "stain_ck818",
+    "cells_ck818",
+    "he_encoder-colon-3fa81b2c",
+    "staindiffuser2",
+)
+"""Models that clients may not ask, also of a server with several, and what is only named like an ensemble."""
 REFUSED = "status: 400"
 """What a client sees of a request that the guard has refused."""
 

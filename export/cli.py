@@ -32,12 +32,22 @@ def graphs(
             help="Image of real H&E at the model's pixel size; its central tile becomes a golden sample. Repeatable."
         ),
     ] = None,
+    noise: Annotated[
+        bool,
+        typer.Option(
+            "--noise/--no-noise",
+            help="Begin the one step of a branch at the noise, or at its mean: then nothing reads noise, and the seed "
+            "changes nothing.",
+        ),
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Export ONNX graphs and golden samples from a checkpoint (needs torch)."""
     from staindiffuser.export.graphs import export_graphs
 
-    exported = export_graphs(checkpoint, output, steps=steps, tile=tile, precision=precision, samples=sample or ())
+    exported = export_graphs(
+        checkpoint, output, steps=steps, tile=tile, precision=precision, samples=sample or (), noise=noise
+    )
     if as_json:
         typer.echo(
             json.dumps(

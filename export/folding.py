@@ -164,12 +164,12 @@ class FoldedBranch(nn.Module):
             attended.append(torch.sigmoid(gate) * f)
         return [inject(a) for inject, a in zip(self.inject, attended, strict=True)]
 
-    def forward(self, x: Tensor, step: int, injections: list[Tensor]) -> Tensor:
-        """x [B, 4C, H/2, W/2] (pixel-unshuffled, scaled by c_in) → F(x), pixel-unshuffled too.
+    def forward(self, x: Tensor | None, step: int, injections: list[Tensor]) -> Tensor:
+        """x [B, 4C, H/2, W/2] (pixel-unshuffled, scaled by c_in), or None for zeros → F(x), pixel-unshuffled too.
 
         The sampler works on pixels one by one, so between two steps nothing needs to be shuffled back.
         """
-        h = self.stem(x)
+        h = self.stem(x) if x is not None else self.stem.biases[0].view(1, -1, 1, 1)
         skips: list[Tensor] = []
         for level, blocks in enumerate(self.encode):
             if level > 0:

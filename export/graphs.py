@@ -49,6 +49,7 @@ def export_graphs(
     tile: int | None = None,
     precision: str = "fp32",
     samples: Sequence[Path] = (),
+    noise: bool = True,
 ) -> GraphSet:
     """Write the graphs folder of a checkpoint.
 
@@ -59,6 +60,7 @@ def export_graphs(
         tile: height and width of a tile, pixels, a multiple of 16; the checkpoint's default if None.
         precision: of the trunk: ``fp32``, ``fp16`` or ``bf16``.
         samples: images of real H&E at the model's pixel size; the central tile of each becomes a golden sample.
+        noise: False begins the one step of a branch at x = 0, the noise's mean: no graph then reads noise.
 
     Raises:
         CheckpointError: unreadable checkpoint.
@@ -73,6 +75,8 @@ def export_graphs(
         raise ExportUsageError(f"--steps {steps}: the checkpoint has samplers of {', '.join(config.sigmas)} steps")
     if tile % 2**LEVELS or tile < 64:
         raise ExportUsageError(f"--tile {tile}: must be a multiple of {2**LEVELS}, at least 64")
+    if not noise and steps > 1:
+        raise ExportUsageError(f"--no-noise: a sampler of {steps} steps reads noise; choose --steps 1")
     if precision not in PRECISIONS:
         raise ExportUsageError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
     tiles = np.concatenate([golden_tiles(tile), *(_central_tile(path, tile)[None] for path in samples)])
@@ -87,8 +91,8 @@ def export_graphs(
     gate = gate_of(loaded.metrics, steps)
     try:
         draft.chmod(0o755)
-        engines = write_engines(network, draft, sigmas=sigmas, tile=tile, trunk=PRECISIONS[precision])
-        np.savez_compressed(draft / "golden.npz", **_golden(network, tiles, sigmas=sigmas))
+        engines = write_engines(network, draft, sigmas=sigmas, tile=tile, trunk=PRECISIONS[precision], noise=noise)
+        np.savez_compressed(draft / "golden.npz", **_golden(network, tiles, sigmas=sigmas, noise=noise))
         graphs = GraphSet(
             name=config.name,
             notice=f"{config.notice} {UNGATED}" if any(gate.values()) else config.notice,
@@ -135,6 +139,7 @@ def write_engines(
     tile: int,
     trunk: torch.dtype,
     only: str | None = None,
+    noise: bool = True,
 ) -> dict[str, EngineGraph]:
     """Write the engines' ONNX files into a folder.
 
@@ -145,6 +150,7 @@ def write_engines(
         tile: height and width, pixels.
         trunk: dtype of the convolutions.
         only: name of a single engine to write; None for all.
+        noise: whether branches read it; without it, of one step only.
 
     Returns:
         What was written, by engine name.
@@ -160,11 +166,11 @@ def write_engines(
         weights = tensors_sha256(network.encoder.state_dict().items())
         encoder = EncoderEngine(network, trunk).eval()
         engines["he_encoder"] = _export(encoder, folder / "he_encoder.onnx", {"HE": he}, names, weights)
-    noise = torch.zeros(2, len(sigmas), 3, tile, tile, dtype=torch.float16)
+    image_noise = torch.zeros(2, len(sigmas), 3, tile, tile, dtype=torch.float16)
     cell_noise = torch.zeros(2, 1, tile, tile, dtype=torch.float16)
     for stain in network.config.stains:
         tasks: list[tuple[str, Task, str, Tensor, Sequence[float]]] = [
-            ("stain", "images", "NOISE", noise, sigmas),
+            ("stain", "images", "NOISE", image_noise, sigmas),
             ("cells", "cells", "NOISE_CELLS", cell_noise, [network.config.sigma_max]),
         ]
         for prefix, task, noise_name, z, levels in tasks:
@@ -174,7 +180,7 @@ def write_engines(
             engines[name] = _export(
                 BranchEngine(network, task, stain, levels, trunk).eval(),
                 folder / f"{name}.onnx",
-                dict(zip([*names, noise_name], [*features, z], strict=True)),
+                {**dict(zip(names, features, strict=True)), **({noise_name: z} if noise else {})},
                 [name.upper()],
                 tensors_sha256(network.branch(task, stain.name).state_dict().items()),
             )
@@ -248,11 +254,13 @@ def _store_half(model: onnx.ModelProto) -> None:
         node.doc_string = ""
 
 
-def _golden(network: DualDiffusion, he: NDArray[np.uint8], *, sigmas: Sequence[float]) -> dict[str, NDArray[Any]]:
+def _golden(
+    network: DualDiffusion, he: NDArray[np.uint8], *, sigmas: Sequence[float], noise: bool
+) -> dict[str, NDArray[Any]]:
     """Golden inputs, and their outputs from float32 torch."""
     seeds = np.arange(len(he), dtype=np.int64)[:, None]
     origins = np.array([[16 * i * 37, -16 * i * 11] for i in range(len(he))], dtype=np.int64)
-    results = stain_tiles(network, he, sigmas=sigmas, seeds=seeds, origins=origins)
+    results = stain_tiles(network, he, sigmas=sigmas, seeds=seeds, origins=origins, noise=noise)
     return {"HE": he, "ORIGIN": origins, "SEED": seeds, **results}
 
 

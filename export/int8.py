@@ -223,6 +223,7 @@ def _trial(
         onnx.save(copy, files[-1])
     engine = engine_openvino.load_joined(files)
     outputs = [tensor.name for name in floats for tensor in graphs.engines[name].outputs]
+    read = {tensor.name for name in floats for tensor in graphs.engines[name].inputs}
     noise, cell_noise = tile_noise(
         np.zeros((1, 1), np.int64),
         np.zeros((1, 2), np.int64),
@@ -232,7 +233,9 @@ def _trial(
     )
 
     def run(he: UInt8Array) -> Arrays:
-        inputs = {"HE": he[None], "NOISE": noise, "NOISE_CELLS": cell_noise}
+        inputs = {
+            name: z for name, z in {"HE": he[None], "NOISE": noise, "NOISE_CELLS": cell_noise}.items() if name in read
+        }
         return {**inputs, **engine.run(inputs, outputs)}
 
     try:

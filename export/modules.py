@@ -41,6 +41,8 @@ class EncoderEngine(nn.Module):
 class BranchEngine(nn.Module):
     """Features and noise → uint8 image or cell map: attention once, then the unrolled sampler.
 
+    Called without noise, its one step begins at x = 0, the noise's mean.
+
     Args:
         sigmas: noise level of each step; the cell branch has one, σ_max.
         trunk: dtype of the convolutions; the preconditioning is float32.
@@ -78,22 +80,33 @@ class BranchEngine(nn.Module):
         self.temperature = network.temperatures.get(stain.name, 1.0) if task == "cells" else 1.0
 
     def forward(
-        self, FEATURES_0: Tensor, FEATURES_1: Tensor, FEATURES_2: Tensor, FEATURES_3: Tensor, NOISE: Tensor
+        self,
+        FEATURES_0: Tensor,
+        FEATURES_1: Tensor,
+        FEATURES_2: Tensor,
+        FEATURES_3: Tensor,
+        NOISE: Tensor | None = None,
     ) -> Tensor:
         injections = self.branch.attend([f.to(self.trunk) for f in (FEATURES_0, FEATURES_1, FEATURES_2, FEATURES_3)])
-        # One unshuffle for all steps: [B, k, 3, H, W] as k·3 channels, then cut per step.
-        steps = NOISE.flatten(1, 2) if NOISE.ndim == 5 else NOISE
-        noise = F.pixel_unshuffle(steps, 2).chunk(len(self.sigma), dim=1)
-        y: Tensor | None = None
-        for step, sigma in enumerate(self.sigma):
-            z = noise[step].float()
-            x = z * sigma if y is None else y + z * sigma
-            f = self.branch((x * self.c_in[step]).to(self.trunk), step, injections).float()
-            y = x * self.c_skip[step] + f * self.c_out[step]
-        assert y is not None
+        y = self._sampled(NOISE, injections) if NOISE is not None else self._from_zero(injections)
         shown = (F.pixel_shuffle(y, 2) * self.scale + self.offset).clamp(0, 255)
         if self.temperature != 1:
             shown = 255 * tempered(shown / 255, self.temperature)
         result = shown.round()
         # Permute before the cast: TensorRT's UINT8 tensors may only be cast.
         return result.permute(0, 2, 3, 1).to(torch.uint8)
+
+    def _sampled(self, noise: Tensor, injections: list[Tensor]) -> Tensor:
+        # One unshuffle for all steps: [B, k, 3, H, W] as k·3 channels, then cut per step.
+        z = F.pixel_unshuffle(noise.flatten(1, 2) if noise.ndim == 5 else noise, 2).chunk(len(self.sigma), dim=1)
+        y: Tensor | None = None
+        for step, sigma in enumerate(self.sigma):
+            x = z[step].float() * sigma if y is None else y + z[step].float() * sigma
+            f = self.branch((x * self.c_in[step]).to(self.trunk), step, injections).float()
+            y = x * self.c_skip[step] + f * self.c_out[step]
+        assert y is not None
+        return y
+
+    def _from_zero(self, injections: list[Tensor]) -> Tensor:
+        f: Tensor = self.branch(None, 0, injections).float()
+        return f * self.c_out[0]

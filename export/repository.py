@@ -25,7 +25,7 @@ from staindiffuser.export.manifest import MANIFEST_JSON, SAMPLER, EngineRecord, 
 from staindiffuser.export.parity import EngineParity, Golden, check_parity
 from staindiffuser.export.publishing import locked, staging_folder
 from staindiffuser.files import file_sha256
-from staindiffuser.triton_models import engine_files, noise_files, pipeline_files
+from staindiffuser.triton_models import engine_files, noise_files, origin_files, pipeline_files
 
 __all__ = ["BuildReport", "RepositoryBuild", "build", "build_repository", "prepare_build"]
 
@@ -234,9 +234,11 @@ def _sources(graphs: GraphSet, builder: Builder, flavour: str) -> dict[str, tupl
     """Files copied into each model's version folder."""
     if flavour == "single":
         return {triton_config.ENSEMBLE: pipeline_files(builder.runner)}
-    sources = {triton_config.NOISE_MODEL: noise_files()}
+    sources = {triton_config.NOISE_MODEL: noise_files()} if triton_config.noise_read(graphs) else {}
     if flavour == "python":
         sources |= dict.fromkeys(graphs.engines, engine_files(builder.runner))
+        if triton_config.NOISE_MODEL not in sources:
+            sources[triton_config.ENCODER] += origin_files()
     return sources
 
 

@@ -14,6 +14,10 @@ With two first steps, a failure of the one scheduled earlier deadlocks the whole
 scheduling the other step under the request's lock, waits for the ensemble's lock, which the failing step's thread holds
 while it waits for the request's lock to send the error. Later steps are scheduled without the request's lock.
 
+Where no graph reads noise (``export graphs --no-noise``) there is no noise model, and where only cell maps do, it makes
+no other. Triton refuses inputs of an ensemble and outputs of its steps that nothing reads, so without a noise model it
+is the encoder's that takes ``ORIGIN`` and ``SEED``, and refuses origins off the grid.
+
 A tensor that clients may ask for must not be another step's input: where it is not asked for, Triton (24.10) leaves out
 its step even if the other one needs it, and where the other one is not asked for, it leaves out both; the request then
 ends with "unexpected deadlock". So a branch hands its output to what judges it under a second name, ``JUDGED_…``.
@@ -144,11 +148,17 @@ def wire_inputs(tile: int) -> tuple[TensorSpec, ...]:
 
 
 def noise_outputs(tile: int, steps: int) -> tuple[TensorSpec, ...]:
-    """Outputs of the noise model."""
+    """What the noise model can make."""
     return (
         TensorSpec(name="NOISE", dtype="float16", shape=(steps, IMAGE_CHANNELS, tile, tile)),
         TensorSpec(name="NOISE_CELLS", dtype="float16", shape=(1, tile, tile)),
     )
+
+
+def noise_read(graphs: GraphSet) -> tuple[TensorSpec, ...]:
+    """What engines read of it; without any, the ensemble has no noise model."""
+    read = {spec.name for engine in graphs.engines.values() for spec in engine.inputs}
+    return tuple(spec for spec in noise_outputs(graphs.tile, graphs.steps) if spec.name in read)
 
 
 def wire_outputs(contract: Contract) -> tuple[TensorSpec, ...]:
@@ -196,7 +206,7 @@ def check_ensemble(graphs: GraphSet) -> None:
 def cuda_pool_bytes(graphs: GraphSet, max_batch: int) -> int:
     """Bytes of intermediate tensors and results for all requests in flight."""
     engines = graphs.engines.values()
-    between = [*noise_outputs(graphs.tile, graphs.steps), *(spec for engine in engines for spec in engine.outputs)]
+    between = [*noise_read(graphs), *(spec for engine in engines for spec in engine.outputs)]
     each = sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in between)
     return IN_FLIGHT * max_batch * each
 
@@ -235,14 +245,19 @@ def model_configs(
         )
     if flavour != "python" and options.weight_stripped:
         raise ExportUsageError(f"flavour {flavour} cannot put weights back into stripped plans: take flavour python")
+    if flavour == "native" and not noise_read(graphs):
+        raise ExportUsageError(
+            "flavour native needs graphs that read noise: Triton refuses the ensemble's inputs ORIGIN and SEED where "
+            "nothing reads them; take flavour single"
+        )
     gpu = builder.device().kind == "cuda"
     if flavour == "single":
         message = _pipeline(graphs, builder, engine_files, options, gpu)
         return {message.name: to_text(message)}
     origin, seed = wire_inputs(graphs.tile)[1:]
     after = dataclasses.replace(graphs.engines[ENCODER].outputs[-1], name=AFTER)
-    noise = noise_outputs(graphs.tile, graphs.steps)
-    messages = [_python_model(NOISE_MODEL, (origin, seed, after), noise, options, gpu, {})]
+    noise = noise_read(graphs)
+    messages = [_python_model(NOISE_MODEL, (origin, seed, after), noise, options, gpu, {})] if noise else []
     for name, engine in graphs.engines.items():
         if flavour == "native":
             messages.append(_native_model(name, engine.inputs, engine.outputs, options, engine_files[name]))
@@ -252,12 +267,16 @@ def model_configs(
         told = ("model_version", "quality") if name == QUALITY else ("model_version",)
         parameters = {"engine": file, "runner": builder.runner, "threads": str(options.threads)}
         parameters |= {key: contract[key] for key in told}
+        inputs = engine.inputs
         if name == ENCODER:
             parameters["gate"] = "true"
+            if not noise:
+                inputs = wire_inputs(graphs.tile)
+                parameters["checks_origins"] = "true"
         copies = _copies(graphs, name)
         if copies:
             parameters["copies"] = json.dumps({spec.name: spec.name.removeprefix(JUDGED) for spec in copies})
-        messages.append(_python_model(name, engine.inputs, (*engine.outputs, *copies), options, gpu, parameters))
+        messages.append(_python_model(name, inputs, (*engine.outputs, *copies), options, gpu, parameters))
     ensemble = _ensemble(graphs, options)
     if flavour == "native":
         ensemble.parameters[PRIORITY_LEVELS].string_value = str(ORDINARY)
@@ -423,11 +442,14 @@ def _finish(message: ModelConfig, inputs: Iterable[TensorSpec], options: BuildOp
 def _ensemble(graphs: GraphSet, options: BuildOptions) -> ModelConfig:
     message = pb.ModelConfig(name=ENSEMBLE, platform="ensemble", max_batch_size=options.max_batch)
     _add_tensors(message, wire_inputs(graphs.tile), wire_outputs(graphs))
+    noise = noise_read(graphs)
     for name, engine in graphs.engines.items():
-        inputs = {t.name: _as_read(name, t).name for t in engine.inputs}
+        read = engine.inputs if noise or name != ENCODER else wire_inputs(graphs.tile)
+        inputs = {t.name: _as_read(name, t).name for t in read}
         _add_step(message, name, inputs, [t.name for t in (*engine.outputs, *_copies(graphs, name))])
-    inputs = {"ORIGIN": "ORIGIN", "SEED": "SEED", AFTER: graphs.engines[ENCODER].outputs[-1].name}
-    _add_step(message, NOISE_MODEL, inputs, [t.name for t in noise_outputs(graphs.tile, graphs.steps)])
+    if noise:
+        inputs = {"ORIGIN": "ORIGIN", "SEED": "SEED", AFTER: graphs.engines[ENCODER].outputs[-1].name}
+        _add_step(message, NOISE_MODEL, inputs, [t.name for t in noise])
     for key, value in contract_parameters(graphs, graphs.name).items():
         message.parameters[key].string_value = value
     message.response_cache.enable = False

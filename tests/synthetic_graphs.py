@@ -37,6 +37,7 @@ def write_graphs(
     stains: Sequence[ExportedStain] = DEFAULT_STAINS,
     samples: int = 3,
     seed: int = 0,
+    noisy: Sequence[str] = ("stain", "cells"),
 ) -> GraphSet:
     """Write a graphs folder.
 
@@ -49,6 +50,7 @@ def write_graphs(
         stains: what is painted.
         samples: golden samples, whose outputs are ONNX Runtime's own at batch 1.
         seed: of weights and golden samples. A stain's weights depend on its name too, not on the other stains.
+        noisy: kinds of branches that read noise; the others take one step.
     """
     folder.mkdir(parents=True, exist_ok=True)
     features = tuple(
@@ -57,13 +59,13 @@ def write_graphs(
     )
     engines = {"he_encoder": _encoder(folder, tile, features, seed)}
     for stain in stains:
-        for kind, planes, noise in (
+        for kind, planes, drawn in (
             ("stain", 3, TensorSpec(name="NOISE", dtype="float16", shape=(steps, 3, tile, tile))),
             ("cells", 1, TensorSpec(name="NOISE_CELLS", dtype="float16", shape=(1, tile, tile))),
         ):
             output = TensorSpec(name=f"{kind}_{stain.name}".upper(), dtype="uint8", shape=(tile, tile, planes))
             name = f"{kind}_{stain.name}"
-            engines[name] = _branch(folder, name, features, noise, output, depth, seed)
+            engines[name] = _branch(folder, name, features, drawn if kind in noisy else None, output, depth, seed)
     graphs = GraphSet(
         name="synthetic",
         notice="Random weights: these images mean nothing.",
@@ -130,7 +132,7 @@ def _branch(
     folder: Path,
     name: str,
     features: Sequence[TensorSpec],
-    noise: TensorSpec,
+    noise: TensorSpec | None,
     output: TensorSpec,
     depth: int,
     seed: int,
@@ -144,23 +146,24 @@ def _branch(
             scales = graph.constant(np.array([1, 1, 1 << level, 1 << level], dtype=np.float32))
             part = graph.add("Resize", part, "", scales, mode="nearest")
         total = graph.add("Add", total, part) if total else part
-    drawn = graph.add("Cast", noise.name, to=TensorProto.FLOAT)
+    drawn = graph.add("Cast", noise.name, to=TensorProto.FLOAT) if noise is not None else ""
     image = ""
-    for step in range(noise.shape[0] if len(noise.shape) == 4 else 1):
-        if len(noise.shape) == 4:
-            z = graph.add("Gather", drawn, graph.constant(np.array(step, dtype=np.int64)), axis=1)
-        else:
+    for step in range(noise.shape[0] if noise is not None and len(noise.shape) == 4 else 1):
+        x = total
+        if noise is not None:
             z = drawn
-        x = graph.add("Add", z, image) if image else z
-        x = graph.conv(graph.add("SpaceToDepth", x, blocksize=2), planes * 4, width)
-        x = graph.add("Add", total, graph.scaled(x, 0.2))
+            if len(noise.shape) == 4:
+                z = graph.add("Gather", drawn, graph.constant(np.array(step, dtype=np.int64)), axis=1)
+            x = graph.add("Add", z, image) if image else z
+            x = graph.conv(graph.add("SpaceToDepth", x, blocksize=2), planes * 4, width)
+            x = graph.add("Add", total, graph.scaled(x, 0.2))
         for _ in range(depth):
             x = graph.relu_conv(x, width, width)
         image = graph.add("DepthToSpace", graph.conv(x, width, planes * 4), blocksize=2)
     x = graph.add("Round", graph.scaled(graph.add("Sigmoid", image), 255))
     x = graph.add("Transpose", x, perm=[0, 2, 3, 1])
     graph.nodes.append(helper.make_node("Cast", [x], [output.name], to=TensorProto.UINT8))
-    return _save(folder, name, graph, (*features, noise), (output,))
+    return _save(folder, name, graph, (*features, *([noise] if noise is not None else [])), (output,))
 
 
 def _new_graph(name: str, seed: int) -> _Graph:

@@ -36,6 +36,7 @@ def stain_tiles(
     sigmas: Sampler,
     seeds: NDArray[Any],
     origins: NDArray[Any],
+    noise: bool = True,
 ) -> dict[str, NDArray[np.uint8]]:
     """Images and cell maps of a batch of tiles, in float32.
 
@@ -44,6 +45,7 @@ def stain_tiles(
         sigmas: noise levels of the few-step sampler, or None for Heun with 18 steps.
         seeds: int64 [B, 1].
         origins: int64 [B, 2], x and y, multiples of 16.
+        noise: False samples from the noise's mean, 0.
 
     Returns:
         ``STAIN_<NAME>`` uint8 [B, H, W, 3] and ``CELLS_<NAME>`` uint8 [B, H, W, 1] for each stain.
@@ -51,7 +53,7 @@ def stain_tiles(
     Raises:
         DivergedError: an output is NaN or infinite.
     """
-    return stain_tiles_with(network, he, samplers=[sigmas], seeds=seeds, origins=origins)[0]
+    return stain_tiles_with(network, he, samplers=[sigmas], seeds=seeds, origins=origins, noise=noise)[0]
 
 
 @torch.inference_mode()
@@ -62,13 +64,14 @@ def stain_tiles_with(
     samplers: Sequence[Sampler],
     seeds: NDArray[Any],
     origins: NDArray[Any],
+    noise: bool = True,
 ) -> list[dict[str, NDArray[np.uint8]]]:
     """:func:`stain_tiles` for several samplers at once: encoder, attention, noise and cell maps are computed once."""
     config = network.config
     device = next(network.parameters()).device
     steps = max(len(sigmas) if sigmas is not None else 1 for sigmas in samplers)
-    noise, cell_noise = (
-        torch.from_numpy(n).to(device).float()
+    image_noise, cell_noise = (
+        torch.from_numpy(n).to(device).float() * noise
         for n in sampler_noise(seeds, origins, steps=steps, size=(he.shape[1], he.shape[2]))
     )
     features = network.encoder(he_to_network(torch.tensor(he, device=device)))
@@ -83,9 +86,11 @@ def stain_tiles_with(
         denoise = network.denoiser("images", stain.name, features)
         for sigmas, result in zip(samplers, results, strict=True):
             if sigmas is None:
-                y = heun(denoise, noise[:, 0], steps=HEUN_STEPS, sigma_max=config.sigma_max, sigma_min=config.sigma_min)
+                y = heun(
+                    denoise, image_noise[:, 0], steps=HEUN_STEPS, sigma_max=config.sigma_max, sigma_min=config.sigma_min
+                )
             else:
-                y = few_step(denoise, list(noise.unbind(1))[: len(sigmas)], sigmas)
+                y = few_step(denoise, list(image_noise.unbind(1))[: len(sigmas)], sigmas)
             result[f"STAIN_{stain.name.upper()}"] = _bytes(unstandardize(y, stain, "images", config.sigma_data))
             result[f"CELLS_{stain.name.upper()}"] = cells
     return results

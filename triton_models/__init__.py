@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__all__ = ["engine_files", "noise_files", "pipeline_files"]
+__all__ = ["engine_files", "noise_files", "origin_files", "pipeline_files"]
 
 _FOLDER = Path(__file__).resolve().parent
 _SHARED = tuple(_FOLDER / "shared" / name for name in ("gate.py", "cpus.py", "meters.py"))
@@ -17,6 +17,11 @@ def noise_files() -> tuple[Path, ...]:
     """The files in the version folder of the noise model."""
     names = ("model.py", "philox.py", "philox_gpu.py", "philox.cu", "normal_quantiles.npy")
     return (*(_FOLDER / "noise" / name for name in names), *_SHARED)
+
+
+def origin_files() -> tuple[Path, ...]:
+    """The files that a model needs to check origins."""
+    return (_FOLDER / "noise" / "philox.py",)
 
 
 def pipeline_files(runner: str) -> tuple[Path, ...]:

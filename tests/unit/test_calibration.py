@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_temperatures_are_kept_with_the_weights(tmp_path: Path) -> None:
 def test_the_engine_has_the_temperature_in_it() -> None:
     network = model()
     he = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
-    place = {"seeds": np.zeros((1, 1), np.int64), "origins": np.zeros((1, 2), np.int64)}
+    place: dict[str, Any] = {"seeds": np.zeros((1, 1), np.int64), "origins": np.zeros((1, 2), np.int64)}
     plain = stain_tiles(network, he, sigmas=[80.0], **place)
     network.temperatures = {"cd3": 2.5}
     found = stain_tiles(network, he, sigmas=[80.0], **place)

@@ -58,6 +58,32 @@ def test_onnx_agrees_with_torch_on_the_golden_samples(tiny_graphs: Path, graphs:
         assert golden[name.upper()].std() > 5, name  # the samples show something
 
 
+def test_a_step_from_the_noises_mean_reads_no_noise(tiny_checkpoint: Path, one_step: Path, tmp_path: Path) -> None:
+    graphs = export_graphs(tiny_checkpoint, tmp_path / "graphs", steps=1, tile=64, noise=False)
+    read = {spec.name for engine in graphs.engines.values() for spec in engine.inputs}
+    assert read == {"HE", "FEATURES_0", "FEATURES_1", "FEATURES_2", "FEATURES_3"}
+    golden = np.load(tmp_path / "graphs" / graphs.golden)
+    sampled = GraphSet.load(one_step / "graphs")
+    for folder in (tmp_path / "graphs", one_step / "graphs"):
+
+        def run(name: str, inputs: dict[str, np.ndarray], folder: Path = folder) -> list[np.ndarray]:
+            return onnxruntime.InferenceSession(folder / f"{name}.onnx").run(None, inputs)
+
+        features = {f"FEATURES_{i}": f for i, f in enumerate(run("he_encoder", {"HE": golden["HE"]}))}
+        for name in ("stain_cd3", "cells_cd3"):
+            inputs = dict(features)
+            for spec in (
+                GraphSet.load(folder).engines[name].inputs[4:]
+            ):  # a graph that reads noise gives the same for zeros
+                inputs[spec.name] = np.zeros((len(golden["HE"]), *spec.shape), np.float16)
+            difference = np.abs(run(name, inputs)[0].astype(int) - golden[name.upper()])
+            assert difference.max() <= 2, name
+            assert (difference <= 1).mean() >= 0.999, name
+    assert graphs.model_version != sampled.model_version
+    with pytest.raises(ExportUsageError, match="--no-noise: a sampler of 2 steps reads noise"):
+        export_graphs(tiny_checkpoint, tmp_path / "two", steps=2, tile=64, noise=False)
+
+
 def test_nothing_of_the_noise_level_is_left_to_compute(tiny_graphs: Path) -> None:
     """Folding leaves convolutions, sums and x·sigmoid(s·x): two operators per SiLU and no embedding."""
     counts = {

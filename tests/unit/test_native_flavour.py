@@ -171,6 +171,15 @@ def test_combinations_that_do_not_exist(
     assert not list(tmp_path.iterdir())
 
 
+def test_graphs_without_noise_are_no_native_ensemble(tmp_path: Path) -> None:
+    """Triton refuses the ensemble: nothing would read its inputs ORIGIN and SEED."""
+    write_graphs(tmp_path / "graphs", tile=32, steps=1, noisy=())
+    with pytest.raises(ExportUsageError, match="flavour native needs graphs that read noise"):
+        native(tmp_path / "graphs", tmp_path / "repository")
+    build(tmp_path / "graphs", tmp_path / "python", target="tensorrt", options=OPTIONS)
+    assert not (tmp_path / "python" / "noise").exists()
+
+
 def test_stripped_plans_bring_their_weights(graphs: Path, tmp_path: Path) -> None:
     options = BuildOptions(batches=(1, 2), weight_stripped=True)
     output = build(graphs, tmp_path / "repository", target="tensorrt", options=options).repository

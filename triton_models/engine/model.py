@@ -5,6 +5,7 @@
 - ``runner``: the file beside this one that loads the engine (``engine_onnxruntime``, ``engine_tensorrt``, …);
 - ``engine``: the engine's file name in this folder;
 - ``gate``: ``true`` for the ensemble's first model, which refuses requests while the server stops (``gate.py``);
+- ``checks_origins``: ``true`` for the first model of an ensemble without noise, which refuses origins off the grid;
 - ``copies``: JSON, outputs that are others under a second name (``export/triton_config.py`` says why);
 - ``model_version``, ``quality``: as in the ensemble's, for the counters (``meters.py``);
 - ``threads``: threads of a CPU engine, 0 for all available; ``STAINDIFFUSER_THREADS`` overrides it.
@@ -30,6 +31,8 @@ from meters import Meters
 _DLPACK = np.lib.NumpyVersion(np.__version__) >= "2.0.0"
 """Whether host tensors are exchanged by DLPack. A Python backend built before numpy 2, such as the wheel's, otherwise
 gets numpy 2's arrays wrong; numpy 1's DLPack makes it crash."""
+PLACE = ("ORIGIN", "SEED")
+"""Inputs that no engine reads."""
 
 
 class Engine(Protocol):
@@ -56,7 +59,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         self.name = config["name"]
-        self.inputs = [tensor["name"] for tensor in config["input"]]
+        self.inputs = [tensor["name"] for tensor in config["input"] if tensor["name"] not in PLACE]
         self.outputs = [tensor["name"] for tensor in config["output"]]
         self.copies: dict[str, str] = json.loads(parameters.get("copies", "{}"))
         self.gpu = args["model_instance_kind"] == "GPU"
@@ -65,6 +68,7 @@ class TritonPythonModel:
             pb_utils, version=parameters.get("model_version", ""), quality=parameters.get("quality", "")
         )
         self.guards_gate = parameters.get("gate") == "true"
+        self.checks_origins = parameters.get("checks_origins") == "true"
         runner = importlib.import_module(parameters["runner"])
         self.engine: Engine = runner.load(
             Path(__file__).with_name(parameters["engine"]),
@@ -98,12 +102,17 @@ class TritonPythonModel:
         for request in requests:
             try:
                 responses += self._run([request])
+            except OffGridError as error:
+                refusal = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+                responses.append(pb_utils.InferenceResponse(error=refusal))
             except Exception as error:  # reported to the client that sent it
                 message = f"{self.name}: {type(error).__name__}: {error}"
                 responses.append(pb_utils.InferenceResponse(error=pb_utils.TritonError(message)))
         return responses
 
     def _run(self, requests: list[Any]) -> list[Any]:
+        for request in requests if self.checks_origins else ():
+            _check_origins(request)
         parts = [{name: self.engine.receive(_tensor(request, name)) for name in self.inputs} for request in requests]
         batch = {name: self.engine.join([part[name] for part in parts]) for name in self.inputs}
         asked = [list(request.requested_output_names()) for request in requests]
@@ -122,6 +131,19 @@ class TritonPythonModel:
 
     def _response(self, name: str, array: Any) -> Any:
         return pb_utils.Tensor.from_dlpack(name, array) if self.gpu or _DLPACK else pb_utils.Tensor(name, array)
+
+
+class OffGridError(ValueError):
+    """An origin that is no multiple of 16."""
+
+
+def _check_origins(request: Any) -> None:
+    from philox import check_origins
+
+    try:
+        check_origins(_tensor(request, "ORIGIN"))
+    except ValueError as error:
+        raise OffGridError(str(error)) from error
 
 
 def _tensor(request: Any, name: str) -> Any:

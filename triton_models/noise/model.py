@@ -4,9 +4,9 @@
     SEED   INT64 [B, 1]         ─►  NOISE_CELLS FP16 [B, 1, H, W]
     AFTER  (not read: it makes the ensemble run the encoder first, see export/triton_config.py)
 
-Steps, height and width come from the output shapes in ``config.pbtxt``. A GPU instance makes the noise on its GPU with
-CuPy. NVIDIA's Triton container has no CuPy; there the noise is made on the host, with the same bits but about 5 ms
-slower per 256-pixel tile, and the log says what to install.
+An output that no engine reads is left out. Steps, height and width come from the output shapes in ``config.pbtxt``. A
+GPU instance makes the noise on its GPU with CuPy. NVIDIA's Triton container has no CuPy; there the noise is made on the
+host, with the same bits but about 5 ms slower per 256-pixel tile, and the log says what to install.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class TritonPythonModel:
         """Read the shapes from the model's config."""
         config = json.loads(args["model_config"])
         shapes = {output["name"]: [int(size) for size in output["dims"]] for output in config["output"]}
-        self.steps, _, self.height, self.width = shapes["NOISE"]
+        self.height, self.width = next(iter(shapes.values()))[-2:]
+        self.steps = shapes["NOISE"][0] if "NOISE" in shapes else 1
         self.gate = Gate()
         self.gpu: GpuNoise | None = None
         if args["model_instance_kind"] == "GPU":

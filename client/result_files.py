@@ -215,7 +215,7 @@ class ResultFiles:
                 searches += file.cells.add_row(blocks)
                 pixels = sum(int(np.count_nonzero(block >= PROBABILITY)) for block in blocks if block is not None)
                 self._cells.add_area(file.stain.label, pixels)
-            else:
+            elif self._combined is not None:
                 images.append(blocks)
         if self._combined is not None:
             with self._watch.stage("combined"):

@@ -1,6 +1,6 @@
 """``staindiffuser bench slide``: what the client costs besides the server, with a stub of known cost in its place, or
-Triton with engines that do nothing; of a real slide, the whole of it beside other programs
-(:mod:`~staindiffuser.benchmarks.whole_slide`).
+Triton with engines that do nothing; of a real slide, beside Triton with its engines, or the whole of it beside other
+programs (:mod:`~staindiffuser.benchmarks.whole_slide`).
 
 Each measurement runs in a process of its own, whose peak memory and processor time are its own.
 """
@@ -8,14 +8,17 @@ Each measurement runs in a process of its own, whose peak memory and processor t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import multiprocessing
 import os
 import resource
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -28,7 +31,7 @@ from staindiffuser.benchmarks.reporting import JsonFile, hand_over
 __all__ = ["SlideBench", "SlideReport", "SlideRun", "bench_slide", "slide"]
 
 MPP = 0.5
-DRAWINGS = "drawings.npz"
+SLIDE, DRAWINGS = "slide.tif", "drawings.npz"
 
 
 Writes = Literal["images", "images and maps", "cells too"]
@@ -39,6 +42,8 @@ Writes = Literal["images", "images and maps", "cells too"]
 class SlideBench:
     """What is stained."""
 
+    slide: str = ""
+    """Name of a real one, stained by Triton and the demonstration's engines; by default one is made up."""
     side: int = 20480
     """Of the slide, pixels."""
     cells: int = 500_000
@@ -49,7 +54,7 @@ class SlideBench:
     tile: int = 512
     """Side of the stub's tiles, pixels."""
     tile_ms: float = 0.0
-    """What the stub takes for a tile, ms."""
+    """What the stub takes for a tile, ms; of a real slide, what the server takes for it alone."""
     triton: bool = False
     """A real Triton on the same cores instead of the stub; its engines do nothing."""
     pyramid: bool = True
@@ -112,11 +117,13 @@ class SlideReport:
     def lines(self) -> list[str]:
         """The report for people."""
         bench = self.bench
-        server = "Triton with engines that do nothing" if bench.triton else f"stub of {bench.tile_ms:g} ms a tile"
-        lines = [
-            f"{bench.side} x {bench.side} px, {bench.stains} stains, {server}, {bench.cores} cores, "
-            f"{bench.rounds} rounds"
-        ]
+        server = f"stub of {bench.tile_ms:g} ms a tile"
+        if bench.slide:
+            server = f"Triton that takes {bench.tile_ms:.1f} ms a tile alone"
+        elif bench.triton:
+            server = "Triton with engines that do nothing"
+        what = f"{bench.side} x {bench.side} px, {bench.stains} stains" if not bench.slide else bench.slide
+        lines = [f"{what}, {server}, {bench.cores} cores, {bench.rounds} rounds"]
         for run in self.runs:
             what = f"{sum(run.cells.values())} cells" if run.writes == "cells too" else f"{run.writes} only"
             share = f", {run.server_share:.3f} x the server's time" if run.server_share is not None else ""
@@ -136,27 +143,38 @@ class SlideReport:
         return lines
 
 
-def bench_slide(bench: SlideBench, progress: Callable[[str], None] = lambda line: None) -> SlideReport:
-    """Stain a made-up slide with and without cells, in turns.
+def bench_slide(
+    bench: SlideBench,
+    progress: Callable[[str], None] = lambda line: None,
+    *,
+    real: Path | None = None,
+    keep: Path | None = None,
+) -> SlideReport:
+    """Stain a slide with and without cells, in turns.
 
     Args:
         bench: what to measure.
         progress: told before each run.
+        real: the slide that ``bench`` names.
+        keep: where to keep the result with cells, written as GeoParquet and SpatialData too.
     """
     import numpy as np
 
     from staindiffuser.benchmarks.stub_tissue import StubTissue, write_slide
 
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        path = Path(folder) / "slide.tif"
-        progress("writing the slide")
-        area_mm2 = (bench.side * bench.tissue * MPP / 1000) ** 2
-        tissue = StubTissue(bench.cells / area_mm2, bench.stains, bench.seed)
-        tissue_side = round(bench.side * bench.tissue)
-        write_slide(path, tissue, bench.side, tissue_side=tissue_side, pyramid=bench.pyramid)
-        np.savez(path.with_name(DRAWINGS), maps=np.stack(tissue.maps), images=np.stack(tissue.images))
-        url = stack.enter_context(_idle_triton(bench, Path(folder))) if bench.triton else None
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        url = stack.enter_context(_triton(bench, folder)) if bench.triton else None
+        if real is not None and url is not None:
+            progress("the server alone")
+            bench = dataclasses.replace(bench, tile_ms=_tile_ms(bench, url))
+        else:
+            progress("writing the slide")
+            area_mm2 = (bench.side * bench.tissue * MPP / 1000) ** 2
+            tissue = StubTissue(bench.cells / area_mm2, bench.stains, bench.seed)
+            tissue_side = round(bench.side * bench.tissue)
+            write_slide(folder / SLIDE, tissue, bench.side, tissue_side=tissue_side, pyramid=bench.pyramid)
+            np.savez(folder / DRAWINGS, maps=np.stack(tissue.maps), images=np.stack(tissue.images))
         runs = []
         for number in range(bench.rounds):
             kinds: tuple[Writes, ...] = get_args(Writes)
@@ -164,22 +182,44 @@ def bench_slide(bench: SlideBench, progress: Callable[[str], None] = lambda line
                 progress(f"round {number + 1}: {writes}")
                 # A fresh process each: its peak memory is that of one run.
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    runs.append(pool.submit(_measure, bench, path, writes, url).result())
+                    runs.append(pool.submit(_measure, bench, folder, writes, url, real, keep).result())
     return _report(bench, runs)
 
 
 @contextlib.contextmanager
-def _idle_triton(bench: SlideBench, folder: Path) -> Iterator[str]:
-    """The address of a Triton whose engines do nothing."""
+def _triton(bench: SlideBench, folder: Path) -> Iterator[str]:
+    """The address of a Triton whose engines do nothing, or, for a real slide, of one that stains."""
     from staindiffuser.benchmarks.idle_engines import build_idle
     from staindiffuser.export.manifest import Manifest
     from staindiffuser.serving.demo import repository_of
     from staindiffuser.serving.server import TritonServer
 
-    manifest = Manifest.load(repository_of(None, fast=False))
-    repository = build_idle(manifest, folder, flavour=manifest.flavour, max_batch=bench.batch)
+    if not bench.slide:
+        manifest = Manifest.load(repository_of(None, fast=False))
+        repository = build_idle(manifest, folder, flavour=manifest.flavour, max_batch=bench.batch)
+    else:
+        repository = repository_of(None)
     with TritonServer(repository) as server:
         yield server.url
+
+
+def _tile_ms(bench: SlideBench, url: str) -> float:
+    """What the server takes for a tile at the same batch and as many requests in flight, for a client that does
+    nothing else: the median of three rounds."""
+    import numpy as np
+
+    from staindiffuser.client.connection import StainClient
+
+    with StainClient(url) as client, ThreadPoolExecutor(bench.in_flight) as pool:
+        batch, side = min(bench.batch, client.contract.max_batch), client.contract.tile
+        tiles = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), np.uint8)
+        requests = 2 * bench.in_flight
+        rounds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            list(pool.map(lambda number: client.stain_tiles(tiles, quality=True), range(requests)))
+            rounds.append(time.perf_counter() - start)
+    return 1000 * statistics.median(rounds) / (requests * batch)
 
 
 def _report(bench: SlideBench, runs: Sequence[SlideRun]) -> SlideReport:
@@ -206,8 +246,15 @@ def _report(bench: SlideBench, runs: Sequence[SlideRun]) -> SlideReport:
     )
 
 
-def _measure(bench: SlideBench, path: Path, writes: Writes, url: str | None = None) -> SlideRun:
-    """One run, in this process; ``url`` is a server's instead of the stub."""
+def _measure(
+    bench: SlideBench,
+    folder: Path,
+    writes: Writes,
+    url: str | None = None,
+    real: Path | None = None,
+    keep: Path | None = None,
+) -> SlideRun:
+    """One run, in this process; without ``url`` by the stub, without ``real`` of the slide made up in ``folder``."""
     allowed = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, set(allowed[: bench.cores]))
     import numpy as np
@@ -224,7 +271,7 @@ def _measure(bench: SlideBench, path: Path, writes: Writes, url: str | None = No
     if url is not None:
         stainer = StainClient(url)
     else:
-        with np.load(path.with_name(DRAWINGS)) as drawn:
+        with np.load(folder / DRAWINGS) as drawn:
             stainer = StubStainer(
                 drawn["maps"], drawn["images"], tile=bench.tile, seconds_per_tile=bench.tile_ms / 1000
             )
@@ -232,17 +279,22 @@ def _measure(bench: SlideBench, path: Path, writes: Writes, url: str | None = No
     options = StainingOptions(
         batch=bench.batch, in_flight=bench.in_flight, cells=writes != "images", nuclei=bench.nuclei and complete
     )
+    output = folder / "result"
+    if keep is not None and complete:
+        output = keep
+        options = dataclasses.replace(options, parquet=True, formats=("spatialdata",), overwrite=True)
     base, cpu, start = _peak_mib(), time.process_time(), time.perf_counter()
     with (
-        contextlib.nullcontext() if complete else patch.object(MapCells, "add_row", return_value=[]),
-        tempfile.TemporaryDirectory(dir=path.parent) as output,
-        SlideJob(path, Path(output) / "result", options) as job,
+        contextlib.nullcontext() if complete else patch.object(MapCells, "add_row", lambda self, blocks: []),
+        SlideJob(real or folder / SLIDE, output, options) as job,
     ):
         run = job.stain(stainer, QuietReporter())
         seconds = time.perf_counter() - start
         cpu_seconds = time.process_time() - cpu
+    if output != keep:
+        shutil.rmtree(output)
     server = run.tiles.stained * bench.tile_ms / 1000
-    megapixels = bench.side**2 / 1e6
+    megapixels = math.prod(run.result.size) / 1e6
     stages = job.run.watch.cpu_seconds() if job.run is not None else {}
     stages["other"] = cpu_seconds - sum(stages.values())
     return SlideRun(
@@ -274,8 +326,8 @@ def slide(
     real: Annotated[
         Path | None,
         typer.Argument(
-            help="A real slide to stain whole, with the model that ships; the options below are then --peer "
-            "and --rounds. Without it, a made-up slide."
+            help="A real slide to stain whole, with the model that ships, beside --peer; with --triton, by a server "
+            "that runs already. Without it, a made-up slide."
         ),
     ] = None,
     peer: Annotated[
@@ -292,8 +344,8 @@ def slide(
         bool,
         typer.Option(
             "--triton",
-            help="A real Triton in the stub's place, with the demonstration's stains and engines that do nothing; they "
-            "find no cells.",
+            help="A real Triton in the stub's place, with the demonstration's stains and engines that do nothing and "
+            "find no cells; for a real slide, with its engines.",
         ),
     ] = False,
     pyramid: Annotated[bool, typer.Option("--pyramid/--no-pyramid", help="Whether the slide has levels.")] = True,
@@ -307,11 +359,15 @@ def slide(
     images_only: Annotated[
         bool, typer.Option("--images-only/--no-images-only", help="Also measure without cells, for the ratio.")
     ] = True,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="Keep the result with cells in this folder, with GeoParquet and SpatialData as well."),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """The slide client alone, with a stub of known cost as the server; or a real slide whole, beside other programs."""
 
-    if real is not None:
+    if real is not None and not triton:
         from staindiffuser.benchmarks.whole_slide import bench_whole_slide
         from staindiffuser.errors import UsageError
         from staindiffuser.serving.demo import demo_graphs
@@ -331,6 +387,7 @@ def slide(
                 typer.echo(line)
         return
     bench = SlideBench(
+        slide=real.name if real is not None else "",
         side=side,
         cells=cells,
         stains=stains,
@@ -346,7 +403,7 @@ def slide(
         nuclei=nuclei,
         images_only=images_only,
     )
-    report = bench_slide(bench, progress=lambda line: typer.echo(line, err=True))
+    report = bench_slide(bench, lambda line: typer.echo(line, err=True), real=real, keep=keep)
     if hand_over(report, json_file):
         return
     for line in report.lines():

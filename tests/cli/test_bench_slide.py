@@ -8,6 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from staindiffuser.benchmarks.slide import slide
+from staindiffuser.benchmarks.stub_tissue import StubTissue, write_slide
 
 app = typer.Typer()
 app.command("slide")(slide)
@@ -49,3 +50,24 @@ def test_a_real_server_takes_the_stubs_place(tmp_path: Path) -> None:
     assert run["cells"] == {}, "engines that do nothing find none"
     assert run["server_share"] is None
     assert report["ratio"] is report["maps_ratio"] is None
+
+
+@pytest.mark.slow
+def test_a_real_slide_is_compared_with_its_server(tmp_path: Path) -> None:
+    write_slide(tmp_path / "slide.tif", StubTissue(1000, 1), 1024, tissue_side=1024)
+    options = [
+        str(tmp_path / "slide.tif"),
+        "--triton",
+        "--no-images-only",
+        "--batch",
+        "2",
+        "--keep",
+        str(tmp_path / "r"),
+    ]
+    report_file = tmp_path / "r.json"
+    result = CliRunner().invoke(app, [*options, "--json", str(report_file)])
+    assert result.exit_code == 0, result.output
+    report = json.loads(report_file.read_text(encoding="utf-8"))
+    (run,) = report["runs"]
+    assert run["server_share"] == pytest.approx(run["seconds"] / run["tiles"] / report["bench"]["tile_ms"] * 1000, 0.01)
+    assert {"cells.parquet", "spatialdata.zarr", "run.json"} <= {path.name for path in (tmp_path / "r").iterdir()}

@@ -26,6 +26,7 @@ from unittest.mock import patch
 
 import typer
 
+from staindiffuser.allocator import use_few_arenas
 from staindiffuser.benchmarks.reporting import JsonFile, hand_over
 
 __all__ = ["SlideBench", "SlideReport", "SlideRun", "bench_slide", "slide"]
@@ -255,6 +256,7 @@ def _measure(
     keep: Path | None = None,
 ) -> SlideRun:
     """One run, in this process; without ``url`` by the stub, without ``real`` of the slide made up in ``folder``."""
+    use_few_arenas()  # as `stain` does
     allowed = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, set(allowed[: bench.cores]))
     import numpy as np

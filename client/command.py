@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
+from staindiffuser.allocator import use_few_arenas
 from staindiffuser.client.cluster import run_on_cluster
 from staindiffuser.client.contract import ModelContract, Stainer
 from staindiffuser.client.errors import FileNameError, OutputError
@@ -68,6 +69,7 @@ def run_command(
     Raises:
         StainDiffuserError: all slides failed (the last one's error), or the server did.
     """
+    use_few_arenas()
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC and tifffile repeat on stderr what our errors say
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     reporter = TerminalReporter()

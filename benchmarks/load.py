@@ -34,9 +34,12 @@ from staindiffuser.benchmarks.rivals import RIVALS, Rival
 from staindiffuser.benchmarks.rivals.pipeline import BINARY, encode, output_names
 from staindiffuser.errors import DependencyError
 from staindiffuser.export.manifest import Manifest, verify
+from staindiffuser.export.triton_config import ENSEMBLE
+from staindiffuser.serving.metrics import read_metrics
 from staindiffuser.serving.runtime import find_runtime
 from staindiffuser.serving.server import TritonServer
 from staindiffuser.triton_models.noise import philox
+from staindiffuser.triton_models.shared.meters import SECONDS
 
 __all__ = ["LoadReport", "OpenLoop", "bench_load", "open_loop"]
 
@@ -47,6 +50,8 @@ _PATIENCE = 120.0
 """Seconds that a server may take to answer its first request."""
 _MESSAGE_BYTES = 1 << 30
 _MOST_WAITING = 512
+_METERS = 2 * SECONDS
+"""After which the server has told what it has done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +88,7 @@ class LoadReport:
     """Requests a second by server, for each number of clients."""
     open: Mapping[str, tuple[OpenLoop, ...]]
     triton_ms: Mapping[str, Mapping[str, float]]
-    """Triton's own account of a request, by model: ``queue``, ``input``, ``compute``, ``output``."""
+    """The server's own account of a request, by model: ``queue``, ``compute``; of Triton also ``input``, ``output``."""
     same_bytes: bool
     absent: Mapping[str, str] = field(default_factory=dict)
     """Servers that are not installed or did not start here, and why."""
@@ -238,17 +243,23 @@ def _triton(repository: Path, manifest: Manifest, threads: int) -> Iterator[tupl
     with TritonServer(repository, threads=threads) as server, _grpc(server.url, manifest) as (client, call):
 
         def account() -> Mapping[str, Mapping[str, float]]:
-            told = {}
+            if manifest.flavour == "single":  # keeps its requests itself: to Triton they are done when they have come
+                time.sleep(_METERS)
+                told = read_metrics(server.metrics_url)
+                requests = max(1, told["staindiffuser_requests_total"])
+                parts = {part: told[f"staindiffuser_{part}_seconds_total"] for part in ("queue", "compute")}
+                return {ENSEMBLE: {part: 1e3 * seconds / requests for part, seconds in parts.items()}}
+            found = {}
             for model in client.get_inference_statistics().model_stats:
                 stats, count = model.inference_stats, max(1, int(model.inference_stats.success.count))
-                parts = {
+                by_part = {
                     "queue": stats.queue,
                     "input": stats.compute_input,
                     "compute": stats.compute_infer,
                     "output": stats.compute_output,
                 }
-                told[model.name] = {name: int(part.ns) / 1e6 / count for name, part in parts.items()}
-            return told
+                found[model.name] = {name: int(part.ns) / 1e6 / count for name, part in by_part.items()}
+            return found
 
         yield call, account
 
@@ -272,7 +283,7 @@ def _grpc(url: str, manifest: Manifest) -> Iterator[tuple[Any, Call]]:
             tensor = triton.InferInput(name, inputs[name].shape, dtype)
             tensors.append(tensor.set_data_from_numpy(inputs[name]))
         asked = [triton.InferRequestedOutput(name) for name in names]
-        result = client.infer("staindiffuser", tensors, outputs=asked)
+        result = client.infer(ENSEMBLE, tensors, outputs=asked)
         return {name: result.as_numpy(name) for name in names}
 
     try:

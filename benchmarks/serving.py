@@ -35,9 +35,12 @@ from staindiffuser.export.description import QUALITY
 from staindiffuser.export.loading import load_engines
 from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.export.parity import engine_runs, run_pipeline
+from staindiffuser.export.triton_config import ENSEMBLE
+from staindiffuser.serving.metrics import read_metrics
 from staindiffuser.serving.server import TritonServer
 from staindiffuser.triton_models.noise import philox
 from staindiffuser.triton_models.shared.cpus import available_cpus
+from staindiffuser.triton_models.shared.meters import SECONDS
 
 __all__ = ["ServingReport", "TwoClients", "bench_serving"]
 
@@ -87,7 +90,7 @@ class ServingReport:
     direct_ms_per_tile: Mapping[str, float]
     """Median time of each stage, called directly, one after another."""
     triton_ms_per_tile: Mapping[str, float]
-    """Mean compute time that Triton reports per model; with requests in flight models share the cores."""
+    """Mean compute time that the server reports per model; with requests in flight models share the cores."""
     two_clients: TwoClients | None = None
     overhead_ms: Mapping[str, Spread] | None = None
     """Time of a request of one tile beyond the direct call, around engines that do nothing, by flavour."""
@@ -156,9 +159,9 @@ def bench_serving(
         same = all(np.array_equal(answer[name], wanted[name]) for answer in answers for name in outputs)
         sides: dict[str, Callable[[], object]] = {DIRECT: lambda: [called(inputs) for inputs in batches]}
         sides |= {name: functools.partial(client.run, batches) for name, client in clients.items()}
-        before = clients[TRITON].compute_ns()
+        before = _compute_ms(server, clients[TRITON])
         samples = _in_turns(sides, programs, rounds, progress)
-        after = clients[TRITON].compute_ns()
+        after = _compute_ms(server, clients[TRITON])
         together = _two_clients(server, manifest, batches, rounds, progress) if two_clients else None
         stages = _stage_times(engines, manifest, batches[0])
     tiles = batch * requests
@@ -182,7 +185,7 @@ def bench_serving(
         cpu_ratios=_ratios(spent),
         same_bytes=same,
         direct_ms_per_tile=stages,
-        triton_ms_per_tile={name: (after[name] - before[name]) / 1e6 / served for name in after},
+        triton_ms_per_tile={name: (after[name] - before[name]) / served for name in after},
         two_clients=together,
         overhead_ms=_overhead(manifest, overhead, progress) if overhead else None,
     )
@@ -263,7 +266,7 @@ class _Client:
         while received < len(batches):
             while sent < len(batches) and sent - received < self._in_flight:
                 self._client.async_infer(
-                    "staindiffuser",
+                    ENSEMBLE,
                     self._inputs(batches[sent]),
                     lambda result, error, index=sent: done.put((index, result, error)),
                     outputs=self._outputs,
@@ -276,13 +279,11 @@ class _Client:
             received += 1
         return results
 
-    def compute_ns(self) -> dict[str, int]:
-        """Time each model has computed so far, nanoseconds."""
+    def compute_ms(self) -> dict[str, float]:
+        """Time each model has computed so far, as Triton counts it, milliseconds."""
         models = self._client.get_inference_statistics().model_stats
-        spent = {m.name: int(m.inference_stats.compute_infer.ns) for m in models}
-        return {
-            name: ns for name, ns in spent.items() if name != "staindiffuser"
-        } or spent  # an ensemble computes nothing
+        spent = {m.name: int(m.inference_stats.compute_infer.ns) / 1e6 for m in models}
+        return {name: ms for name, ms in spent.items() if name != ENSEMBLE}  # an ensemble computes nothing
 
     def _inputs(self, arrays: Arrays) -> list[Any]:
         inputs = []
@@ -290,6 +291,14 @@ class _Client:
             tensor = self._triton.InferInput(name, arrays[name].shape, dtype)
             inputs.append(tensor.set_data_from_numpy(arrays[name]))
         return inputs
+
+
+def _compute_ms(server: TritonServer, client: _Client) -> dict[str, float]:
+    """Time each model has computed so far, milliseconds."""
+    if server.manifest.flavour != "single":
+        return client.compute_ms()
+    time.sleep(2 * SECONDS)  # until the model has told what it has done
+    return {ENSEMBLE: 1e3 * read_metrics(server.metrics_url)["staindiffuser_compute_seconds_total"]}
 
 
 def _direct(engines: Mapping[str, Engine], manifest: Manifest, inputs: Arrays) -> Arrays:

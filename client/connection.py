@@ -47,7 +47,7 @@ BUSY_PATIENCE = 900.0
 BUSY_PAUSE, LONGEST_BUSY_PAUSE = 0.5, 10.0
 """Seconds between those attempts: at first, and at most; half of each is random: clients must not come all at once."""
 _BUSY = ("Exceeds maximum queue size", "Request timeout expired")
-"""What Triton says, as UNAVAILABLE, of a request that finds a queue full or has waited too long."""
+"""What a server says, as UNAVAILABLE, of a request that finds a queue full or has waited too long."""
 URGENT, ORDINARY = 1, 2
 """Priority levels of the server's queues."""
 _PRIORITY_LEVELS = "priority_levels"
@@ -124,7 +124,9 @@ class StainClient:
         self._url, self._model = url, model
         self._deadline = deadline
         self._patience, self._busy_patience = patience, busy_patience
+        # Triton's own queues read the one, and the model of the flavour `single`, which keeps its requests, the other.
         self._priority = URGENT if urgent else ORDINARY
+        self._parameters = {"urgent": True} if urgent else None
         self._slots = threading.BoundedSemaphore(in_flight)
         self._cancelled = threading.Event()
         self._triton = triton
@@ -287,6 +289,7 @@ class StainClient:
                     outputs=outputs,
                     request_id=request_id,
                     priority=self._priority,
+                    parameters=self._parameters,
                     headers=headers,
                     client_timeout=self._deadline,
                 )

@@ -120,6 +120,7 @@ class FakeTriton:
         self.busy = 0
         """Requests to refuse next as Triton does when a queue is full."""
         self.priorities: list[int] = []
+        self.urgent: list[bool] = []
         """Of the requests so far."""
         self.parameters = _parameters(contract)
         self.model = ENSEMBLE
@@ -183,6 +184,7 @@ class FakeTriton:
                 fake.requests += 1
                 require_model(request.model_name, request.model_version, context)
                 fake.priorities.append(request.parameters["priority"].uint64_param)
+                fake.urgent.append(request.parameters["urgent"].bool_param)
                 if fake.busy:
                     fake.busy -= 1
                     context.abort(grpc.StatusCode.UNAVAILABLE, "[request id: <id_unknown>] Exceeds maximum queue size")

@@ -344,12 +344,6 @@ def _python_model(
     if gpu:
         # By default, the Python backend copies every input to the host first.
         message.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "no"
-    if name == ENSEMBLE:
-        # For its queue only. Preferring one tile keeps Triton from merging requests: they would run one by one, and the
-        # first answer would wait for the last. Not inside an ensemble: there, a client that gives up while requests
-        # are merged ends Triton 24.10 with a segmentation fault.
-        _queue(message, options)
-        message.dynamic_batching.preferred_batch_size.append(1)
     _finish(message, inputs, options, gpu)
     return message
 
@@ -357,7 +351,11 @@ def _python_model(
 def _pipeline(
     graphs: GraphSet, builder: Builder, engine_files: Mapping[str, EngineFiles], options: BuildOptions, gpu: bool
 ) -> ModelConfig:
-    """The model that takes the ensemble's place and holds all engines in one process."""
+    """The model that takes the ensemble's place and holds all engines in one process.
+
+    It has no dynamic batcher: its requests are not merged, and it keeps those that wait itself. Triton's queue, as soon
+    as it has limits and priorities, leaves a model idle while 16 clients wait (24.10).
+    """
     engines = {
         name: {
             "file": next(iter(engine_files[name].values())),
@@ -371,6 +369,8 @@ def _pipeline(
         "engines": json.dumps(engines),
         "threads": str(options.threads),
         PRIORITY_LEVELS: str(ORDINARY),
+        "queue_length": str(options.queue_length or QUEUE_LENGTH),
+        "queue_seconds": str(options.queue_seconds or QUEUE_SECONDS),
         **contract_parameters(graphs, graphs.name),
     }
     together = joined_engines(builder, graphs.engines, "single")

@@ -1,24 +1,22 @@
 """Draining: refuse new requests, and wait until those in progress are finished.
 
-The server's side is :mod:`staindiffuser.triton_models.shared.gate`. A request in progress is always either running in
-one of the ensemble's models or waiting in the queue of one, apart from the moments between two of them; so a server
-that shows neither for :data:`QUIET_SECONDS` is idle.
+The server's side is :mod:`staindiffuser.triton_models.shared.gate`. A request in progress is always either in one of
+the models, which mark that they have requests, or waiting for one, apart from the moments between two of them; so a
+server that shows neither for :data:`QUIET_SECONDS` is idle.
 """
 
 from __future__ import annotations
 
 import fcntl
-import re
 import time
-import urllib.request
 from pathlib import Path
 
+from staindiffuser.serving.metrics import read_metrics
 from staindiffuser.triton_models.shared.gate import BUSY, CLOSED
 
 __all__ = ["drain", "open_gate"]
 
 QUIET_SECONDS = 0.5
-_PENDING = re.compile(rb"^nv_inference_pending_request_count\{[^}]*\} (\S+)", re.MULTILINE)
 
 
 def open_gate(folder: Path) -> Path:
@@ -58,9 +56,7 @@ def _idle(gate: Path, metrics_url: str) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through http_proxy
     try:
-        with opener.open(metrics_url, timeout=5) as response:
-            return not any(float(count) for count in _PENDING.findall(response.read()))
+        return not read_metrics(metrics_url)["nv_inference_pending_request_count"]
     except OSError:
         return True  # the server has ended, and its requests with it

@@ -12,11 +12,14 @@ import numpy as np
 from staindiffuser.errors import ServerLostError
 from staindiffuser.export.triton_config import wire_outputs
 from staindiffuser.serving.errors import ServerStartError
+from staindiffuser.serving.metrics import read_metrics
 from staindiffuser.serving.model_links import SERVER_ID, ServedModel
 
 __all__ = ["require_answer", "require_identity", "wait_until_ready"]
 
 START_TIMEOUT = 180.0
+BUSY = ("Exceeds maximum queue size", "Request timeout expired")
+"""What a server says of a request that finds a queue full or has waited too long."""
 
 
 def wait_until_ready(
@@ -59,7 +62,7 @@ def wait_until_ready(
                 ) from error
 
 
-def require_answer(url: str, model: ServedModel, timeout: float) -> None:
+def require_answer(url: str, metrics_url: str, model: ServedModel, timeout: float) -> None:
     """Check with a probe tile that a model of a running server still works.
 
     A server that refuses the tile because it is busy or stopping works, and so does one that only takes long, as long
@@ -67,6 +70,7 @@ def require_answer(url: str, model: ServedModel, timeout: float) -> None:
 
     Args:
         url: ``HOST:PORT`` of gRPC.
+        metrics_url: Triton's metrics.
         model: of the server.
         timeout: seconds.
 
@@ -75,29 +79,37 @@ def require_answer(url: str, model: ServedModel, timeout: float) -> None:
     """
     import tritonclient.grpc as triton
 
+    until = time.monotonic() + timeout
     with triton.InferenceServerClient(url, channel_args=[("grpc.enable_http_proxy", 0)]) as client:
-        before = _executions(client)
-        try:
-            _probe(client, model, timeout)
-        except triton.InferenceServerException as error:
-            status = str(error.status())
-            if "INTERNAL" in status:
-                raise ServerLostError(
-                    f"the model {model.manifest.model_name} failed on a probe tile: {' '.join(str(error).split())}"
-                ) from error
-            if "DEADLINE" in status and before is not None and _executions(client) == before:
-                raise ServerLostError(f"the server has finished nothing for {timeout:g} s") from error
+        before = _finished(client, metrics_url, model)
+        while True:
+            try:
+                return _probe(client, model, max(0.1, until - time.monotonic()))
+            except triton.InferenceServerException as error:
+                status, message = str(error.status()), " ".join(str(error).split())
+                if "INTERNAL" in status:
+                    name = model.manifest.model_name
+                    raise ServerLostError(f"the model {name} failed on a probe tile: {message}") from error
+                # Behind a stuck engine, the tile is refused like all others once it has waited for too long.
+                waits = "DEADLINE" in status or any(text in message for text in BUSY)
+                if not waits or before is None or _finished(client, metrics_url, model) != before:
+                    return None
+                if time.monotonic() >= until:
+                    raise ServerLostError(f"the server has finished nothing for {timeout:g} s") from error
+            time.sleep(1)
 
 
-def _executions(client: Any) -> int | None:
-    """How often models have run, or None if the server does not say."""
+def _finished(client: Any, metrics_url: str, model: ServedModel) -> float | None:
+    """How much has been computed, in whichever unit, or None if the server does not say."""
     import tritonclient.grpc as triton
 
     try:
-        models = client.get_inference_statistics(client_timeout=10).model_stats
-    except triton.InferenceServerException:
+        if model.manifest.flavour == "single":  # Triton counts its requests as soon as they come
+            return read_metrics(metrics_url)["staindiffuser_requests_total"]
+        statistics = client.get_inference_statistics(client_timeout=10).model_stats
+    except (OSError, triton.InferenceServerException):
         return None
-    return sum(int(model.execution_count) for model in models)
+    return sum(int(each.execution_count) for each in statistics)
 
 
 def require_identity(config: Any, identity: str, url: str) -> None:

@@ -212,7 +212,7 @@ class TritonServer:
             ServerLostError: an engine fails, or is stuck.
         """
         for model in self.models:
-            require_answer(self.url, model, timeout)
+            require_answer(self.url, self.metrics_url, model, timeout)
 
     def _claim_ports(self) -> None:
         if self._ports[0] is not None and self._ports[0] == self._ports[1]:

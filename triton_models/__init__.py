@@ -27,5 +27,5 @@ def origin_files() -> tuple[Path, ...]:
 def pipeline_files(runner: str) -> tuple[Path, ...]:
     """The files in the version folder of the model that holds all engines in one process, besides the engines."""
     noise = [path for path in noise_files() if path.parent.name == "noise" and path.name != "model.py"]
-    log = _FOLDER / "shared" / "request_log.py"
-    return (_FOLDER / "pipeline" / "model.py", _FOLDER / "engine" / f"{runner}.py", *noise, *_SHARED, log)
+    own = [_FOLDER / "shared" / name for name in ("request_log.py", "request_queue.py")]
+    return (_FOLDER / "pipeline" / "model.py", _FOLDER / "engine" / f"{runner}.py", *noise, *_SHARED, *own)

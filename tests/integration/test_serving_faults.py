@@ -195,17 +195,17 @@ def ask(url: str) -> np.ndarray:
         return client.stain_tiles(TILES, ORIGINS, 0, cells=False)["STAIN_CD3"]
 
 
-def in_progress(server: Serve, pool: ThreadPoolExecutor) -> Future[np.ndarray]:
-    """A request that the engines are busy with."""
-    engines = psutil.Process(server.ready["pid"]).children(recursive=True)
+def under_way(server: Serve, pool: ThreadPoolExecutor, number: int) -> list[Future[np.ndarray]]:
+    """Requests that the server has accepted: the engines are busy with one, and the others wait."""
+    with StainClient(server.url) as client:
 
-    def used() -> float:
-        return sum(engine.cpu_times().user for engine in engines)
+        def came() -> int:
+            return max(client.execution_counts().values())
 
-    before = used()
-    answer = pool.submit(ask, server.url)
-    assert eventually(lambda: used() > before + 0.1, 30)
-    return answer
+        before = came()
+        answers = [pool.submit(ask, server.url) for _ in range(number)]
+        assert eventually(lambda: came() >= before + number, 30)
+    return answers
 
 
 @pytest.mark.parametrize("kind", ["slow_repository", pytest.param("slow_ensemble", marks=pytest.mark.slow)])
@@ -214,15 +214,15 @@ def test_sigterm_finishes_what_is_in_progress_and_refuses_what_is_new(
 ) -> None:
     with (
         serving(request.getfixturevalue(kind), tmp_path, "--drain-timeout", 120) as server,
-        ThreadPoolExecutor(2) as pool,
+        ThreadPoolExecutor(4) as pool,
     ):
         expected = ask(server.url)
-        answer = in_progress(server, pool)
-        assert not answer.done(), "the request was over before the server was asked to stop"
+        answers = under_way(server, pool, 1 if kind == "slow_ensemble" else 4)
+        assert not answers[-1].done(), "the requests were over before the server was asked to stop"
         server.process.send_signal(signal.SIGTERM)
-        # With one process for all engines, a new request is refused when it is its turn: after the one in progress.
         assert eventually(lambda: "stopping" in refusal(server.url), 20)
-        np.testing.assert_array_equal(answer.result(timeout=60), expected)
+        for answer in answers:
+            np.testing.assert_array_equal(answer.result(timeout=60), expected)
         server.process.communicate(timeout=60)
     assert server.process.returncode == 0
     assert server.names() == ["start", "ready", "drained", "stop"]
@@ -238,12 +238,13 @@ def refusal(url: str) -> str:
 
 
 def test_the_deadline_ends_a_drain(slow_repository: Path, tmp_path: Path) -> None:
-    with serving(slow_repository, tmp_path, "--drain-timeout", 0.2) as server, ThreadPoolExecutor(2) as pool:
+    with serving(slow_repository, tmp_path, "--drain-timeout", 0.2) as server, ThreadPoolExecutor(4) as pool:
         expected = ask(server.url)
-        answer = in_progress(server, pool)
+        answers = under_way(server, pool, 4)
         assert server.end()[0] == 0
-        with contextlib.suppress(ServerLostError):  # Triton itself still waits for the last step of an ensemble
-            np.testing.assert_array_equal(answer.result(timeout=30), expected)
+        for answer in answers:
+            with contextlib.suppress(ServerLostError):  # Triton itself still waits for the last step of an ensemble
+                np.testing.assert_array_equal(answer.result(timeout=30), expected)
     assert server.events()[2]["complete"] is False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -139,6 +140,7 @@ def test_a_request_is_a_line_of_the_log(repository: Path, server: TritonServer) 
     assert answered["status"] == "OK"
     assert answered["model_version"] == verify(repository).model_version[:12]
     assert 0 < answered["ms"] < 60_000
+    assert 0 <= answered["waited_ms"] < 60_000
     assert (refused["request"], refused["status"]) == ('x"\n', "INVALID_ARG")
     with pytest.raises(UsageError, match="--requests: no process of the flavour python sees a whole request"):
         refuses_to_log(repository.parent)
@@ -190,6 +192,9 @@ def test_requests_that_are_not_asked_for_run_nothing(
             ran.append(f"{self.name}({', '.join(n for n in inputs if n.startswith('NOISE'))})")
             return dict.fromkeys(outputs, np.zeros((1, 64, 64, 3), np.uint8))
 
+        def close(self) -> None:
+            pass
+
     description = GraphSet.load(graphs)
     engines = {
         name: {"file": name, "inputs": [t.name for t in e.inputs], "outputs": [t.name for t in e.outputs]}
@@ -202,14 +207,15 @@ def test_requests_that_are_not_asked_for_run_nothing(
         Tensor=lambda name, array: name,
         InferenceResponse=lambda tensors=None, error=None: (tensors, error),
         TritonError=types.SimpleNamespace,
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
     )
     runner = types.ModuleType("recorder")
     runner.__dict__["load"] = lambda path, threads, device: Recorder(path)
     from staindiffuser.triton_models.noise import philox
-    from staindiffuser.triton_models.shared import gate, meters, request_log
+    from staindiffuser.triton_models.shared import gate, meters, request_log, request_queue
 
     modules = {"triton_python_backend_utils": utilities, "recorder": runner, "philox": philox, "gate": gate}
-    modules |= {"meters": meters, "request_log": request_log}
+    modules |= {"meters": meters, "request_log": request_log, "request_queue": request_queue}
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     path = Path(gate.__file__).parents[1] / "pipeline" / "model.py"
@@ -220,6 +226,7 @@ def test_requests_that_are_not_asked_for_run_nothing(
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "_DLPACK", False)
     parameters = {"runner": "recorder", "engines": json.dumps(engines), "steps": "2", "tile": "64", "threads": "1"}
+    parameters |= {"queue_length": "4", "queue_seconds": "60"}
     model = module.TritonPythonModel()
     config = {"parameters": {name: {"string_value": value} for name, value in parameters.items()}}
     model.initialize(
@@ -232,10 +239,19 @@ def test_requests_that_are_not_asked_for_run_nothing(
         ("QUALITY_CD3", ["he_encoder()", "stain_cd3(NOISE)", "cells_cd3(NOISE_CELLS)", "quality_cd3()"]),
     ):
         ran.clear()
-        asked = types.SimpleNamespace(requested_output_names=lambda output=output: [output], request_id=lambda: "17")
-        (response,) = model.execute([asked])
-        assert response == ([output], None)
+        answers: queue.SimpleQueue[object] = queue.SimpleQueue()
+        sender = types.SimpleNamespace(send=lambda response, flags, answers=answers: answers.put((response, flags)))
+        asked = types.SimpleNamespace(
+            requested_output_names=lambda output=output: [output],
+            request_id=lambda: "17",
+            parameters=lambda: "{}",
+            timeout=lambda: 0,
+            get_response_sender=lambda sender=sender: sender,
+        )
+        assert model.execute([asked]) == [None]
+        assert answers.get(timeout=60) == (([output], None), 1)
         assert (ran[0], ran[-1], sorted(ran)) == (expected[0], expected[-1], sorted(expected))  # some side by side
+    model.finalize()
 
 
 def test_quality_is_what_the_engines_say_and_runs_only_what_it_reads(graphs: Path, ensemble: TritonServer) -> None:

@@ -237,7 +237,8 @@ def test_urgent_requests_say_so() -> None:
     with FakeTriton() as server, StainClient(server.url) as ordinary, StainClient(server.url, urgent=True) as urgent:
         ordinary.stain_tiles(TILES, ORIGINS)
         urgent.stain_tiles(TILES, ORIGINS)
-        assert server.priorities == [2, 1]
+        assert server.priorities == [2, 1]  # for Triton's own queues
+        assert server.urgent == [False, True]
 
 
 def test_urgent_requests_to_a_server_without_queues_are_refused() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from staindiffuser.triton_models.shared.meters import COUNTERS
+from staindiffuser.triton_models.shared.meters import COUNTERS, GAUGES
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "monitoring"
 ALERTS, DASHBOARD = FOLDER / "alerts.yml", FOLDER / "dashboard.json"
@@ -45,8 +45,9 @@ def test_only_metrics_that_exist_are_used() -> None:
     expressions = [rule["expr"] for rule in rules()]
     expressions += [target["expr"] for panel in panels() for target in panel["targets"]]
     used = {name for expression in expressions for name in METRIC.findall(expression)}
-    assert used <= TRITON | set(COUNTERS)
-    assert used >= set(COUNTERS)
+    ours = {*COUNTERS, *GAUGES}
+    assert used <= TRITON | ours
+    assert used >= ours
 
 
 def test_panels_have_places_of_their_own() -> None:
@@ -103,6 +104,31 @@ ENSEMBLE = f'{JOB}, model="staindiffuser"'
             20,
         ),
         (
+            "StainDiffuserStuck",
+            {
+                f"staindiffuser_waiting_requests{{{JOB}}}": "3x60",
+                f'staindiffuser_requests_total{{{JOB}, status="OK"}}': "100x60",
+                f"nv_inference_request_success{{{ENSEMBLE}}}": "0+100x60",
+            },
+            20,
+        ),
+        (
+            "StainDiffuserStuck",
+            {
+                f"staindiffuser_waiting_requests{{{JOB}}}": "0x60",
+                f'staindiffuser_refused_total{{{JOB}, reason="late"}}': "0+3x60",
+            },
+            20,
+        ),
+        (
+            "StainDiffuserFailures",
+            {
+                f'staindiffuser_requests_total{{{JOB}, status="INTERNAL"}}': "0+2x60",
+                f'staindiffuser_requests_total{{{JOB}, status="OK"}}': "0+100x60",
+            },
+            20,
+        ),
+        (
             "StainDiffuserFailures",
             {
                 f'nv_inference_request_failure{{{ENSEMBLE}, reason="BACKEND"}}': "0+2x60",
@@ -112,6 +138,15 @@ ENSEMBLE = f'{JOB}, model="staindiffuser"'
         ),
         ("StainDiffuserOverloaded", {f'nv_inference_request_failure{{{ENSEMBLE}, reason="REJECTED"}}': "0+1x60"}, 40),
         ("StainDiffuserOverloaded", {f'nv_inference_request_failure{{{ENSEMBLE}, reason="OTHER"}}': "0+1x60"}, 40),
+        ("StainDiffuserOverloaded", {f'staindiffuser_refused_total{{{JOB}, reason="full"}}': "0+1x60"}, 40),
+        (
+            "StainDiffuserSlowQueue",
+            {
+                f"staindiffuser_queue_seconds_total{{{JOB}}}": "0+1200x60",
+                f'staindiffuser_requests_total{{{JOB}, status="OK"}}': "0+100x60",
+            },
+            30,
+        ),
         (
             "StainDiffuserSlowQueue",
             {
@@ -141,6 +176,11 @@ def test_a_rule_fires_and_is_quiet(tmp_path: Path, alert: str, series: dict[str,
         f'nv_inference_request_failure{{{ENSEMBLE}, reason="REJECTED"}}': "0x200",
         f'nv_inference_request_failure{{{ENSEMBLE}, reason="BACKEND"}}': "0x200",
         f"nv_inference_queue_duration_us{{{ENSEMBLE}}}": "0+1000x200",
+        f"staindiffuser_waiting_requests{{{JOB}}}": "1x200",
+        f"staindiffuser_queue_seconds_total{{{JOB}}}": "0+10x200",
+        f'staindiffuser_requests_total{{{JOB}, status="OK"}}': "0+100x200",
+        f'staindiffuser_requests_total{{{JOB}, status="CANCELLED"}}': "0+10x200",
+        f'staindiffuser_refused_total{{{JOB}, reason="stopping"}}': "0+1x200",
         f'staindiffuser_flagged_tiles_total{{{JOB}, flag="unlike", model_version="1"}}': "0+1x200",
         f'staindiffuser_tiles_total{{{JOB}, output="QUALITY", model_version="1"}}': "0+100x200",
     }

@@ -5,6 +5,9 @@ process, or on its GPU, instead of passing through shared memory between process
 is computed: the encoder once, each branch that is requested or whose outputs a requested engine judges, and the noise
 that these branches read.
 
+Triton hands requests over as they come. They wait here (``request_queue.py``), urgent ones (parameter ``urgent`` of the
+request) first, and are computed one at a time, each alone; their answers are sent from other threads.
+
 ``config.pbtxt`` configures it by ``parameters``:
 
 - ``runner``: the file beside this one that loads engines (``engine_onnxruntime``, ``engine_tensorrt``, …);
@@ -12,7 +15,8 @@ that these branches read.
   after those whose outputs it reads;
 - ``joined``: JSON, names of the engines that the runner loads as one graph, from the encoder on; absent for none;
 - ``steps``: sampler steps of the image branches;
-- ``threads``: threads of a CPU engine, 0 for all available; ``STAINDIFFUSER_THREADS`` overrides it.
+- ``threads``: threads of a CPU engine, 0 for all available; ``STAINDIFFUSER_THREADS`` overrides it;
+- ``queue_length``, ``queue_seconds``: urgent requests that may wait, and others that may, and for how long.
 """
 
 from __future__ import annotations
@@ -20,10 +24,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -31,10 +36,31 @@ from gate import Gate
 from meters import Meters
 from philox import check_origins, tile_noise
 from request_log import RequestLog
+from request_queue import RequestQueue
 
 _DLPACK = np.lib.NumpyVersion(np.__version__) >= "2.0.0"
 """As in ``engine/model.py``: host tensors cross by DLPack with numpy 2, whose arrays the wheel's backend gets wrong."""
 IMAGE_NOISE, CELL_NOISE = "NOISE", "NOISE_CELLS"
+_REFUSALS = {
+    "stopping": ("the server is stopping: send the request again", "UNAVAILABLE"),
+    "full": ("Exceeds maximum queue size", "UNAVAILABLE"),
+    "late": ("Request timeout expired", "UNAVAILABLE"),
+}
+"""Message and status by reason; of a queue in Triton's own words, which clients know."""
+_PATIENT = 0.05
+"""Seconds after which a client may have given up: to ask Triton takes a while (ours)."""
+
+
+class _Request(NamedTuple):
+    """What is kept of a request until it is answered."""
+
+    sender: Any
+    id: str
+    names: list[str]
+    """Outputs that it asks for."""
+    he: Any
+    origins: Any
+    seeds: Any
 
 
 class TritonPythonModel:
@@ -46,8 +72,16 @@ class TritonPythonModel:
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         self.gpu = args["model_instance_kind"] == "GPU"
         self.gate = Gate()
+        self.queue: RequestQueue[_Request] = RequestQueue(
+            length=int(parameters["queue_length"]),
+            seconds=float(parameters["queue_seconds"]),
+            expired=lambda request: self._refuse(request, "late"),
+        )
         self.meters = Meters(
-            pb_utils, version=parameters.get("model_version", ""), quality=parameters.get("quality", "")
+            pb_utils,
+            version=parameters.get("model_version", ""),
+            quality=parameters.get("quality", ""),
+            waiting=self.queue.__len__,
         )
         self.log = RequestLog(parameters.get("model_version", ""))
         self.steps, self.tile = int(parameters["steps"]), int(parameters["tile"])
@@ -70,38 +104,90 @@ class TritonPythonModel:
             from philox_gpu import GpuNoise
 
             self.make_noise = GpuNoise(device).tile_noise
+        self.turn = threading.Lock()
+        self.workers = [threading.Thread(target=self._work, daemon=True) for _ in range(1 if self.gpu else 2)]
+        for worker in self.workers:
+            worker.start()
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One response per request; a faulty request does not affect the others. A closed gate refuses all."""
-        if self.gate.closed:
-            self.meters.refused(len(requests))
-            return [_error("the server is stopping: send the request again", "UNAVAILABLE") for _ in requests]
-        with self.gate.busy():
-            return [self._respond(request) for request in requests]
+        """Put each request into the queue, whose answer comes later; or refuse it: then its response is given here."""
+        return [self._accept(request) for request in requests]
 
     def finalize(self) -> None:
-        """Release the engines and the counters."""
+        """Refuse what still waits, finish what is running, and release the engines and the counters."""
+        for request in self.queue.close():
+            self._refuse(request, "stopping")
+        for worker in self.workers:
+            worker.join()
         self.pool.shutdown()
         self.meters.close()
         for engine in (self.joined, *self.engines.values()):
             if engine is not None:
                 engine.close()
 
-    def _respond(self, request: Any) -> Any:
-        began, names = time.monotonic(), list(request.requested_output_names())
-        he, origins, seeds = (_array(request, name) for name in ("HE", "ORIGIN", "SEED"))
-        status, response = self._answer(he, origins, seeds, names)
-        self.log.write(request.request_id(), tiles=len(he), outputs=names, began=began, status=status)
+    def _accept(self, request: Any) -> Any:
+        """None, or the response of a request that is refused."""
+        if self.gate.closed:
+            self.meters.refused(1, "stopping")
+            return _error(*_REFUSALS["stopping"])
+        parameters, timeout = request.parameters(), request.timeout()
+        # Copied: what waits must not fill the shared memory through which the next one comes.
+        accepted = _Request(
+            request.get_response_sender(),
+            request.request_id(),
+            list(request.requested_output_names()),
+            *(np.array(_array(request, name)) for name in ("HE", "ORIGIN", "SEED")),
+        )
+        self.gate.enter()
+        urgent = bool(parameters) and json.loads(parameters).get("urgent") is True
+        if self.queue.put(accepted, urgent=urgent, seconds=timeout / 1e6 if timeout else None):
+            return None
+        self.gate.leave()
+        self.meters.refused(1, "full")
+        return _error(*_REFUSALS["full"])
+
+    def _work(self) -> None:
+        """Take one request after another. While one worker sends an answer, another computes the next."""
+        while True:
+            with self.turn:
+                waiting = self.queue.take()
+                if waiting is None:
+                    return
+                response = self._respond(waiting.request, time.monotonic() - waiting.since)
+            self._send(waiting.request, response)
+
+    def _refuse(self, request: _Request, reason: str) -> None:
+        self.meters.refused(1, reason)
+        self._send(request, _error(*_REFUSALS[reason]))
+
+    def _send(self, request: _Request, response: Any) -> None:
+        try:
+            request.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except Exception as error:  # nobody is left who could be told
+            pb_utils.Logger.log_warn(f"a response could not be sent: {error}")
+        finally:
+            self.gate.leave()
+
+    def _respond(self, request: _Request, waited: float) -> Any:
+        began = time.monotonic()
+        status, response = self._answer(request, waited)
+        took = time.monotonic() - began
+        self.meters.request(status, waited=waited, took=took)
+        self.log.write(
+            request.id, tiles=len(request.he), outputs=request.names, waited=waited, took=took, status=status
+        )
         return response
 
-    def _answer(self, he: Any, origins: Any, seeds: Any, names: list[str]) -> tuple[str, Any]:
+    def _answer(self, request: _Request, waited: float) -> tuple[str, Any]:
         """A status and a response."""
+        if waited > _PATIENT and request.sender.is_cancelled():
+            return "CANCELLED", _error("the client has given up", "CANCELLED")
         try:
-            check_origins(origins)
+            check_origins(request.origins)
         except ValueError as error:
             return "INVALID_ARG", _error(str(error), "INVALID_ARG")
         try:
-            outputs = self._run(he, origins, seeds, names)
+            outputs = self._run(request.he, request.origins, request.seeds, request.names)
             return "OK", pb_utils.InferenceResponse([self._tensor(name, array) for name, array in outputs.items()])
         except Exception as error:  # reported to the client that sent the request
             return "INTERNAL", _error(f"{type(error).__name__}: {error}", "INTERNAL")

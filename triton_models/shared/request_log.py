@@ -13,7 +13,6 @@ import contextlib
 import datetime
 import json
 import os
-import time
 from collections.abc import Sequence
 
 __all__ = ["ENVIRONMENT", "RequestLog"]
@@ -30,14 +29,17 @@ class RequestLog:
         self._path = os.environ.get(ENVIRONMENT, "")
         self._version = version[:12]
 
-    def write(self, request: str, *, tiles: int, outputs: Sequence[str], began: float, status: str) -> None:
+    def write(
+        self, request: str, *, tiles: int, outputs: Sequence[str], waited: float, took: float, status: str
+    ) -> None:
         """Append a line.
 
         Args:
             request: the client's id.
             tiles: in the request.
             outputs: that it asked for.
-            began: ``time.monotonic()`` when its turn came.
+            waited: seconds until its turn came.
+            took: seconds from then on.
             status: ``OK``, or Triton's name of the error.
         """
         if not self._path:
@@ -48,7 +50,8 @@ class RequestLog:
             "model_version": self._version,
             "tiles": tiles,
             "outputs": list(outputs),
-            "ms": round(1e3 * (time.monotonic() - began), 1),
+            "waited_ms": round(1e3 * waited, 1),
+            "ms": round(1e3 * took, 1),
             "status": status,
         }
         with contextlib.suppress(OSError):

@@ -21,6 +21,7 @@ from staindiffuser.client import StainClient, StainingOptions, stain_slide
 from staindiffuser.client.errors import RefusedRequestError, ServerUnreachableError
 from staindiffuser.export.repository import build_repository
 from staindiffuser.serving.server import TritonServer
+from staindiffuser.triton_models.shared.meters import SECONDS
 
 COMMAND = [sys.executable, "-c", "from staindiffuser.cli import main; main()", "stain"]
 
@@ -84,6 +85,7 @@ def test_the_pixels_are_the_tensors(server: TritonServer, tile: Path, tmp_path: 
 
 def test_stains_that_are_not_asked_for_do_not_run(server: TritonServer, tile: Path, tmp_path: Path) -> None:
     def computed() -> dict[str, str]:
+        time.sleep(2 * SECONDS)  # until the model has told
         with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
             text = response.read().decode()
         return dict(re.findall(r'^staindiffuser_tiles_total\{.*output="(\w+)".*\} (\S+)$', text, re.MULTILINE))

@@ -54,7 +54,7 @@ class Meters:
             quality: the contract's parameter of that name, JSON, for a model that gives ``QUALITY``.
             waiting: tells how many requests are in the queue, for a model that has one.
         """
-        self._kinds = getattr(utilities, "MetricFamily", None)
+        self._kinds: Any = getattr(utilities, "MetricFamily", None)
         self._version = version[:12]
         self._quality = json.loads(quality or "{}")
         self._waiting = waiting

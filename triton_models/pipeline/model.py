@@ -147,14 +147,19 @@ class TritonPythonModel:
         return _error(*_REFUSALS["full"])
 
     def _work(self) -> None:
-        """Take one request after another. While one worker sends an answer, another computes the next."""
-        while True:
-            with self.turn:
-                waiting = self.queue.take()
-                if waiting is None:
-                    return
-                response = self._respond(waiting.request, time.monotonic() - waiting.since)
-            self._send(waiting.request, response)
+        """Answer one request after another, until there are no more to come."""
+        while self._answer_next():
+            pass  # in a function of its own, which holds no tensors while it waits
+
+    def _answer_next(self) -> bool:
+        """While one worker sends its answer, another computes the next."""
+        with self.turn:
+            waiting = self.queue.take()
+            if waiting is None:
+                return False
+            response = self._respond(waiting.request, time.monotonic() - waiting.since)
+        self._send(waiting.request, response)
+        return True
 
     def _refuse(self, request: _Request, reason: str) -> None:
         self.meters.refused(1, reason)
@@ -180,13 +185,13 @@ class TritonPythonModel:
 
     def _answer(self, request: _Request, waited: float) -> tuple[str, Any]:
         """A status and a response."""
-        if waited > _PATIENT and request.sender.is_cancelled():
-            return "CANCELLED", _error("the client has given up", "CANCELLED")
         try:
             check_origins(request.origins)
         except ValueError as error:
             return "INVALID_ARG", _error(str(error), "INVALID_ARG")
         try:
+            if waited > _PATIENT and request.sender.is_cancelled():
+                return "CANCELLED", _error("the client has given up", "CANCELLED")
             outputs = self._run(request.he, request.origins, request.seeds, request.names)
             return "OK", pb_utils.InferenceResponse([self._tensor(name, array) for name, array in outputs.items()])
         except Exception as error:  # reported to the client that sent the request

@@ -136,6 +136,10 @@ def quality(
         list[str] | None,
         typer.Option(help="NAME=SLIDE or NAME=SLIDE@MPP: other tissue, to be told from that. Repeatable."),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="Engines that score them: 'onnxruntime fp32', 'openvino int8', … as `serve` chooses from."),
+    ] = "onnxruntime fp32",
     most: Annotated[int, typer.Option(min=2, help="Fields at most from each folder and slide.")] = 60,
     json_file: JsonFile = None,
 ) -> None:
@@ -143,7 +147,14 @@ def quality(
 
     from staindiffuser.benchmarks.quality import bench_quality
 
-    report = bench_quality(graphs, tiles, other or (), most=most, progress=lambda line: typer.echo(line, err=True))
+    report = bench_quality(
+        graphs,
+        tiles,
+        other or (),
+        engine=engine,
+        most=most,
+        progress=lambda line: typer.echo(line, err=True),
+    )
     if hand_over(report, json_file):
         return
     for line in report.lines():

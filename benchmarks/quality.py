@@ -6,6 +6,7 @@ them, against images that are virtual IHC already (the model's own), and against
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from scipy.stats import rankdata
 from staindiffuser.benchmarks.artefacts import ARTEFACTS
 from staindiffuser.client.model_view import ModelView
 from staindiffuser.errors import UsageError
+from staindiffuser.export.builders import BuildOptions, Engine
+from staindiffuser.export.choosing import available, load_candidate
 from staindiffuser.export.description import GraphSet
 from staindiffuser.export.parity import run_pipeline
 from staindiffuser.export.quality import compose_field, field_plans
@@ -26,9 +29,10 @@ from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.optical_density import dab_mask
 from staindiffuser.imaging.slides import open_slide
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles
-from staindiffuser.triton_models.engine.engine_onnxruntime import OnnxRuntimeEngine
 
-__all__ = ["KEPT", "QualityReport", "auroc", "bench_quality"]
+__all__ = ["EXACT", "KEPT", "QualityReport", "auroc", "bench_quality"]
+
+EXACT = "onnxruntime fp32"
 
 KEPT = (1.0, 0.9, 0.75, 0.5)
 """Shares of the fields that are kept in the abstention curves."""
@@ -43,6 +47,8 @@ class QualityReport:
     """The outcome; every mapping is by kind of tile."""
 
     model_name: str
+    engine: str
+    """Target and precision that scored them, such as ``openvino int8``."""
     reference: str
     limits: Mapping[str, float]
     fields: int
@@ -64,7 +70,7 @@ class QualityReport:
 
     def lines(self) -> Iterator[str]:
         """For people."""
-        yield f"{self.model_name}: knows {self.reference}; limits {dict(self.limits)}"
+        yield f"{self.model_name} on {self.engine}: knows {self.reference}; limits {dict(self.limits)}"
         yield f"{self.fields} held-out fields of {self.slides} slides, of which {self.flagged_anyway:.1%} are flagged"
         yield f"{'kind':>18} {'fields':>7} {'AUROC':>7} {'unlike':>7} {'flagged':>8}"
         for kind, count in self.counts.items():
@@ -77,40 +83,42 @@ class QualityReport:
 
 
 class _Judge:
-    """The whole pipeline in this process, one field at a time."""
+    """The whole pipeline in this process, one field at a time, on the engines that a server has."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, engine: str) -> None:
         self.graphs = GraphSet.load(folder)
         if self.graphs.quality is None:
             raise UsageError(f"{folder} has no engines that judge tiles: add them with `staindiffuser export quality`")
         self.quality = self.graphs.quality
-        self._open = ExitStack()
-        self._engines = {}
-        for name, engine in self.graphs.engines.items():
-            self._engines[name] = OnnxRuntimeEngine(folder / engine.file)
-            self._open.callback(self._engines[name].close)
+        self.engine = engine
+        found, absent = available(self.graphs, BuildOptions(max_batch=1))
+        if engine not in found:
+            raise UsageError(f"--engine {engine}: there is {', '.join(found)} here; {absent}")
+        with ExitStack() as stack:
+            built = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "engines"
+            self._engines = load_candidate(folder, engine, found[engine], "single", built, stack)
+            self._open = stack.pop_all()
 
     def close(self) -> None:
         self._open.close()
 
     def tile(self, he: UInt8Array) -> Scores:
         """The measures of a field [T, T, 3]."""
-        tensors = {"HE": he[None]}
-        for name in ("he_encoder", "quality"):
-            engine = self.graphs.engines[name]
-            inputs = {spec.name: tensors[spec.name] for spec in engine.inputs}
-            tensors |= self._engines[name].run(inputs, [spec.name for spec in engine.outputs])
-        return dict(zip(self.quality.tile, tensors["QUALITY"][0].tolist(), strict=True))
+        outputs = self._run({name: self._engines[name] for name in ("he_encoder", "quality")}, he)
+        return dict(zip(self.quality.tile, outputs["QUALITY"].tolist(), strict=True))
 
     def everything(self, he: UInt8Array) -> dict[str, NDArray[np.generic]]:
         """All outputs for a field, without the batch dimension."""
+        return self._run(self._engines, he)
+
+    def _run(self, engines: Mapping[str, Engine], he: UInt8Array) -> dict[str, NDArray[np.generic]]:
         inputs: dict[str, NDArray[Any]] = {
             "HE": he[None],
             "ORIGIN": np.zeros((1, 2), np.int64),
             "SEED": np.zeros((1, 1), np.int64),
         }
         outputs = run_pipeline(
-            self._engines, self.graphs.engines, steps=self.graphs.steps, tile=self.graphs.tile, inputs=inputs
+            engines, self.graphs.engines, steps=self.graphs.steps, tile=self.graphs.tile, inputs=inputs
         )[1]
         return {name: array[0] for name, array in outputs.items()}
 
@@ -124,6 +132,7 @@ def bench_quality(
     tiles: Sequence[Path],
     others: Sequence[str] = (),
     *,
+    engine: str = EXACT,
     most: int = 60,
     progress: Callable[[str], None] = lambda line: None,
 ) -> QualityReport:
@@ -133,14 +142,16 @@ def bench_quality(
         graphs: with the engines that judge tiles.
         tiles: folders of paired tiles whose test split is held-out tissue.
         others: ``NAME=SLIDE`` or ``NAME=SLIDE@MPP``.
+        engine: of :data:`~staindiffuser.export.choosing.CANDIDATES`, such as ``openvino int8``.
         most: fields at most from each folder and slide.
         progress: called with one line per kind.
 
     Raises:
-        UsageError: the graphs judge nothing, there are no held-out fields, or an item of ``others`` is malformed.
+        UsageError: the graphs judge nothing, there are no held-out fields, an item of ``others`` is malformed, or the
+            engine cannot run here.
         DataError, SlideError: tiles or slides cannot be read.
     """
-    judge = _Judge(graphs)
+    judge = _Judge(graphs, engine)
     try:
         return _bench(judge, tiles, others, most, progress)
     finally:
@@ -193,6 +204,7 @@ def _bench(
     flags = {kind: [judge.flag(scores) for scores in group] for kind, group in groups.items()}
     return QualityReport(
         model_name=judge.graphs.name,
+        engine=judge.engine,
         reference=judge.quality.reference,
         limits=judge.quality.limits,
         fields=len(held_out),

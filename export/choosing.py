@@ -30,7 +30,7 @@ from staindiffuser.export.parity import Golden, run_pipeline
 from staindiffuser.records import STRICT
 from staindiffuser.triton_models.shared.cpus import available_cpus
 
-__all__ = ["AUTO", "CANDIDATES", "Choice", "available", "choice_key", "fastest", "measure"]
+__all__ = ["AUTO", "CANDIDATES", "Choice", "available", "choice_key", "fastest", "load_candidate", "measure"]
 
 AUTO = "auto"
 CANDIDATES = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"), ("openvino", "int8"))
@@ -113,7 +113,7 @@ def measure(graphs_dir: Path, options: BuildOptions, flavour: str, progress: Cal
     seconds: dict[str, list[float]] = {name: [] for name in found}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         engines = {
-            name: _load(graphs_dir, graphs, name, chosen, flavour, Path(folder) / name, stack)
+            name: load_candidate(graphs_dir, name, chosen, flavour, Path(folder) / name, stack)
             for name, chosen in found.items()
         }
         for index in range(_ROUNDS + 1 if len(found) > 1 else 0):
@@ -145,17 +145,24 @@ def fastest(ms_per_tile: Mapping[str, float]) -> str:
     return best
 
 
-def _load(
-    graphs_dir: Path,
-    graphs: GraphSet,
-    name: str,
-    options: BuildOptions,
-    flavour: str,
-    folder: Path,
-    stack: contextlib.ExitStack,
+def load_candidate(
+    graphs_dir: Path, name: str, options: BuildOptions, flavour: str, folder: Path, stack: contextlib.ExitStack
 ) -> dict[str, Engine]:
+    """Build and load the engines of a candidate as a server of a flavour does.
+
+    Args:
+        graphs_dir: what ``export graphs`` wrote.
+        name: of :func:`available`.
+        options: that it came with.
+        flavour: of the server.
+        folder: where the engines are written; must not exist.
+        stack: closes them.
+
+    Returns:
+        Engines by name; those that are one graph are one engine, under each of their names.
+    """
     builder = builders.get(name.split()[0])
-    graphs = graphs.at(options.precision)
+    graphs = GraphSet.load(graphs_dir).at(options.precision)
     folder.mkdir()
     files = {engine: folder / f"{engine}{builder.suffix}" for engine in graphs.engines}
     for engine, graph in graphs.engines.items():

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from staindiffuser.benchmarks.artefacts import ARTEFACTS
 from staindiffuser.benchmarks.cli import app
-from staindiffuser.benchmarks.quality import KEPT, auroc, bench_quality
+from staindiffuser.benchmarks.quality import EXACT, KEPT, auroc, bench_quality
 from staindiffuser.errors import UsageError
 from staindiffuser.export.quality import add_quality
 from staindiffuser.training.tiles.paired_tiles import Split
@@ -71,10 +71,29 @@ def test_the_command_writes_what_it_measured(graphs: Path, held_out: Path, tmp_p
     assert "AUROC" in result.output
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_engines_that_are_served_are_scored_as_one_graph(graphs: Path, held_out: Path, precision: str) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'staindiffuser[openvino]'")
+    from staindiffuser.triton_models.engine import engine_openvino
+
+    if not engine_openvino.computes(precision):
+        pytest.skip(f"this processor does not compute in {precision}")
+    exact, served = (
+        bench_quality(graphs, [held_out], engine=engine, most=4) for engine in (EXACT, f"openvino {precision}")
+    )
+    assert (exact.engine, served.engine) == (EXACT, f"openvino {precision}")
+    assert served.counts == exact.counts
+    for kind, value in exact.unlike_auroc.items():
+        assert served.unlike_auroc[kind] == pytest.approx(value, abs=0.15), kind
+    assert f"on openvino {precision}" in next(iter(served.lines()))
+
+
 def test_what_cannot_be_measured_is_refused(graphs: Path, held_out: Path, tmp_path: Path) -> None:
     write_graphs(tmp_path / "plain", tile=TILE)
     with pytest.raises(UsageError, match="has no engines that judge tiles: add them with"):
         bench_quality(tmp_path / "plain", [held_out])
+    with pytest.raises(UsageError, match="--engine openvino int8: there is onnxruntime fp32"):
+        bench_quality(graphs, [held_out], engine="openvino int8")  # these graphs have no copies in 8 bits
     with pytest.raises(UsageError, match="must be NAME=SLIDE"):
         bench_quality(graphs, [held_out], ["skin"])
     reference = write_reference(tmp_path / "reference", size=TILE, slides=1, tiles_per_slide=4)

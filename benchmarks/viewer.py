@@ -74,11 +74,7 @@ class ViewReport:
             f"p99 {self.tile_p99_ms:.1f} ms{cells}",
             f"p95 by kind: {kinds}",
             f"server: peak {memory}",
-            *(
-                f"zooming, {one.layout}: {one.per_second:.1f} frames a second, longest {one.longest_ms:.0f} ms, "
-                f"main thread {one.main_thread_ms:.1f} ms a frame"
-                for one in self.frames
-            ),
+            *(one.line() for one in self.frames),
         ]
 
 
@@ -271,7 +267,8 @@ def view(
     seconds: Annotated[float, typer.Option(min=1, help="For how long they look.")] = 10,
     wait: Annotated[float, typer.Option(min=0, help="Seconds after the start until the first of them comes.")] = 3,
     frames: Annotated[
-        float, typer.Option(min=0, help="Seconds of zooming per layout in headless Chromium, frames counted; 0: none.")
+        float,
+        typer.Option(min=0, help="Seconds of zooming per layout in headless Chromium: frames and holes; 0: none."),
     ] = 0,
     json_file: JsonFile = None,
 ) -> None:

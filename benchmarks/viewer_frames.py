@@ -1,27 +1,36 @@
 """Frames a second of zooming on the viewer's page, beside OpenSeadragon with a single layer on an empty page.
 
-Headless Chromium, which is given no GPU, turns the wheel for a while; frames are counted by ``requestAnimationFrame``.
+Headless Chromium, which is given no GPU and has nothing in its cache, turns the wheel for a while: in until cells are
+drawn as outlines, out again, and on to the next place. Frames are counted by ``requestAnimationFrame``. Then the same
+once more, and whenever OpenSeadragon has drawn a frame, its canvas is read back: a hole is where the slide is and
+nothing was drawn, neither the tile that belongs there nor a coarser one.
 """
 
 from __future__ import annotations
 
 import itertools
 import shutil
+import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from staindiffuser.errors import DependencyError
 
-__all__ = ["BARE", "LayoutFrames", "count_frames"]
+__all__ = ["BARE", "LAYOUTS", "LayoutFrames", "count_frames"]
 
 WINDOW = (1280, 800)
 SETTLE = 2.5
 """Seconds before the wheel is turned: the page has its first tiles."""
 TURN = 0.09
 """Seconds between two steps of the wheel."""
-STEPS = 8
-"""Of the wheel in one direction."""
+STEPS = 14
+"""Of the wheel in one direction: from a slide of 20,000 pixels on a third of the page to half of its resolution."""
+PLACES = ((0.35, 0.4), (0.65, 0.6), (0.4, 0.65))
+"""Where in the first panel the pointer is when the wheel turns; after each way in and out, the next."""
+LATE = 25.0
+"""Milliseconds between two frames from which one of 60 a second was left out."""
 BARE = "bare OpenSeadragon"
 LAYOUTS = {
     "side by side": "view=side",
@@ -29,6 +38,7 @@ LAYOUTS = {
     "fluorescence": "view=fluorescence",
     "fluorescence without cells": "view=fluorescence&cells=off",
 }
+ORDER = (BARE, *LAYOUTS, BARE)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
 
@@ -37,6 +47,38 @@ _COUNT = """() => {
   const note = (time) => { times.push(time); if (!window.__enough) requestAnimationFrame(note); };
   window.__enough = false;
   requestAnimationFrame(note);
+}"""
+_WATCH_HOLES = """() => {
+  const STEP = 4; // of so many pixels in both directions, one is looked at
+  const seen = (window.__seen = []);
+  const canvas = document.createElement("canvas");
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.imageSmoothingEnabled = false;
+  for (const element of document.querySelectorAll(".panel .image, #image")) {
+    const viewer = OpenSeadragon.getViewer(element);
+    viewer.addHandler("update-viewport", () => {
+      const drawn = viewer.drawer.canvas;
+      const ratio = drawn.width / viewer.viewport.getContainerSize().x;
+      const image = viewer.world.getItemAt(viewer.world.getItemCount() - 1);
+      const bounds = viewer.viewport.viewportToViewerElementRectangle(image.getBounds(true)).times(ratio);
+      // Inside the image by more than a pixel, and on the canvas.
+      const [left, top] = [Math.max(0, Math.ceil(bounds.x) + 1), Math.max(0, Math.ceil(bounds.y) + 1)];
+      const right = Math.min(drawn.width, Math.floor(bounds.x + bounds.width) - 1);
+      const bottom = Math.min(drawn.height, Math.floor(bounds.y + bounds.height) - 1);
+      const [width, height] = [Math.floor((right - left) / STEP), Math.floor((bottom - top) / STEP)];
+      if (width < 1 || height < 1) return;
+      if (canvas.width < width || canvas.height < height) {
+        [canvas.width, canvas.height] = [drawn.width, drawn.height];
+        context.imageSmoothingEnabled = false;
+      }
+      context.clearRect(0, 0, width, height);
+      context.drawImage(drawn, left, top, width * STEP, height * STEP, 0, 0, width, height);
+      const { data } = context.getImageData(0, 0, width, height);
+      let holes = 0;
+      for (let i = 3; i < data.length; i += 4) if (data[i] < 128) holes++;
+      seen.push(holes / (width * height));
+    });
+  }
 }"""
 _PAGE = """<!doctype html><body style="margin: 0"><div id="image" style="width: {width}px; height: {height}px"></div>
 <script src="/static/vendor/openseadragon.min.js"></script><script src="/bare.js"></script>"""
@@ -56,19 +98,41 @@ class LayoutFrames:
     layout: str
     """Of :data:`LAYOUTS`, or :data:`BARE`."""
     per_second: float
+    """In the mean."""
+    median_per_second: float
+    """One over the median time between two frames."""
+    late: float
+    """Share of the frames that came after :data:`LATE`: the one before them was left out."""
     longest_ms: float
     """Between two frames."""
     main_thread_ms: float
     """Of the page's main thread, per frame."""
+    looked_at: int = 0
+    """Views that were read back, each of one panel in one frame."""
+    with_holes: int = 0
+    """Of them, those where part of the slide was not drawn."""
+    largest_hole: float = 0.0
+    """The largest share of the slide in view that was not drawn."""
+
+    def line(self) -> str:
+        """For people."""
+        return (
+            f"zooming, {self.layout}: {self.per_second:.1f} frames a second (median {self.median_per_second:.1f}), "
+            f"{self.late:.1%} late, longest {self.longest_ms:.0f} ms, main thread {self.main_thread_ms:.1f} ms a "
+            f"frame; holes in {self.with_holes} of {self.looked_at} views, the largest {self.largest_hole:.1%}"
+        )
 
 
-def count_frames(address: str, about: dict[str, Any], seconds: float) -> list[LayoutFrames]:
+def count_frames(
+    address: str, about: dict[str, Any], seconds: float, layouts: Sequence[str] = ORDER
+) -> list[LayoutFrames]:
     """Zoom in and out in every layout, the bare page first and last.
 
     Args:
         address: of the viewer's page.
         about: what the server says of its first slide.
         seconds: for how long, each.
+        layouts: of :data:`LAYOUTS`, or :data:`BARE`.
 
     Raises:
         DependencyError: Playwright or Chromium is missing.
@@ -83,16 +147,37 @@ def count_frames(address: str, about: dict[str, Any], seconds: float) -> list[La
     counted: list[LayoutFrames] = []
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, args=ARGUMENTS)
-        context = chromium.new_context(viewport={"width": WINDOW[0], "height": WINDOW[1]})
-        for layout in (BARE, *LAYOUTS, BARE):
+
+        def zoomed(layout: str, watch: str) -> tuple[Any, float]:
+            """What a script of :func:`_zoom` noted, and seconds of the main thread, on a page of its own."""
+            context = chromium.new_context(viewport={"width": WINDOW[0], "height": WINDOW[1]})
             page = context.new_page()
             if layout == BARE:
                 _open_bare(page, address, about)
             else:
                 page.goto(f"{address}#{LAYOUTS[layout]}")
                 page.locator("#cell-classes input").first.wait_for(state="attached")
-            counted.append(_count(page, layout, seconds))
-            page.close()
+            noted = _zoom(page, watch, seconds)
+            context.close()
+            return noted
+
+        for layout in layouts:
+            times, spent = zoomed(layout, _COUNT)
+            seen, _ = zoomed(layout, _WATCH_HOLES)
+            gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+            counted.append(
+                LayoutFrames(
+                    layout=layout,
+                    per_second=round(1000 * len(gaps) / (times[-1] - times[0]), 1),
+                    median_per_second=round(1000 / statistics.median(gaps), 1),
+                    late=round(sum(gap >= LATE for gap in gaps) / len(gaps), 4),
+                    longest_ms=round(max(gaps), 1),
+                    main_thread_ms=round(1000 * spent / len(gaps), 1),
+                    looked_at=len(seen),
+                    with_holes=sum(share > 0 for share in seen),
+                    largest_hole=round(max(seen, default=0.0), 4),
+                )
+            )
         chromium.close()
     return counted
 
@@ -109,28 +194,24 @@ def _open_bare(page: Any, address: str, about: dict[str, Any]) -> None:
     page.goto(f"{address}bare.html")
 
 
-def _count(page: Any, layout: str, seconds: float) -> LayoutFrames:
+def _zoom(page: Any, watch: str, seconds: float) -> tuple[Any, float]:
+    """Turn the wheel while a script watches: what it noted, and seconds of the page's main thread meanwhile."""
     page.wait_for_timeout(1000 * SETTLE)
     panel = page.locator(".panel, #image").first.bounding_box()
-    page.mouse.move(panel["x"] + panel["width"] / 3, panel["y"] + panel["height"] / 3)
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable")
     before = _task_seconds(session)
-    page.evaluate(_COUNT)
+    page.evaluate(watch)
     end, step = time.monotonic() + seconds, 0
     while time.monotonic() < end:
+        if step % (2 * STEPS) == 0:
+            across, down = PLACES[step // (2 * STEPS) % len(PLACES)]
+            page.mouse.move(panel["x"] + across * panel["width"], panel["y"] + down * panel["height"])
         page.mouse.wheel(0, -120 if step // STEPS % 2 == 0 else 120)
         page.wait_for_timeout(1000 * TURN)
         step += 1
-    times = page.evaluate("() => { window.__enough = true; return window.__times; }")
-    spent = _task_seconds(session) - before
-    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
-    return LayoutFrames(
-        layout=layout,
-        per_second=round(1000 * len(gaps) / (times[-1] - times[0]), 1),
-        longest_ms=round(max(gaps), 1),
-        main_thread_ms=round(1000 * spent / len(gaps), 1),
-    )
+    noted = page.evaluate("() => { window.__enough = true; return window.__times ?? window.__seen; }")
+    return noted, _task_seconds(session) - before
 
 
 def _task_seconds(session: Any) -> float:

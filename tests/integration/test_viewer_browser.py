@@ -186,6 +186,12 @@ def test_cells_by_class_and_probability(open_page: Open) -> None:
     page.keyboard.press("c")
     page.keyboard.press("0")
     assert drawn(page, 1) > 100
+    for key in ("+", "+", "ArrowRight", "+"):
+        page.keyboard.press(key)
+    place(page)
+    again = open_page(page.url[len(page.url.split("#")[0]) :])
+    assert drawn(page, 0) == pytest.approx(drawn(again, 0), rel=0.01)  # not those of before it moved
+    assert page.locator(".panel .marks").first.evaluate("(canvas) => canvas.style.transform") == ""
 
 
 def test_flagged_tiles_are_hatched_and_said_first(open_page: Open, folder: Path, tmp_path: Path) -> None:

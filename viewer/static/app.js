@@ -1,9 +1,7 @@
 // Begins here: reads the address, fetches slides, and connects images, controls and keys.
 
 import { fetchJson, slidePath } from "./api.js";
-import { Cells } from "./cells.js";
 import { say, showCells, showList, showRegion, showSlide, showStains } from "./controls.js";
-import { drawFlags } from "./flags.js";
 import { scaleBar } from "./format.js";
 import { bindKeys } from "./keys.js";
 import { Panels } from "./panels.js";
@@ -19,8 +17,7 @@ let slide = null;
 let aboutCells = { state: "reading", problem: "", classes: [] };
 let asked = 0; // number of the newest question about a region
 
-const cells = new Cells(() => panels.redraw({ atOnce: false }));
-const panels = new Panels($("panels"), { onMove: moved, draw: drawMarks, onMessage: say });
+const panels = new Panels($("panels"), { onMove: moved, drawRegion: (...where) => tool.draw(...where), onMessage: say });
 const tool = new RegionTool(panels, regionChanged);
 
 async function start() {
@@ -43,7 +40,7 @@ async function openSlide() {
   if (state.slide !== name) return;
   slide = opened;
   aboutCells = { state: "reading", problem: "", classes: [] };
-  cells.forget();
+  panels.marks.open(slide);
   showSlide(slide);
   showLayers();
   showCells(aboutCells, redrawMarks);
@@ -59,7 +56,7 @@ async function readCells() {
   showCells(about, redrawMarks);
   if (about.state === "reading") setTimeout(() => slide === wanted && attempt(readCells), READING_AGAIN);
   if (about.state !== "ready") return;
-  cells.open(slide, about);
+  panels.marks.openCells(about);
   panels.redraw();
   if (state.region) scoreRegion();
 }
@@ -136,20 +133,6 @@ function showScale(panel) {
   const { pixels, text: length } = scaleBar(slide.mpp[0] / scale, Math.min(140, width / 3));
   if (text.textContent !== length) text.textContent = length;
   bar.style.width = `${pixels.toFixed(1)}px`;
-}
-
-function drawMarks(panel) {
-  const context = panel.marks.getContext("2d");
-  const projection = panels.projection(panel);
-  const ratio = panel.marks.width / Math.max(1, projection.width);
-  context.resetTransform();
-  context.clearRect(0, 0, panel.marks.width, panel.marks.height);
-  context.setTransform(ratio, 0, 0, ratio, 0, 0);
-  const flagged = drawFlags(context, projection, slide.flags);
-  const found = cells.draw(context, projection, panel);
-  tool.draw(context, projection);
-  if (!panel.scale.firstElementChild.textContent) showScale(panel);
-  return flagged || found || tool.kind !== null || state.region !== null;
 }
 
 function setMode(mode) {

@@ -1,7 +1,6 @@
 // The cells in view: outlines near by, dots as large as their number from afar; fetched by block and kept while they are near.
 
 import { fetchJson, slidePath } from "./api.js";
-import { state } from "./state.js";
 
 const OUTLINES_BELOW = 1.5; // µm per screen pixel: closer than this, single cells are drawn
 const BIN_ON_SCREEN = 10; // least side of the square that a dot stands for, screen pixels
@@ -26,23 +25,18 @@ export class Cells {
   }
 
   open(slide, about) {
-    if (this.slide !== slide) this.forget();
+    this.forget();
     this.slide = slide;
     this.about = about;
   }
 
-  // Draws the cells of these classes (names; null: all) on a panel's canvas, brightly on a dark one; says whether there are any.
-  draw(context, projection, { classes, dark }) {
-    if (!this.about || this.about.state !== "ready" || !state.cells) return false;
-    const wanted = this.about.classes
-      .map((one, index) => ({ name: one.name, colour: dark ? one.bright : one.dark, index }))
-      .filter((one) => !state.hiddenClasses.has(one.name) && (classes === null || classes.includes(one.name)))
-      .filter((one) => !this.slide.stains.some((stain) => stain.label === one.name && state.hidden.has(stain.name)));
-    if (!wanted.length) return false;
+  // Draws the cells of these classes ([{index, colour}]) from a probability on; on dark ground without a white rim.
+  draw(context, projection, { classes, threshold, dark }) {
+    if (!this.about || !classes.length) return;
+    this.threshold = threshold;
     const mpp = this.slide.mpp[0] / projection.scale;
-    if (mpp <= OUTLINES_BELOW) this.drawOutlines(context, projection, wanted, dark);
-    else this.drawCounts(context, projection, wanted);
-    return true;
+    if (mpp <= OUTLINES_BELOW) this.drawOutlines(context, projection, classes, dark);
+    else this.drawCounts(context, projection, classes);
   }
 
   drawOutlines(context, projection, wanted, dark) {
@@ -71,15 +65,15 @@ export class Cells {
 
   // Paths of a block at the threshold, one per class and certainty.
   trace(block) {
-    if (block.threshold === state.threshold) return;
-    block.threshold = state.threshold;
+    if (block.threshold === this.threshold) return;
+    block.threshold = this.threshold;
     block.paths = new Map();
     const { kinds, probabilities, lengths, points } = block;
     let at = 0;
     for (let cell = 0; cell < kinds.length; cell++) {
       const [kind, probability, first] = [kinds[cell], probabilities[cell], at];
       at += 2 * lengths[cell];
-      if (probability < state.threshold) continue;
+      if (probability < this.threshold) continue;
       const name = `${kind}${probability < UNCERTAIN ? "-" : "+"}`;
       let path = block.paths.get(name);
       if (!path) block.paths.set(name, (path = new Path2D()));
@@ -92,7 +86,7 @@ export class Cells {
     let zoom = 0;
     while (((this.about.block / BINS) << zoom) * projection.scale < BIN_ON_SCREEN && zoom < 14) zoom++;
     const side = this.about.block * 2 ** zoom;
-    const parameters = `?threshold=${state.threshold}`;
+    const parameters = `?threshold=${this.threshold}`;
     for (const block of this.visible(projection, zoom, side, parameters)) {
       const square = block.side * projection.scale;
       const full = (DENSE * block.side ** 2 * this.slide.mpp[0] * this.slide.mpp[1]) / 1e6;

@@ -1,16 +1,13 @@
 // Tiles that should not be believed: hatched, on by default.
 
-import { state } from "./state.js";
-
 const STEP = 9; // screen pixels between the lines
 
-// Draws them; says whether there are any.
-export function drawFlags(context, { x, y, scale, width, height }, flags) {
-  if (!flags || !state.flags || !flags.tiles.length) return false;
+// tiles: [[left, top, width, height], …] in level-0 pixels.
+export function drawFlags(context, { x, y, scale, width, height }, tiles) {
   context.save();
   context.beginPath();
   let small = false;
-  for (const [left, top, w, h] of flags.tiles) {
+  for (const [left, top, w, h] of tiles) {
     const [px, py, pw, ph] = [x + left * scale, y + top * scale, w * scale, h * scale];
     if (px < width && py < height && px + pw > 0 && py + ph > 0) context.rect(px, py, pw, ph);
     small ||= pw < 2 * STEP;
@@ -34,5 +31,4 @@ export function drawFlags(context, { x, y, scale, width, height }, flags) {
     context.stroke();
   }
   context.restore();
-  return true;
 }

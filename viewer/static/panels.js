@@ -2,29 +2,29 @@
 /* global OpenSeadragon */
 
 import { slidePath } from "./api.js";
+import { Marks } from "./marks.js";
 import { state } from "./state.js";
 
 const ANIMATION = matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : 0.35;
 const SIDE = 512;
 const MAX_PIXEL_RATIO = 8;
-const FRAME = 20; // ms: drawing marks that takes no longer is no hindrance
-const PATIENCE = 10; // marks that take longer are drawn anew once in so many times of what they take
-const REST = 100; // ms after which a view that moved is at rest
 
 export class Panels {
-  // onMove(place): the view changed. draw(panel): time to draw marks over a panel; says whether there are any.
-  constructor(container, { onMove, draw, onMessage }) {
+  // onMove(place): the view changed. drawRegion(context, projection): draws it over a panel; says whether there is one.
+  constructor(container, { onMove, drawRegion, onMessage }) {
     this.container = container;
     this.onMove = onMove;
-    this.drawMarks = draw;
+    this.drawRegion = drawRegion;
     this.onMessage = onMessage;
     this.list = [];
+    this.made = 0;
     this.slide = null;
+    this.marks = new Marks(() => this.list, (panel) => this.projection(panel));
     // Of each panel: one becomes smaller when the next is added, though their container stays as it is.
     this.sizes = new ResizeObserver((changes) => {
       for (const { target } of changes) {
         const panel = this.list.find((one) => one.element === target);
-        if (panel) this.sizeMarks(panel);
+        if (panel) this.sizeCanvases(panel);
       }
     });
   }
@@ -56,7 +56,10 @@ export class Panels {
 
   clear() {
     this.sizes.disconnect();
-    for (const panel of this.list) panel.viewer.destroy();
+    for (const panel of this.list) {
+      panel.ready = false; // what was asked of it may still be answered
+      panel.viewer.destroy();
+    }
     this.list = [];
     this.container.replaceChildren();
   }
@@ -101,15 +104,18 @@ export class Panels {
     element.setAttribute("aria-label", title);
     const image = document.createElement("div");
     image.className = "image";
-    const marks = document.createElement("canvas");
-    marks.className = "marks";
-    marks.setAttribute("aria-hidden", "true");
+    const [marks, region] = ["marks", "region"].map((name) => {
+      const canvas = document.createElement("canvas");
+      canvas.className = name;
+      canvas.setAttribute("aria-hidden", "true");
+      return canvas;
+    });
     const heading = document.createElement("h3");
     heading.textContent = title;
     const scale = document.createElement("div");
     scale.className = "scale";
     scale.append(document.createElement("span"), document.createElement("i"));
-    element.append(image, marks, heading, scale);
+    element.append(image, marks, region, heading, scale);
     this.container.append(element);
 
     const viewer = OpenSeadragon({
@@ -131,14 +137,21 @@ export class Panels {
     });
     viewer.canvas.setAttribute("aria-label", `${title}: image, move with the arrow keys, zoom with plus and minus`);
     viewer.canvas.setAttribute("role", "img");
-    const panel = { element, marks, scale, viewer, title, classes, dark, layered, ready: false, layers: images };
+    const number = ++this.made;
+    const panel = { number, element, marks, region, scale, viewer, title, classes, dark, layered, ready: false, renewed: 0 };
     viewer.addHandler("open", () => {
       panel.ready = true;
       this.put(panel, state.place ?? this.home());
       this.style(panel);
+      this.marks.renew(panel);
+      this.outline(panel);
+      this.onMove(this.place(panel));
     });
     viewer.addHandler("viewport-change", () => this.moved(panel));
-    viewer.addHandler("update-viewport", () => this.follow(panel));
+    viewer.addHandler("update-viewport", () => {
+      this.marks.follow(panel);
+      this.outline(panel);
+    });
     viewer.addHandler("tile-load-failed", () => this.onMessage(`Part of ${title} could not be read.`));
     viewer.addHandler("open-failed", () => this.onMessage(`${title} could not be opened.`));
     // The H&E that a stain covers is not drawn, but loaded when the view rests: it may be uncovered at any time.
@@ -164,6 +177,8 @@ export class Panels {
     source.getTileUrl = (level, x, y) => `${base}/${top - level}/${x}_${y}.jpg?v=${this.slide.version}`;
     // A slide's own tiles have its own size.
     if (sides) source.getTileWidth = source.getTileHeight = (level) => sides[top - level];
+    source.downloadTileStart = fetchTile;
+    source.downloadTileAbort = (job) => job.userData.stop.abort();
     return source;
   }
 
@@ -216,39 +231,25 @@ export class Panels {
     this.list.forEach((panel) => this.style(panel));
   }
 
-  // Something about the marks changed: draws them at once, or when they are due while the view moves.
-  redraw({ atOnce = true } = {}) {
-    for (const panel of this.list) if (panel.ready) atOnce ? this.renew(panel) : this.follow(panel);
+  // What lies over the images changed.
+  redraw() {
+    for (const panel of this.list) {
+      this.marks.renew(panel);
+      this.outline(panel);
+    }
   }
 
-  // Marks are drawn for the view as it is. Where that takes longer than a frame, what was drawn is moved and scaled with
-  // the view instead, and drawn anew now and then, and when the view rests.
-  follow(panel) {
+  // Draws the region.
+  outline(panel) {
     if (!panel.ready) return;
-    if (!panel.drawn || performance.now() >= panel.due) return this.renew(panel);
-    const { x, y, scale } = this.projection(panel);
-    const times = scale / panel.drawn.scale;
-    panel.marks.style.transform = `translate(${x - times * panel.drawn.x}px, ${y - times * panel.drawn.y}px) scale(${times})`;
-    clearTimeout(panel.resting);
-    panel.resting = setTimeout(() => this.list.includes(panel) && this.renew(panel), REST);
-  }
-
-  renew(panel) {
-    clearTimeout(panel.resting);
-    const began = performance.now();
-    panel.drawn = this.projection(panel);
-    panel.marks.style.transform = "";
-    // Nothing on it: the browser need not lay it over the image in every frame.
-    const anything = this.drawMarks(panel);
-    if (panel.marks.hidden === anything) panel.marks.hidden = !anything;
-    // The browser rasters after this: only the next frame tells how long it took.
-    panel.due = Infinity;
-    requestAnimationFrame(() =>
-      requestAnimationFrame(() => {
-        const took = (performance.now() - began) / 2;
-        panel.due = took > FRAME ? began + PATIENCE * took : 0;
-      }),
-    );
+    const { region } = panel;
+    const projection = this.projection(panel);
+    const context = region.getContext("2d");
+    context.resetTransform();
+    context.clearRect(0, 0, region.width, region.height);
+    context.scale(region.width / projection.width, region.height / projection.height);
+    const anything = this.drawRegion(context, projection);
+    if (region.hidden === anything) region.hidden = !anything;
   }
 
   // Where a panel looks: centre in level-0 pixels, and screen pixels per level-0 pixel.
@@ -315,10 +316,26 @@ export class Panels {
     return { x: origin.x, y: origin.y, scale: (viewport.getZoom(true) * width) / this.slide.size[0], width, height };
   }
 
-  sizeMarks(panel) {
+  sizeCanvases(panel) {
     const ratio = devicePixelRatio || 1;
-    panel.marks.width = Math.round(panel.element.clientWidth * ratio);
-    panel.marks.height = Math.round(panel.element.clientHeight * ratio);
-    if (panel.ready) this.renew(panel);
+    for (const canvas of [panel.marks, panel.region]) {
+      canvas.width = Math.round(panel.element.clientWidth * ratio);
+      canvas.height = Math.round(panel.element.clientHeight * ratio);
+    }
+    panel.drawn = null;
+    this.marks.renew(panel);
+    this.outline(panel);
+  }
+}
+
+// OpenSeadragon's own way decodes a tile where it is first drawn, in the middle of a frame; a bitmap comes decoded.
+async function fetchTile(job) {
+  const stop = (job.userData.stop = new AbortController());
+  try {
+    const answer = await fetch(job.src, { signal: stop.signal });
+    if (!answer.ok) throw new Error(`the server answers with status ${answer.status}`);
+    job.finish(await createImageBitmap(await answer.blob()), null, "imageBitmap");
+  } catch (error) {
+    if (!stop.signal.aborted) job.fail(error.message, null);
   }
 }

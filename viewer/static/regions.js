@@ -31,15 +31,15 @@ export class RegionTool {
       panel.element.classList.toggle("drawing", this.kind !== null);
       if (panel.hasTool) continue;
       panel.hasTool = true;
-      panel.marks.addEventListener("pointerdown", (event) => this.down(panel, event));
-      panel.marks.addEventListener("pointermove", (event) => this.move(panel, event));
-      panel.marks.addEventListener("pointerup", (event) => this.up(panel, event));
-      panel.marks.addEventListener("dblclick", () => this.close());
+      panel.region.addEventListener("pointerdown", (event) => this.down(panel, event));
+      panel.region.addEventListener("pointermove", (event) => this.move(panel, event));
+      panel.region.addEventListener("pointerup", (event) => this.up(panel, event));
+      panel.region.addEventListener("dblclick", () => this.close());
     }
   }
 
   point(panel, event) {
-    const box = panel.marks.getBoundingClientRect();
+    const box = panel.region.getBoundingClientRect();
     const { x, y, scale } = this.panels.projection(panel);
     return [(event.clientX - box.left - x) / scale, (event.clientY - box.top - y) / scale];
   }
@@ -47,7 +47,7 @@ export class RegionTool {
   down(panel, event) {
     if (!this.kind) return;
     event.preventDefault();
-    panel.marks.setPointerCapture(event.pointerId);
+    panel.region.setPointerCapture(event.pointerId);
     const point = this.point(panel, event);
     if (this.kind === "rectangle") this.corners = [point, point];
     else this.corners.push(point);
@@ -74,11 +74,13 @@ export class RegionTool {
     this.onDone();
   }
 
+  // Draws the region, or what is drawn of it so far; says whether the canvas is needed.
   draw(context, projection) {
     const open = this.kind === "rectangle" ? (this.corners.length ? rectangle(...this.corners) : []) : [...this.corners];
     if (this.kind === "polygon" && this.pointer && open.length) open.push(this.pointer);
     this.line(context, projection, open, this.kind === "rectangle");
     if (state.region) this.line(context, projection, state.region, true);
+    return this.kind !== null || state.region !== null;
   }
 
   line(context, { x, y, scale }, corners, closed) {

@@ -115,7 +115,7 @@ bench-full: install  ## the same at batch 1 to 32, with torch.compile (an hour)
 
 bench-frontier: install  ## quality against time, one step to fifty (minutes), into benchmarks/results; write the page and its charts
 	$(VENV)/bin/staindiffuser simulate tiles --output runs/frontier --count 40 --seed 999 --val-share 0 --test-share 0.6
-	$(VENV)/bin/staindiffuser bench frontier --tiles runs/frontier --baselines benchmarks/results/baselines.json --json benchmarks/results/frontier-$(MACHINE).json
+	$(VENV)/bin/staindiffuser bench frontier --tiles runs/frontier --threads 1 --baselines benchmarks/results/baselines.json --json benchmarks/results/frontier-$(MACHINE).json
 	$(VENV)/bin/staindiffuser bench report
 
 bench-compare: install  ## this checkout against commit BASE, tile by tile in turns

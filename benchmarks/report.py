@@ -340,9 +340,12 @@ def _chart_frontier(report: FrontierReport, path: Path) -> None:
         "AUROC of the cells, mean of the stains": lambda point: mean(point.cell_auroc),
     }
     for axis, (title, score) in zip(axes, scores.items(), strict=True):
+        shown = [point for point in report.points if point.cell_auroc or not title.startswith("AUROC")]
         for index, point in enumerate(report.points):
-            if title.startswith("AUROC") and not point.cell_auroc:
+            if point not in shown:
                 continue
+            # Of neighbours, the higher one has its name above.
+            below = any(0.5 < other.cpu_ms / point.cpu_ms < 2 and score(other) > score(point) for other in shown)
             served = index == report.gated
             which = models.index(point.model)
             axis.plot(
@@ -357,11 +360,12 @@ def _chart_frontier(report: FrontierReport, path: Path) -> None:
             axis.annotate(
                 point.sampler,
                 (point.cpu_ms, score(point)),
-                xytext=(0, -18 if index % 2 else 11),
+                xytext=(0, -20 if below else 11),
                 textcoords="offset points",
                 ha="center",
             )
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.margins(0.15, 0.25)
         handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))  # one a label
         axis.legend(handles.values(), handles.keys())

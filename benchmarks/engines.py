@@ -17,7 +17,7 @@ import onnx
 import psutil
 
 from staindiffuser.benchmarks.engine_quality import dab_dice
-from staindiffuser.benchmarks.engine_rows import ONE_GRAPH, REFERENCE, EnginesReport, Row
+from staindiffuser.benchmarks.engine_rows import ONE_GRAPH, REFERENCE, TURN, EnginesReport, Row
 from staindiffuser.benchmarks.limits import PEAK, peak_sides
 from staindiffuser.benchmarks.measuring import Machine, Others, Sample, Spread, Timing, in_turns
 from staindiffuser.benchmarks.torch_sides import COMPILED, EAGER, torch_sides
@@ -48,6 +48,7 @@ def bench_engines(
     *,
     batches: Sequence[int] = (1, 8),
     rounds: int = 5,
+    turn: float = TURN,
     threads: int = 0,
     only: Sequence[str] = (),
     parts: bool = True,
@@ -63,6 +64,7 @@ def bench_engines(
         checkpoint: the checkpoint folder.
         batches: batch sizes.
         rounds: counted rounds, after one that is not.
+        turn: seconds that each side runs at least in each of them.
         threads: of every engine; 0 for all that the process may use.
         only: engines to measure, such as ``openvino bf16``; empty for all.
         parts: at the first batch size, also encoder, image of 1, 2 and 4 steps, cell map, and other numbers of stains
@@ -118,7 +120,7 @@ def bench_engines(
                 sides[f"{engine}|{whole}|{batch}"] = lambda run=run, batch=batch: run(inputs[batch])  # type: ignore[misc]
         limits, operations = peak_sides(folder, threads)
         others = Others()
-        samples = in_turns({**sides, **limits}, rounds, progress)
+        samples = in_turns({**sides, **limits}, rounds, progress, least=turn)
         share = others.share()
         gflop = {engine: count_flops(path) / 1e9 for engine, (path, _) in sources.items()}
         dice, scored = _dab_dice(sets, graphs, tiles, most_tiles)

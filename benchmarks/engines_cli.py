@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from staindiffuser.benchmarks.engine_rows import TURN
 from staindiffuser.benchmarks.reporting import JsonFile, hand_over
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def engines(
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, such as 1,2,4,8,16,32.")] = "1,8",
     rounds: Annotated[int, typer.Option(min=1, help="Counted rounds.")] = 5,
+    turn: Annotated[float, typer.Option(min=0, help="Seconds that an engine runs at least in each round.")] = TURN,
     threads: Annotated[int, typer.Option(min=0, help="Threads of every engine; 0 for all cores.")] = 0,
     engine: Annotated[
         list[str] | None, typer.Option(help="Only this one, such as 'openvino bf16'. Repeatable. (default: all)")
@@ -67,6 +69,7 @@ def engines(
         folder,
         batches=batches,
         rounds=rounds,
+        turn=turn,
         threads=threads,
         only=engine or (),
         parts=parts,

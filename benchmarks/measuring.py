@@ -105,11 +105,13 @@ class Others:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One run."""
+    """One turn: a run, or the mean of several."""
 
     wall: float
     cpu: float
     """Seconds, the second of all threads of this process."""
+    runs: tuple[float, ...] = ()
+    """Wall time of each run, if there were several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +138,11 @@ class Timing:
     @classmethod
     def of(cls, samples: Sequence[Sample], tiles: int = 1) -> Timing:
         """Summarise runs of ``tiles`` tiles each."""
-        wall = np.array([sample.wall for sample in samples]) * 1e3 / tiles
+        wall = np.array([run for sample in samples for run in sample.runs or (sample.wall,)]) * 1e3 / tiles
         low, p50, high, p95, p99 = (float(value) for value in np.percentile(wall, [25, 50, 75, 95, 99]))
         cpu = statistics.median(sample.cpu for sample in samples) * 1e3 / tiles
         return cls(
-            p50=p50, p95=p95, p99=p99, cpu=cpu, spread=(high - low) / p50, runs=len(samples), best=float(wall.min())
+            p50=p50, p95=p95, p99=p99, cpu=cpu, spread=(high - low) / p50, runs=len(wall), best=float(wall.min())
         )
 
 
@@ -173,18 +175,39 @@ def in_turns(
     sides: Mapping[str, Callable[[], object]],
     rounds: int,
     progress: Callable[[str], None] = lambda message: None,
+    *,
+    least: float = 0.0,
 ) -> dict[str, list[Sample]]:
-    """Run every side once a round, forwards and backwards by turns, after one round that is not counted."""
+    """Give every side a turn in each round, forwards and backwards by turns, after one round that is not counted.
+
+    Args:
+        sides: what to run, by name.
+        rounds: that are counted.
+        progress: called with one line per round.
+        least: seconds that a turn lasts at least. A side that is shorter is repeated, after a run that is not counted:
+            threads that the side before left spinning, and caches that it filled, would be a good part of a short one.
+    """
     samples: dict[str, list[Sample]] = {name: [] for name in sides}
     order = list(sides)
     for index in range(rounds + 1):
         for name in order if index % 2 else reversed(order):
-            wall, cpu = time.perf_counter(), time.process_time()
-            sides[name]()
+            sample = _turn(sides[name], least)
             if index:
-                samples[name].append(Sample(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu))
+                samples[name].append(sample)
         progress(f"round {index} of {rounds}" + ("" if index else " (not counted)"))
     return samples
+
+
+def _turn(run: Callable[[], object], least: float) -> Sample:
+    runs: list[tuple[float, float]] = []
+    began = time.perf_counter()
+    while not runs or time.perf_counter() - began < least:
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        runs.append((time.perf_counter() - wall, time.process_time() - cpu))
+    counted = runs[1:] or runs
+    walls, cpus = zip(*counted, strict=True)
+    return Sample(wall=statistics.fmean(walls), cpu=statistics.fmean(cpus), runs=walls)
 
 
 def _version(package: str) -> str:

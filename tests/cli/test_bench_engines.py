@@ -29,8 +29,8 @@ def test_report(
     for name in ("_CHANNELS", "_MATRIX"):  # and so do the peaks
         monkeypatch.setattr(f"staindiffuser.benchmarks.limits.{name}", 16)
     file = tmp_path / "report.json"
-    options = ["--graphs", str(tiny_graphs), "--batch", "1,2", "--rounds", "2", "--threads", "1", "--json", str(file)]
-    options += ["--tiles", str(tiles_folder)]
+    options = ["--graphs", str(tiny_graphs), "--batch", "1,2", "--rounds", "2", "--turn", "0.01", "--threads", "1"]
+    options += ["--json", str(file), "--tiles", str(tiles_folder)]
     result = CliRunner().invoke(app, ["bench", "engines", str(tiny_checkpoint), *options])
     assert result.exit_code == 0, result.output
     report = json.loads(file.read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def test_one_graph_stands_beside_the_engines_that_it_joins(tmp_path: Path, monke
     write_graphs(tmp_path, tile=32, steps=2)
     (tmp_path / "model.safetensors").write_text("0", encoding="ascii")  # what the synthetic graphs say they come from
     only = ["onnxruntime fp32", "openvino fp32"]
-    report = bench_engines(tmp_path, tmp_path, batches=(1, 2), rounds=1, threads=1, only=only)
+    report = bench_engines(tmp_path, tmp_path, batches=(1, 2), rounds=1, turn=0.01, threads=1, only=only)
     rows = {(row.engine, row.what, row.batch): row for row in report.rows}
     joined = {(engine, what) for engine, what, _ in rows if what.endswith("one graph")}
     assert joined == {("openvino fp32", "1 stain, one graph"), ("openvino fp32", "2 stains, one graph")}

@@ -50,7 +50,7 @@ def engines(
     """Every engine that this machine can run, in turns, against the machine's convolution peak (needs torch).
 
     Wall time counts the machine's other work too; CPU time, of all threads together, hardly does. `?` marks a wall time
-    whose quartiles are more than 15 % apart.
+    whose quartiles are more than 15 % apart, and a ratio whose 90 % interval is wider than 10 %.
     """
 
     from staindiffuser.benchmarks.engines import bench_engines
@@ -106,11 +106,10 @@ def table(report: EnginesReport) -> Iterator[str]:
 
 def _line(row: Row) -> str:
     doubt = " " if row.ms.trusted else "?"
-    relative = (
-        ""
-        if row.relative_cpu is None or row.relative is None
-        else (f" x {row.relative.median:.2f} (CPU {row.relative_cpu.median:.2f})")
-    )
+    relative = ""
+    if row.relative is not None and row.relative_cpu is not None:
+        uncertain = "" if row.relative_cpu.certain else "?"
+        relative = f" x {row.relative.median:.2f} (CPU {row.relative_cpu.median:.2f}{uncertain})"
     share = (
         ""
         if row.share_of_peak is None or row.share_of_peak_cpu is None

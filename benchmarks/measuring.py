@@ -29,6 +29,8 @@ __all__ = ["QUIET", "Machine", "Others", "Sample", "Spread", "Timing", "in_turns
 
 WIDEST = 0.15
 """Spread above which a timing is not to be trusted (ours)."""
+WIDEST_INTERVAL = 0.1
+"""Width of a ratio's interval, as a share of the ratio, above which it is not to be quoted (ours)."""
 QUIET = 0.1
 """Share of the cores up to which other programs hardly disturb (ours)."""
 _PACKAGES = ("numpy", "onnx", "onnxruntime", "openvino", "tensorrt", "torch", "nvidia-pytriton", "staindiffuser")
@@ -156,6 +158,11 @@ class Spread:
     """``low`` and ``high``: 90 % bootstrap interval of the median."""
     smallest: float
     largest: float
+
+    @property
+    def certain(self) -> bool:
+        """Whether the interval is narrow enough for the median to be quoted."""
+        return self.high - self.low <= WIDEST_INTERVAL * self.median
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:

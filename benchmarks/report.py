@@ -141,7 +141,8 @@ def _section(name: str, report: EnginesReport) -> list[str]:
         "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
         *(_line(row, report) for row in _sorted(report)),
         "",
-        "A `?` marks a wall time whose quartiles are more than 15 % apart: do not quote it.",
+        "A `?` marks a wall time whose quartiles are more than 15 % apart, and a ratio whose interval is wider than "
+        "10 %: do not quote it.",
         "",
         "Memory while loaded: " + ", ".join(f"{n} {v:.0f} MiB" for n, v in report.memory_mib.items()) + ".",
     ]
@@ -207,6 +208,8 @@ def _peaks(report: EnginesReport) -> dict[str, float]:
 def _line(row: Row, report: EnginesReport) -> str:
     ratio = row.relative_cpu
     relative = "" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+    if ratio is not None and not ratio.certain:
+        relative += " ?"
     peak = report.share(row)
     share = "" if peak is None else f"{peak:.0%}"
     best = "" if row.ms.best is None else f"{row.ms.best:.0f}"

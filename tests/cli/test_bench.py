@@ -56,6 +56,11 @@ def test_spread_of_equal_values_has_no_width() -> None:
     assert (spread.low, spread.median, spread.high) == (2.0, 2.0, 2.0)
 
 
+def test_a_median_that_the_rounds_do_not_agree_on_is_uncertain() -> None:
+    assert Spread.of([0.5, 0.51, 0.5, 0.52, 0.51]).certain
+    assert not Spread.of([0.5, 0.6, 0.4, 0.5, 0.62]).certain
+
+
 def test_spread_encloses_the_median() -> None:
     spread = Spread.of([1.0, 5.0, 2.0, 4.0, 3.0])
     assert spread.median == pytest.approx(3)

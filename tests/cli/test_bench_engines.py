@@ -127,6 +127,24 @@ def test_the_order_changes_from_round_to_round() -> None:
     assert order == ["b", "a", "a", "b", "b", "a"]
 
 
+def test_a_short_side_is_repeated_until_its_turn_is_over() -> None:
+    calls = {"short": 0, "long": 0}
+
+    def side(name: str, seconds: float) -> None:
+        calls[name] += 1
+        time.sleep(seconds)
+
+    sides = {"short": lambda: side("short", 0.01), "long": lambda: side("long", 0.2)}
+    samples = in_turns(sides, 2, least=0.1)
+    assert calls["long"] == 3  # one of them in the round that is not counted
+    for turn in samples["short"]:
+        assert 1 <= len(turn.runs) <= 10
+        assert turn.wall == pytest.approx(sum(turn.runs) / len(turn.runs))
+    counted = sum(len(turn.runs) for turn in samples["short"])
+    assert calls["short"] >= counted + 3  # in every turn, the first run is not counted
+    assert Timing.of(samples["short"]).runs == counted
+
+
 def test_operations_are_counted_from_the_graph(tiny_graphs: Path) -> None:
     one = count_flops(tiny_graphs / "he_encoder.onnx")
     # Stem 12 -> 16 at 32 px, blocks of two 3x3 convolutions at 32, 16, 8, 4 px, three 2x2 convolutions between them.

@@ -64,7 +64,7 @@ def test_other_tiles_are_refused_with_what_to_do(shape: tuple[int, ...]) -> None
 
 @pytest.mark.filterwarnings("default")  # LazySlide's and spatialdata's own
 def test_lazyslide_stains_a_slide_by_a_server(tmp_path: Path) -> None:
-    lazyslide = pytest.importorskip("lazyslide", reason="LazySlide is not installed")
+    lazyslide = pytest.importorskip("lazyslide", reason="LazySlide is not installed: it asks for pandas below 3")
     y, x = np.mgrid[:1500, :1800]
     he = np.stack([190 + 30 * np.sin(x / 90), 110 + 30 * np.cos(y / 70), 170 + 0 * x], axis=-1).astype(np.uint8)
     he[:200], he[-200:], he[:, :200], he[:, -200:] = 244, 244, 244, 244

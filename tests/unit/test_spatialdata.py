@@ -97,7 +97,10 @@ def test_the_table_has_every_cell(result: Path) -> None:
 
 
 def test_the_reader_of_the_scverse_takes_it(result: Path) -> None:
-    spatialdata = pytest.importorskip("spatialdata", reason="spatialdata, the scverse's reader, is not installed")
+    reason = (
+        "spatialdata is not installed: it asks for pandas below 3 by way of anndata, and constraints.txt has pandas 3"
+    )
+    spatialdata = pytest.importorskip("spatialdata", reason=reason)
     data = spatialdata.read_zarr(result / "spatialdata.zarr")
     features, run = features_of(result), run_of(result)
     assert set(data.images) == set(IMAGES)

@@ -8,14 +8,15 @@ from collections import Counter
 
 __all__ = ["read_metrics"]
 
-_LINE = re.compile(r"^(\w+)(?:\{.*\})? (\S+)$", re.MULTILINE)
+_LINE = re.compile(r"^(\w+)(\{.*\})? (\S+)$", re.MULTILINE)
 
 
-def read_metrics(url: str, seconds: float = 5.0) -> Counter[str]:
+def read_metrics(url: str, label: str = "", seconds: float = 5.0) -> Counter[str]:
     """The value of each metric, summed over its labels; 0 for one that does not exist (yet).
 
     Args:
         url: :attr:`~staindiffuser.serving.server.TritonServer.metrics_url`.
+        label: sum only what has this one (``model_version="3fa81b2c"``).
         seconds: to wait for the answer.
 
     Raises:
@@ -25,6 +26,7 @@ def read_metrics(url: str, seconds: float = 5.0) -> Counter[str]:
     with opener.open(url, timeout=seconds) as response:
         text: str = response.read().decode()
     found: Counter[str] = Counter()
-    for name, value in _LINE.findall(text):
-        found[name] += float(value)  # type: ignore[assignment]
+    for name, labels, value in _LINE.findall(text):
+        if label in labels:
+            found[name] += float(value)  # type: ignore[assignment]
     return found

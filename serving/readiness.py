@@ -100,16 +100,18 @@ def require_answer(url: str, metrics_url: str, model: ServedModel, timeout: floa
 
 
 def _finished(client: Any, metrics_url: str, model: ServedModel) -> float | None:
-    """How much has been computed, in whichever unit, or None if the server does not say."""
+    """How much of this model has been computed, in whichever unit, or None if the server does not say."""
     import tritonclient.grpc as triton
 
     try:
         if model.manifest.flavour == "single":  # Triton counts its requests as soon as they come
-            return read_metrics(metrics_url)["staindiffuser_requests_total"]
+            label = f'model_version="{model.manifest.model_version[:12]}"'
+            return read_metrics(metrics_url, label)["staindiffuser_requests_total"]
         statistics = client.get_inference_statistics(client_timeout=10).model_stats
     except (OSError, triton.InferenceServerException):
         return None
-    return sum(int(each.execution_count) for each in statistics)
+    mine = {f"{name}{model.suffix}" for name in model.manifest.engines}
+    return sum(int(each.execution_count) for each in statistics if each.name in mine)
 
 
 def require_identity(config: Any, identity: str, url: str) -> None:

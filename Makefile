@@ -106,7 +106,7 @@ graphs: install  ## export the demonstration model's graphs from its weights; RE
 	$(VENV)/bin/staindiffuser export int8 checkpoints/demo/graphs --tiles runs/calibration $(addprefix --tiles ,$(REFERENCE)) --most 18
 
 bench: install  ## measure this machine's engines (minutes), into benchmarks/results; write the page and its charts
-	$(VENV)/bin/staindiffuser bench engines --batch 1,8 --rounds 4 --json benchmarks/results/engines-$(MACHINE).json
+	$(VENV)/bin/staindiffuser bench engines --batch 1,8 --rounds 7 --json benchmarks/results/engines-$(MACHINE).json
 	$(VENV)/bin/staindiffuser bench report
 
 bench-full: install  ## the same at batch 1 to 32, with torch.compile (an hour)

@@ -12,7 +12,7 @@ __all__ = ["ONE_GRAPH", "REFERENCE", "TURN", "EnginesReport", "Row"]
 REFERENCE = "onnxruntime fp32"
 """What the embedded server runs by default; others are compared with it."""
 TURN = 0.3
-"""Seconds: ten runs of the shortest part. Of single runs, two reports differed by up to 28 % in the ratio of a part."""
+"""Seconds: a dozen runs of the shortest part. Of single runs, two reports differed by up to 28 % in a part's ratio."""
 ONE_GRAPH = "one graph"
 """All engines joined, as the flavour ``single`` runs them; of targets that do."""
 

@@ -134,7 +134,7 @@ def test_a_short_side_is_repeated_until_its_turn_is_over() -> None:
         calls[name] += 1
         time.sleep(seconds)
 
-    sides = {"short": lambda: side("short", 0.01), "long": lambda: side("long", 0.2)}
+    sides = {"short": lambda: side("short", 0.01), "long": lambda: side("long", 0.3)}
     samples = in_turns(sides, 2, least=0.1)
     assert calls["long"] == 3  # one of them in the round that is not counted
     for turn in samples["short"]:

@@ -21,8 +21,10 @@ from staindiffuser.errors import DependencyError
 __all__ = ["BARE", "LAYOUTS", "LayoutFrames", "count_frames"]
 
 WINDOW = (1280, 800)
-SETTLE = 2.5
-"""Seconds before the wheel is turned: the page has its first tiles."""
+PATIENCE = 60
+"""Seconds in which a page has its first tiles."""
+SETTLE = 1.5
+"""Seconds after that until the wheel is turned."""
 TURN = 0.09
 """Seconds between two steps of the wheel."""
 STEPS = 14
@@ -80,6 +82,10 @@ _WATCH_HOLES = """() => {
     });
   }
 }"""
+_SHOWN = """() => [...document.querySelectorAll(".panel .image, #image")].every((element) => {
+  const { world } = OpenSeadragon.getViewer(element);
+  return world.getItemCount() > 0 && world.getItemAt(world.getItemCount() - 1).getFullyLoaded();
+})"""
 _PAGE = """<!doctype html><body style="margin: 0"><div id="image" style="width: {width}px; height: {height}px"></div>
 <script src="/static/vendor/openseadragon.min.js"></script><script src="/bare.js"></script>"""
 _SCRIPT = """OpenSeadragon({{
@@ -196,6 +202,10 @@ def _open_bare(page: Any, address: str, about: dict[str, Any]) -> None:
 
 def _zoom(page: Any, watch: str, seconds: float) -> tuple[Any, float]:
     """Turn the wheel while a script watches: what it noted, and seconds of the page's main thread meanwhile."""
+    end = time.monotonic() + PATIENCE
+    # Not Playwright's own way to wait, which evaluates strings in the page: the page forbids that.
+    while not page.evaluate(_SHOWN) and time.monotonic() < end:
+        page.wait_for_timeout(100)
     page.wait_for_timeout(1000 * SETTLE)
     panel = page.locator(".panel, #image").first.bounding_box()
     session = page.context.new_cdp_session(page)

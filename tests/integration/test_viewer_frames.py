@@ -17,7 +17,7 @@ pytestmark = NEEDED
 
 def test_frames_are_counted_and_holes_seen(viewed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    monkeypatch.setattr(viewer_frames, "SETTLE", 1.0)
+    monkeypatch.setattr(viewer_frames, "SETTLE", 0.3)
     with viewing(viewed / "slide-stained", slides=(viewed / "slide.ome.tiff",)) as running:
         about = running.get("/api/slides/slide").json()
         (overlay,) = count_frames(running.address, about, 0.8, ["overlay"])

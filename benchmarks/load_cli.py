@@ -28,6 +28,9 @@ def load(
         list[str] | None,
         typer.Option(help="Also this server, such as 'LitServe'; repeat it. (default: all that are installed)"),
     ] = None,
+    idle: Annotated[
+        bool, typer.Option("--idle", help="Engines that do nothing, with the tensors of the repository's.")
+    ] = False,
     no_rival: Annotated[bool, typer.Option("--no-rival", help="Only ours.")] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -35,7 +38,10 @@ def load(
 
     Latency counts from the moment at which a request was due.
     """
+    import contextlib
+    import tempfile
 
+    from staindiffuser.benchmarks.idle_engines import build_idle
     from staindiffuser.benchmarks.load import bench_load
     from staindiffuser.benchmarks.rivals import RIVALS
     from staindiffuser.errors import UsageError
@@ -62,16 +68,21 @@ def load(
     largest = Manifest.load(chosen).max_batch
     if batch > largest:
         raise UsageError(f"--batch {batch} is more than the {largest} that {chosen} accepts")
-    report = bench_load(
-        chosen,
-        batch=batch,
-        clients=counts,
-        shares=fractions,
-        seconds=seconds,
-        threads=threads,
-        rivals=() if no_rival else rival or tuple(names),
-        progress=say,
-    )
+    with contextlib.ExitStack() as stack:
+        if idle:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="staindiffuser-idle-")))
+            manifest = Manifest.load(chosen)
+            chosen = build_idle(manifest, folder, flavour=manifest.flavour, max_batch=manifest.max_batch)
+        report = bench_load(
+            chosen,
+            batch=batch,
+            clients=counts,
+            shares=fractions,
+            seconds=seconds,
+            threads=threads,
+            rivals=() if no_rival else rival or tuple(names),
+            progress=say,
+        )
     if hand_over(report, json_file):
         return
     typer.echo(

@@ -19,17 +19,22 @@ from staindiffuser.export.repository import build_repository
 from tests.synthetic_graphs import write_graphs
 
 
-@pytest.mark.parametrize("rivals", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_report(rivals: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rivals", "idle"), [(False, False), (False, True), pytest.param(True, False, marks=pytest.mark.slow)]
+)
+def test_report(rivals: bool, idle: bool, tmp_path: Path) -> None:
     write_graphs(tmp_path / "graphs", tile=32)
     repository = build_repository(tmp_path / "graphs", tmp_path / "repository", max_batch=2, threads=1)
     file = tmp_path / "load.json"
     options = ["--batch", "2", "--clients", "1,3", "--shares", "0.5", "--seconds", "0.5", "--json", str(file)]
     here = {rival.name for rival in RIVALS if not rival.absent}
     names = {"Triton", *here} if rivals else {"Triton"}
-    result = CliRunner().invoke(app, ["bench", "load", str(repository), *options, *["--no-rival"][rivals:]])
+    result = CliRunner().invoke(
+        app, ["bench", "load", str(repository), *options, *["--no-rival"][rivals:], *["--idle"] * idle]
+    )
     assert result.exit_code == 0, result.output
     report = json.loads(file.read_text(encoding="utf-8"))
+    assert report["model_name"] == ("idle" if idle else "synthetic")
     assert report["same_bytes"] is True
     assert set(report["absent"]) == ({rival.name for rival in RIVALS} - here if rivals else set())
     assert set(report["closed"]) == set(report["open"]) == names

@@ -37,7 +37,7 @@ def load_section(name: str, report: LoadReport) -> list[str]:
             )
     if report.triton_ms:
         told = ", ".join(f"{part} {value:.1f}" for part, value in next(iter(report.triton_ms.values())).items())
-        lines += ["", f"Triton's own account of a request, in the mean over all of these loads, ms: {told}."]
+        lines += ["", f"The server's own account of a request, in the mean over all of these loads, ms: {told}."]
     if report.absent:
         lines += ["", "Not here: " + "; ".join(f"{server}: {why}" for server, why in report.absent.items()) + "."]
     lines += ["", f"All servers gave the same bytes: {'yes' if report.same_bytes else 'no'}."]

@@ -317,6 +317,8 @@ class TritonServer:
 
     def _ending(self, status: int) -> str:
         """How Triton ended."""
+        if status == supervisor.ENGINE_ENDED:
+            return "an engine's process has ended: out of memory?"
         if status > supervisor.SIGNALLED:
             name = signal.Signals(status - supervisor.SIGNALLED).name
             return f"Triton was ended by {name}" + (": out of memory?" if name == "SIGKILL" else "")

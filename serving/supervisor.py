@@ -5,7 +5,8 @@ It stops the server
 
 - when its standard input closes, because the parent closed it or died;
 - when it receives SIGTERM;
-- through the kernel (``PR_SET_PDEATHSIG``) if it is killed itself.
+- through the kernel (``PR_SET_PDEATHSIG``) if it is killed itself;
+- when a process of its Python backend ends. Triton would go on, and never answer the requests that were in there.
 
 It then kills the rest of the server's process group (Python backend stubs) and removes the shared memory that a killed
 server leaves behind. It also removes ``FOLDER``, unless the server ended by itself and the parent is to read its log.
@@ -29,13 +30,18 @@ from typing import NoReturn
 GRACE_SECONDS = 10.0
 SIGNALLED = 128
 """Exit status of a server that a signal has ended, minus the signal's number."""
+ENGINE_ENDED = 97
+"""Exit status if a process of the Python backend has ended; Triton's own are 0, 1 and those of signals."""
 _PR_SET_PDEATHSIG = 1
+_STUB = "triton_python_b"
+"""How the kernel calls a process of the Python backend (15 characters)."""
 
 
 def main(arguments: list[str]) -> int:
     """Run ``COMMAND`` until it ends or is stopped; returns the server's exit status."""
     prefix, folder, *command = arguments
-    ordered = False
+    ordered = broken = False
+    stubs: set[int] = set()
     libc = ctypes.CDLL(None)
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is handled by the parent
@@ -53,6 +59,11 @@ def main(arguments: list[str]) -> int:
             if select.select([0], [], [], 0.2)[0] and not os.read(0, 1024):
                 ordered = True
                 break
+            broken = not all(map(_is_stub, stubs))
+            if broken:
+                server.kill()  # it may not react to a gentler signal
+                break
+            stubs |= set(filter(_is_stub, _children(server.pid)))
     except (_StopSignal, BrokenPipeError):
         ordered = True
     finally:
@@ -63,6 +74,8 @@ def main(arguments: list[str]) -> int:
                 path.unlink()
         if ordered:
             shutil.rmtree(folder, ignore_errors=True)
+    if broken:
+        return ENGINE_ENDED
     return SIGNALLED - server.returncode if server.returncode < 0 else server.returncode
 
 
@@ -72,6 +85,24 @@ class _StopSignal(Exception):  # noqa: N818 - not an error
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise _StopSignal
+
+
+def _children(pid: int) -> set[int]:
+    """Ids of a process's children."""
+    found: set[int] = set()
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            found.update(map(int, file.read_text(encoding="ascii").split()))
+    return found
+
+
+def _is_stub(pid: int) -> bool:
+    """Whether a process of the Python backend has this id, and has not ended."""
+    with contextlib.suppress(OSError):
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        name, _, rest = stat.partition("(")[2].rpartition(")")
+        return name == _STUB and rest.split()[0] not in "ZX"
+    return False
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:

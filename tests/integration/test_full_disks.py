@@ -160,3 +160,22 @@ def test_shared_memory_that_is_full_costs_requests_and_not_the_server(repository
         for number, answer in outcomes:
             require_right(answer, wanted[number])
         assert server.end()[0] == 0
+
+
+def test_requests_that_wait_take_no_shared_memory(tmp_path: Path) -> None:
+    """Forty requests, of which only a few would fit into ``/dev/shm`` at a time."""
+    write_graphs(tmp_path / "graphs", tile=256, samples=1)
+    repository = build_repository(tmp_path / "graphs", tmp_path / "models", max_batch=4, threads=1)
+    tiles = [np.random.default_rng(number).integers(0, 255, (4, 256, 256, 3), dtype=np.uint8) for number in range(40)]
+    assert sum(tile.nbytes for tile in tiles) > 28 << 20
+    origins = np.zeros((4, 2), np.int64)
+    with (
+        serving(repository, tmp_path, wrapper=small(Path("/dev/shm"), "14m")) as server,
+        StainClient(server.url, in_flight=40, busy_patience=0, patience=0) as client,
+        ThreadPoolExecutor(40) as pool,
+    ):
+        wanted = [client.stain_tiles(tile, origins, 7, cells=False) for tile in tiles[:4]]
+        answers = list(pool.map(lambda tile: client.stain_tiles(tile, origins, 7, cells=False), tiles))
+        for answer, right in zip(answers, wanted, strict=False):
+            require_right(answer, right)
+        assert len(answers) == 40

@@ -258,6 +258,26 @@ def test_systemd_is_told(repository: Path, tmp_path: Path) -> None:
             assert systemd.recv(100) == b"STOPPING=1"
 
 
+def test_a_client_of_a_server_that_nobody_restarts_is_told_at_once(slow_repository: Path) -> None:
+    """The engine's process ends while requests are in it, as under ``stain`` without ``serve``."""
+    with (
+        TritonServer(slow_repository) as server,
+        StainClient(server.url, in_flight=20, patience=0) as client,
+        ThreadPoolExecutor(20) as pool,
+    ):
+        before = client.execution_counts()["staindiffuser"]
+        answers = [pool.submit(client.stain_tiles, TILES, ORIGINS, number) for number in range(20)]
+        while client.execution_counts()["staindiffuser"] < before + 20:
+            time.sleep(0.01)
+        psutil.Process(server.pid).children(recursive=True)[0].kill()
+        killed = time.monotonic()
+        with pytest.raises(ServerLostError):
+            answers[-1].result(timeout=60)
+        assert time.monotonic() - killed < 20
+        with pytest.raises(ServerLostError, match="an engine's process"):
+            server.wait(20)
+
+
 def test_an_engine_that_is_stuck_is_noticed(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "PROBE_SECONDS", 1)
     monkeypatch.setattr(watch, "STUCK_SECONDS", 4)

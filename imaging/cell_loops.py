@@ -56,11 +56,12 @@ def connected_regions(positive_HW: BoolArray, within: tuple[int, int, int, int] 
         positive_HW: the map.
         within: y0, x0, y1, x1; regions that lie outside are left out.
     """
+    height, width = positive_HW.shape
     positive = positive_HW.ravel()
     changes = np.flatnonzero(positive[1:] != positive[:-1]) + 1
-    row, first = np.divmod(changes[::2], positive_HW.shape[1])
+    row, first = np.divmod(changes[::2], width)
     runs = np.stack([row, first, first + changes[1::2] - changes[::2]], axis=-1)
-    return _connect(runs, positive_HW.shape, within or (0, 0, *positive_HW.shape))
+    return _connect(runs, positive_HW.shape, within or (0, 0, height, width))
 
 
 @compiled

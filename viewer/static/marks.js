@@ -3,7 +3,7 @@
 
 import { state } from "./state.js";
 
-const PAUSE = 80; // ms between two drawings while the view moves: the worker shares the processor with the images
+const PAUSE = 150; // ms between two drawings while the view moves: the worker shares the processor with the images
 const REST = 60; // ms after which a view that moved is at rest
 
 export class Marks {

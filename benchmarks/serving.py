@@ -86,7 +86,9 @@ class ServingReport:
     cpu_ratios: Mapping[str, Spread]
     """As :attr:`ratios`, with processor time in the place of the clock's."""
     same_bytes: bool
-    """Whether all sides gave the same bytes for the same batch."""
+    """Whether the server, also behind its proxy, gave the bytes of the direct call for the same batch."""
+    beside_levels: int | None = None
+    """Grey levels by which the other repository's outputs differ at most: its engines may be other ones."""
     direct_ms_per_tile: Mapping[str, float]
     """Median time of each stage, called directly, one after another."""
     triton_ms_per_tile: Mapping[str, float]
@@ -155,8 +157,11 @@ def bench_serving(
             return _direct(engines, manifest, inputs)
 
         wanted = called(batches[0])
-        answers = [client.run(batches[:1])[0] for client in clients.values()]
-        same = all(np.array_equal(answer[name], wanted[name]) for answer in answers for name in outputs)
+        answers = {side: client.run(batches[:1])[0] for side, client in clients.items()}
+        levels = {
+            side: max(int(np.abs(answer[name].astype(np.int16) - wanted[name]).max()) for name in outputs)
+            for side, answer in answers.items()
+        }
         sides: dict[str, Callable[[], object]] = {DIRECT: lambda: [called(inputs) for inputs in batches]}
         sides |= {name: functools.partial(client.run, batches) for name, client in clients.items()}
         before = _compute_ms(server, clients[TRITON])
@@ -183,7 +188,8 @@ def bench_serving(
         cpu_ms_per_tile={side: Spread.of([1e3 * s / tiles for s in taken]) for side, taken in spent.items()},
         ratios=_ratios(seconds),
         cpu_ratios=_ratios(spent),
-        same_bytes=same,
+        same_bytes=not any(apart for side, apart in levels.items() if side != BESIDE),
+        beside_levels=levels.get(BESIDE),
         direct_ms_per_tile=stages,
         triton_ms_per_tile={name: (after[name] - before[name]) / served for name in after},
         two_clients=together,

@@ -97,7 +97,8 @@ def _lines(report: ServingReport) -> Iterator[str]:
             f"rounds {ratio.smallest:.3f} to {ratio.largest:.3f}{wanted}); "
             f"by processor time {report.cpu_ratios[name].median:.3f}"
         )
-    yield f"same bytes: {'yes' if report.same_bytes else 'NO'}"
+    other = "" if report.beside_levels is None else f"; beside at most {report.beside_levels} grey levels apart"
+    yield f"same bytes: {'yes' if report.same_bytes else 'NO'}{other}"
     if report.two_clients is not None:
         share, cpu = report.two_clients.clock, report.two_clients.cpu
         yield (

@@ -150,6 +150,7 @@ def bench_load(
                 progress(str(error))
                 continue
             answers.append(call(batches[0]))
+            _closed_loop(call, batches, clients[-1], seconds / 4)  # until threads, connections and memory are there
             rates = []
             for count in clients:
                 rates.append(_closed_loop(call, batches, count, seconds))

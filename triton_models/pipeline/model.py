@@ -47,6 +47,8 @@ _REFUSALS = {
     "late": ("Request timeout expired", "UNAVAILABLE"),
 }
 """Message and status by reason; of a queue in Triton's own words, which clients know."""
+_WAKING = 0.0005
+"""Seconds below which an engine is run in the thread that needs it (ours)."""
 _PATIENT = 0.05
 """Seconds after which a client may have given up: to ask Triton takes a while (ours)."""
 
@@ -98,6 +100,7 @@ class TritonPythonModel:
         self.branches = {
             signature["outputs"][0]: name for name, signature in self.signatures.items() if name != self.encoder
         }
+        self.took: dict[str, float] = {}
         self.pool = ThreadPoolExecutor(len(self.branches))
         self.make_noise: Any = tile_noise
         if self.gpu:
@@ -218,17 +221,28 @@ class TritonPythonModel:
             branch = self.branches[output]
             engine = self.engines[branch]
             inputs = {name: engine.receive(tensors[name]) for name in self.signatures[branch]["inputs"]}
-            return engine.run(inputs, [output])[output]
+            began = time.monotonic()
+            result = engine.run(inputs, [output])[output]
+            self.took[output] = time.monotonic() - began
+            return result
 
         while needed:
-            # Side by side on a CPU, whose cores one engine does not fill; in turn on a GPU, where they would only wait.
             ready = [name for name in needed if set(self.signatures[self.branches[name]]["inputs"]) <= tensors.keys()]
-            tensors.update(zip(ready, (map if self.gpu else self.pool.map)(run_branch, ready), strict=True))
+            run_all = self.pool.map if self._pays_side_by_side(ready) else map
+            tensors.update(zip(ready, run_all(run_branch, ready), strict=True))
             needed = [name for name in needed if name not in ready]
         for name in self.branches:
             if name in tensors:
                 self.meters.tiles(name, tensors[name])
         return {name: tensors[name] for name in names}
+
+    def _pays_side_by_side(self, outputs: list[str]) -> bool:
+        """On a CPU, whose cores one engine does not fill, unless they take no longer than to wake the threads does.
+
+        On a GPU the one would only wait for the other.
+        """
+        longest = max((self.took.get(output, 1.0) for output in outputs), default=0.0)
+        return not self.gpu and len(outputs) > 1 and longest > _WAKING
 
     def _begin(self, tensors: dict[str, Any], needed: list[str]) -> dict[str, Any]:
         """The features; where engines are joined, all that is needed of them."""

@@ -255,9 +255,9 @@ def _slide_fields(text: str, side: int, mpp: float, most: int) -> Iterator[UInt8
     given = float(own) if path else None
     with open_slide(Path(path or own)) as slide:
         view = ModelView(slide, slide.pixel_size(given), mpp)
-        places = [
+        corners = [
             (x, y) for y in range(0, view.size[1] - side + 1, side) for x in range(0, view.size[0] - side + 1, side)
         ]
-        count = min(most, len(places))
-        for x, y in (places[number * len(places) // count] for number in range(count)):
+        count = min(most, len(corners))
+        for x, y in (corners[number * len(corners) // count] for number in range(count)):
             yield np.ascontiguousarray(view.read(x, y, side, side))

@@ -19,6 +19,7 @@ MODEL: Any = SimpleNamespace(
     ensemble="staindiffuser",
     manifest=SimpleNamespace(
         model_name="fake",
+        model_version=FAKE_CONTRACT.model_version,
         flavour="single",
         tile=FAKE_CONTRACT.tile,
         stains=FAKE_CONTRACT.stains,
@@ -35,7 +36,9 @@ def metrics(finished: Callable[[], float]) -> Iterator[str]:
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
-            text = f'x_bytes{{gpu="0"}} nan\nstaindiffuser_requests_total{{status="OK"}} {finished()}\n'
+            labels = f'status="OK",model_version="{FAKE_CONTRACT.model_version[:12]}"'
+            others = 'staindiffuser_requests_total{status="OK",model_version="another"} 1000'
+            text = f'x_bytes{{gpu="0"}} nan\nstaindiffuser_requests_total{{{labels}}} {finished()}\n{others}\n'
             self.wfile.write(text.encode())
 
         def log_message(self, format: str, *args: object) -> None:

@@ -274,6 +274,10 @@ global
     ssl-default-bind-options ssl-min-ver TLSv1.2
     ssl-default-bind-ciphers ECDHE+AESGCM:ECDHE+CHACHA20
     tune.h2.max-concurrent-streams 64
+    # Tiles are megabytes: with 16 kB at a time, the proxy costs a tenth of the throughput, with these a twenty-fifth.
+    tune.bufsize 65536
+    tune.h2.max-frame-size 65536
+    tune.h2.initial-window-size 1048576
 """
 _DEFAULTS = """\
 defaults

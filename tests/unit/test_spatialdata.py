@@ -18,6 +18,9 @@ from staindiffuser.client.staining import stain_slide
 from staindiffuser.client.testing import FakeStainer
 from staindiffuser.errors import DependencyError
 
+# zarr decodes texts so, which NumPy 2.5 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:Setting the shape on a NumPy array:DeprecationWarning")
+
 pytest.importorskip("pyarrow", reason="SpatialData keeps shapes as GeoParquet: pyarrow is not installed")
 
 IMAGES = {"cd3": 3, "ck818": 3, "cd3_cells": 1, "ck818_cells": 1, "combined": 3}

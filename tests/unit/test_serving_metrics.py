@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import http.server
-import threading
 from collections.abc import Iterator
 
 import pytest
 
 from staindiffuser.serving.metrics import read_metrics
+from tests.metrics_port import metrics_port
 
 TEXT = """\
 # HELP staindiffuser_requests_total Requests whose turn came
@@ -22,19 +21,8 @@ nv_pinned_memory_pool_used_bytes 7
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    class Metrics(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(TEXT.encode())
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metrics) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/metrics"
-        server.shutdown()
+    with metrics_port(lambda: TEXT) as address:
+        yield address
 
 
 def test_values_are_summed_over_their_labels(url: str) -> None:

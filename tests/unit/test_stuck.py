@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -14,6 +12,7 @@ import pytest
 from staindiffuser.client.testing import FAKE_CONTRACT, FakeTriton
 from staindiffuser.errors import ServerLostError
 from staindiffuser.serving.readiness import require_answer
+from tests.metrics_port import metrics_port
 
 MODEL: Any = SimpleNamespace(
     ensemble="staindiffuser",
@@ -31,23 +30,14 @@ MODEL: Any = SimpleNamespace(
 @contextmanager
 def metrics(finished: Callable[[], float]) -> Iterator[str]:
     """A metrics port that says how many requests are finished."""
+    labels = f'status="OK",model_version="{FAKE_CONTRACT.model_version[:12]}"'
+    others = 'staindiffuser_requests_total{status="OK",model_version="another"} 1000'
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            labels = f'status="OK",model_version="{FAKE_CONTRACT.model_version[:12]}"'
-            others = 'staindiffuser_requests_total{status="OK",model_version="another"} 1000'
-            text = f'x_bytes{{gpu="0"}} nan\nstaindiffuser_requests_total{{{labels}}} {finished()}\n{others}\n'
-            self.wfile.write(text.encode())
+    def text() -> str:
+        return f'x_bytes{{gpu="0"}} nan\nstaindiffuser_requests_total{{{labels}}} {finished()}\n{others}\n'
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/metrics"
-        server.shutdown()
+    with metrics_port(text) as url:
+        yield url
 
 
 def test_one_that_refuses_and_finishes_nothing_is_lost() -> None:

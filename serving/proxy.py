@@ -270,7 +270,8 @@ global
     noreuseport
     # After a reload the old process finishes its requests, the longest of which may take `timeout server`.
     hard-stop-after 340s
-    lua-load {guard}
+    # One Lua state a thread: with one for all, several threads end the process (haproxy/haproxy#2467, mended in 2024).
+    lua-load-per-thread {guard}
     ssl-default-bind-options ssl-min-ver TLSv1.2
     ssl-default-bind-ciphers ECDHE+AESGCM:ECDHE+CHACHA20
     tune.h2.max-concurrent-streams 64

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tritonclient.grpc import service_pb2
 from typer.testing import CliRunner
 
 from staindiffuser.benchmarks.certificates import Authority
@@ -122,6 +123,48 @@ def test_a_promotion_under_load_loses_nothing_and_mixes_nothing(proxy: Proxy) ->
     assert {1, 2} == set.union(*slides)
     with connected(proxy) as client:
         assert painted(client) == 1
+
+
+@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.slow)])
+def test_many_clients_at_once_do_not_end_the_proxy(proxy: Proxy, seconds: int) -> None:
+    """Good requests, refused ones and half ones, from threads that race for the guard, while pools are exchanged.
+
+    With one Lua state for all threads, HAProxy 2.6 ended within a hundred requests.
+    """
+    end = time.monotonic() + seconds
+    answers = refusals = 0
+    lock = threading.Lock()
+
+    def work(number: int) -> None:
+        nonlocal answers, refusals
+        rng = np.random.default_rng(number)
+        ready = service_pb2.ServerReadyRequest().SerializeToString()
+        inner = service_pb2.ModelInferRequest(model_name="he_encoder").SerializeToString()
+        with connected(proxy) as client, proxy.channel() as channel:
+            ask = channel.unary_unary("/inference.GRPCInferenceService/ServerReady")
+            stain = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            while time.monotonic() < end:
+                good = [ask.future(ready, timeout=20) for _ in range(32)]
+                bad = [stain.future(inner, timeout=20)]
+                bad += [stain.future(rng.bytes(3000), timeout=float(rng.uniform(0.001, 0.05)))]
+                assert painted(client) == int(client.contract.model_version[0])
+                assert all(service_pb2.ServerReadyResponse.FromString(call.result()).ready for call in good)
+                assert all(call.exception() is not None for call in bad)
+                with lock:
+                    answers, refusals = answers + 33, refusals + 2
+
+    with ThreadPoolExecutor(6) as threads:
+        work_of_all = [threads.submit(work, number) for number in range(6)]
+        while time.monotonic() < end:
+            promote(proxy.folder, "green")
+            promote(proxy.folder, "blue")
+        for future in work_of_all:
+            future.result(timeout=60)
+    print(f"{answers} answers, {refusals} refusals")
+    assert proxy.process is not None
+    assert proxy.process.poll() is None, proxy.log.read_text()
+    alerts = [line for line in proxy.log.read_text().splitlines() if "[ALERT]" in line]
+    assert all("request refused" in line for line in alerts), alerts
 
 
 def test_a_promotion_under_load_with_real_servers(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from staindiffuser.export.builders import BuildOptions
 from staindiffuser.export.description import QUALITY, EngineGraph, GraphSet
 from staindiffuser.export.manifest import EngineRecord, Manifest
 from staindiffuser.export.repository import build
-from staindiffuser.export.triton_config import wire_outputs
+from staindiffuser.export.wire import wire_outputs
 from staindiffuser.files import file_sha256
 
 __all__ = ["build_idle"]

@@ -34,7 +34,7 @@ from staindiffuser.benchmarks.rivals import RIVALS, Rival
 from staindiffuser.benchmarks.rivals.pipeline import BINARY, encode, output_names
 from staindiffuser.errors import DependencyError
 from staindiffuser.export.manifest import Manifest, verify
-from staindiffuser.export.triton_config import ENSEMBLE
+from staindiffuser.export.wire import ENSEMBLE
 from staindiffuser.serving.metrics import read_metrics
 from staindiffuser.serving.runtime import find_runtime
 from staindiffuser.serving.server import TritonServer

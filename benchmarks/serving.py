@@ -35,7 +35,7 @@ from staindiffuser.export.description import QUALITY
 from staindiffuser.export.loading import load_engines
 from staindiffuser.export.manifest import Manifest, verify
 from staindiffuser.export.parity import engine_runs, run_pipeline
-from staindiffuser.export.triton_config import ENSEMBLE
+from staindiffuser.export.wire import ENSEMBLE
 from staindiffuser.serving.metrics import read_metrics
 from staindiffuser.serving.server import TritonServer
 from staindiffuser.triton_models.noise import philox

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from staindiffuser.export import builders
+from staindiffuser.export import builders, wire
 from staindiffuser.export.builders import Device, Profile
 from staindiffuser.export.choosing import Choice
 from staindiffuser.export.description import ExportedStain, Quality, TensorSpec
@@ -266,12 +266,12 @@ def _verify_parameters(repository: Path, manifest: Manifest) -> None:
     """The ensemble's parameters, from which clients learn the contract, agree with the manifest."""
     from staindiffuser.export import triton_config
 
-    path = repository / triton_config.ENSEMBLE / "config.pbtxt"
+    path = repository / wire.ENSEMBLE / "config.pbtxt"
     try:
         told = triton_config.parse(path.read_text(encoding="utf-8")).parameters
     except (OSError, ValueError) as error:
         raise ManifestError(f"{path} cannot be read: {error}: build the repository again") from error
-    for name, value in triton_config.contract_parameters(manifest, manifest.model_name).items():
+    for name, value in wire.contract_parameters(manifest, manifest.model_name).items():
         _require(repository, name, value, told[name].string_value, f"in {path.parent.name}/{path.name}")
 
 

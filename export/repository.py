@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import staindiffuser
-from staindiffuser.export import builders, triton_config
+from staindiffuser.export import builders, triton_config, wire
 from staindiffuser.export.builders import Builder, BuildOptions, engine_key
 from staindiffuser.export.choosing import AUTO, Choice, available, choice_key, fastest, measure
 from staindiffuser.export.description import GraphSet
@@ -56,8 +56,8 @@ class RepositoryBuild:
 
     def engine_path(self, name: str) -> str:
         """Path of an engine's file relative to the repository."""
-        model = triton_config.ENSEMBLE if self.flavour == "single" else name
-        return f"{model}/{triton_config.version_folder(model, self.graphs)}/{self.engine_files[name]}"
+        model = wire.ENSEMBLE if self.flavour == "single" else name
+        return f"{model}/{wire.version_folder(model, self.graphs)}/{self.engine_files[name]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,7 @@ def prepare_build(
         "flavour": flavour,
         "options": dataclasses.asdict(options),
         "keys": keys,
-        "ensemble": triton_config.version_folder(triton_config.ENSEMBLE, graphs),
+        "ensemble": wire.version_folder(wire.ENSEMBLE, graphs),
         "configs": configs,
         "sources": {model: {path.name: file_sha256(path) for path in paths} for model, paths in sources.items()},
     }
@@ -233,12 +233,12 @@ def prepare_build(
 def _sources(graphs: GraphSet, builder: Builder, flavour: str) -> dict[str, tuple[Path, ...]]:
     """Files copied into each model's version folder."""
     if flavour == "single":
-        return {triton_config.ENSEMBLE: pipeline_files(builder.runner)}
-    sources = {triton_config.NOISE_MODEL: noise_files()} if triton_config.noise_read(graphs) else {}
+        return {wire.ENSEMBLE: pipeline_files(builder.runner)}
+    sources = {triton_config.NOISE_MODEL: noise_files()} if wire.noise_read(graphs) else {}
     if flavour == "python":
         sources |= dict.fromkeys(graphs.engines, engine_files(builder.runner))
         if triton_config.NOISE_MODEL not in sources:
-            sources[triton_config.ENCODER] += origin_files()
+            sources[wire.ENCODER] += origin_files()
     return sources
 
 
@@ -299,12 +299,12 @@ def _write_models(
         }
         configs = triton_config.model_configs(wanted.graphs, wanted.builder, files, wanted.options, wanted.flavour)
     for model, text in configs.items():
-        version = folder / model / triton_config.version_folder(model, wanted.graphs)
+        version = folder / model / wire.version_folder(model, wanted.graphs)
         version.mkdir(parents=True, exist_ok=True)
         (folder / model / "config.pbtxt").write_text(text, encoding="utf-8")
         for source in wanted.sources.get(model, ()):
             shutil.copyfile(source, version / source.name)
-        if model == triton_config.ENSEMBLE and not wanted.sources.get(model):
+        if model == wire.ENSEMBLE and not wanted.sources.get(model):
             (version / ".keep").touch()  # Triton needs the folder, and archives drop empty ones
     for name, graph in wanted.graphs.engines.items():
         target = folder / wanted.engine_path(name)

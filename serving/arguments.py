@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from staindiffuser.export.manifest import Manifest
-from staindiffuser.export.triton_config import ENCODER
+from staindiffuser.export.wire import ENCODER
 
 __all__ = ["LOOPBACK", "RESTRICTED", "traces_endpoint", "triton_arguments"]
 

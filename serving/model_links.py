@@ -16,7 +16,7 @@ from pathlib import Path
 from staindiffuser.errors import UsageError
 from staindiffuser.export import triton_config
 from staindiffuser.export.manifest import Manifest
-from staindiffuser.export.triton_config import ENSEMBLE
+from staindiffuser.export.wire import ENSEMBLE
 
 __all__ = ["MODELS", "SERVER_ID", "ServedModel", "link_models", "named"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from staindiffuser.export.manifest import Manifest
-from staindiffuser.export.triton_config import wire_inputs, wire_outputs
+from staindiffuser.export.wire import wire_inputs, wire_outputs
 from staindiffuser.serving.errors import ServerMissingError
 
 __all__ = ["SHARED_MEMORY", "require_shared_memory"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from staindiffuser.errors import UsageError
-from staindiffuser.export.triton_config import ENSEMBLE
+from staindiffuser.export.wire import ENSEMBLE
 from staindiffuser.serving import rollout
 
 __all__ = ["CALLS", "ProxyOptions", "ProxyServer", "write_proxy"]

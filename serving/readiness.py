@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from staindiffuser.errors import ServerLostError
-from staindiffuser.export.triton_config import wire_outputs
+from staindiffuser.export.wire import wire_outputs
 from staindiffuser.serving.errors import ServerStartError
 from staindiffuser.serving.metrics import read_metrics
 from staindiffuser.serving.model_links import SERVER_ID, ServedModel

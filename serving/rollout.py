@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from staindiffuser.errors import InputError, UsageError
-from staindiffuser.export.triton_config import ENSEMBLE
+from staindiffuser.export.wire import ENSEMBLE
 from staindiffuser.serving.errors import ServerStartError
 from staindiffuser.serving.model_links import MODELS
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from staindiffuser.benchmarks.rivals.pipeline import Arrays, arguments, load_pipeline, output_names
 from staindiffuser.export.manifest import verify
-from staindiffuser.export.triton_config import ENSEMBLE, wire_inputs, wire_outputs
+from staindiffuser.export.wire import ENSEMBLE, wire_inputs, wire_outputs
 
 
 def main(repository: Path, threads: int, port: int) -> None:

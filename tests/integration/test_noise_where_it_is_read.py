@@ -9,7 +9,7 @@ import pytest
 
 from staindiffuser.client import StainClient
 from staindiffuser.client.errors import RefusedRequestError
-from staindiffuser.export import triton_config
+from staindiffuser.export import triton_config, wire
 from staindiffuser.export.repository import build_repository, prepare_build
 from staindiffuser.serving.server import TritonServer
 from tests.synthetic_graphs import write_graphs
@@ -58,7 +58,7 @@ def test_noise_of_cell_maps_alone(tmp_path: Path) -> None:
 
 def test_a_sampler_of_several_steps_keeps_its_noise(tmp_path: Path) -> None:
     graphs = write_graphs(tmp_path / "graphs", tile=TILE, steps=2)
-    assert [spec.name for spec in triton_config.noise_read(graphs)] == ["NOISE", "NOISE_CELLS"]
+    assert [spec.name for spec in wire.noise_read(graphs)] == ["NOISE", "NOISE_CELLS"]
     assert "noise" in prepare_build(tmp_path / "graphs", flavour="python").configs
     less = write_graphs(tmp_path / "none", tile=TILE, steps=1, noisy=())
     assert triton_config.cuda_pool_bytes(graphs, 1) - triton_config.cuda_pool_bytes(less, 1) == (

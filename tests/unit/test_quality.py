@@ -169,7 +169,7 @@ def test_a_judge_that_differs_is_not_published(graphs: Path) -> None:
     lacking = dataclasses.replace(
         description, engines={name: e for name, e in description.engines.items() if name != "quality"}
     )
-    from staindiffuser.export.triton_config import check_ensemble
+    from staindiffuser.export.wire import check_ensemble
 
     with pytest.raises(GraphsError, match="but the stains need"):
         check_ensemble(lacking)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from staindiffuser.export import publishing, triton_config
+from staindiffuser.export import publishing, triton_config, wire
 from staindiffuser.export.builders import BuildOptions
 from staindiffuser.export.description import ExportedStain, GraphSet, TensorSpec
 from staindiffuser.export.errors import ExportUsageError, GraphsError, ManifestError, ParityError, UngatedError
@@ -173,14 +173,14 @@ def test_tensors_that_do_not_fit_are_named(
     description = GraphSet.load(graphs)
     old = getattr(description.engines[engine], side)[0]
     with pytest.raises(GraphsError, match=words):
-        triton_config.check_ensemble(wrong_tensor(description, engine, old, dataclasses.replace(old, **change)))
+        wire.check_ensemble(wrong_tensor(description, engine, old, dataclasses.replace(old, **change)))
 
 
 def test_a_missing_engine_is_named(graphs: Path) -> None:
     description = GraphSet.load(graphs)
     engines = {name: engine for name, engine in description.engines.items() if name != "cells_cd3"}
     with pytest.raises(GraphsError, match=r"but the stains need .*cells_cd3"):
-        triton_config.check_ensemble(dataclasses.replace(description, engines=engines))
+        wire.check_ensemble(dataclasses.replace(description, engines=engines))
 
 
 def test_over_the_parity_limit_nothing_is_published(graphs: Path, tmp_path: Path) -> None:

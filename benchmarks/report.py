@@ -344,9 +344,17 @@ def _chart_frontier(report: FrontierReport, path: Path) -> None:
     }
     for axis, (title, score) in zip(axes, scores.items(), strict=True):
         shown = [point for point in report.points if point.cell_auroc or not title.startswith("AUROC")]
+        span = max(map(score, shown)) - min(map(score, shown))
         for index, point in enumerate(report.points):
             if point not in shown:
                 continue
+            # Of points that lie on one another, the first says what all of them are, if they are the same.
+            named = any(
+                other.sampler == point.sampler
+                and abs(other.cpu_ms / point.cpu_ms - 1) < 0.05
+                and abs(score(other) - score(point)) < 0.01 * span
+                for other in shown[: shown.index(point)]
+            )
             # Of neighbours, the higher one has its name above.
             below = any(0.5 < other.cpu_ms / point.cpu_ms < 2 and score(other) > score(point) for other in shown)
             served = index == report.gated
@@ -361,7 +369,7 @@ def _chart_frontier(report: FrontierReport, path: Path) -> None:
                 label=f"{point.model}, served" if served else point.model,
             )
             axis.annotate(
-                point.sampler,
+                "" if named else point.sampler,
                 (point.cpu_ms, score(point)),
                 xytext=(0, -20 if below else 11),
                 textcoords="offset points",

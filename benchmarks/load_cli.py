@@ -23,6 +23,10 @@ def load(
         str, typer.Option(help="Of what the server can take: rates at which requests arrive at random (open loop).")
     ] = "0.25,0.5,0.75",
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each measurement.")] = 10.0,
+    rounds: Annotated[
+        int,
+        typer.Option(min=1, help="With more than one, all servers are up at once and the closed loops take turns."),
+    ] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads of each engine; 0 for all cores.")] = None,
     rival: Annotated[
         list[str] | None,
@@ -80,6 +84,7 @@ def load(
             shares=fractions,
             seconds=seconds,
             threads=threads,
+            rounds=rounds,
             rivals=() if no_rival else rival or tuple(names),
             progress=say,
         )
@@ -91,9 +96,11 @@ def load(
     for name, rates in report.closed.items():
         told = ", ".join(f"{rate:.2f} with {count}" for count, rate in zip(report.clients, rates, strict=True))
         typer.echo(f"{name}: requests/s by clients: {told}")
-    (name, ours), *others = report.closed.items()
-    for other, theirs in others:
-        typer.echo(f"{name} / {other}, {report.clients[-1]} clients: {ours[-1] / theirs[-1]:.2f}")
+    name, *others = report.closed
+    for other in others:
+        found = report.ratio(other)
+        spread = f" ({found.smallest:.2f} to {found.largest:.2f})" if report.turns else ""
+        typer.echo(f"{name} / {other}, {report.clients[-1]} clients: {found.median:.2f}{spread}")
     for other, why in report.absent.items():
         typer.echo(f"{other}: not here: {why}")
     if others:

@@ -17,21 +17,31 @@ OURS, OTHERS = "#c8553d", "#4a6fa5"
 def load_section(name: str, report: LoadReport) -> list[str]:
     """Lines of Markdown."""
     clients = report.clients[-1]
+    how = f"{clients} clients that wait for one another, {report.seconds:g} s"
+    if report.turns:
+        count = len(next(iter(report.turns.values())))
+        how += (
+            f" a turn, {count} rounds, with all servers up at once: median rates, and the median of the rounds' ratios "
+            "(smallest to largest)"
+        )
     lines = [
-        f"## Serving: {report.model_name}, {report.machine.processor}",
+        f"## Serving: {report.model_name}, {_title(report.machine)}",
         "",
         f"The same engines ({report.target}, {report.tile} px, batch {report.batch}) behind Triton and behind what a "
-        f"user would write. Saturated: {clients} clients that wait for one another, {report.seconds:g} s. Then "
+        f"user would write. Saturated: {how}. Then "
         "requests at random moments (Poisson) at a share of what that server took; latency counts from when a request "
         f"was due. {_runnable(report.machine)} {report.machine.date}, commit `{report.machine.commit}`, `{name}`.",
         "",
         f"| server | requests/s, {clients} clients | Triton's × | load | p50 / p95 / p99, ms | p99 / p50 | refused |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    ours = next(iter(report.closed.values()))[-1]
     for server, rates in report.closed.items():
+        ratio = report.ratio(server)
+        told = f"{ratio.median:.2f}"
+        if report.turns and server != next(iter(report.closed)):
+            told += f" ({ratio.smallest:.2f} to {ratio.largest:.2f})"
         for number, loop in enumerate(report.open[server]):
-            rate = f"{rates[-1]:.2f} | {ours / rates[-1]:.2f}" if number == 0 else " |"
+            rate = f"{rates[-1]:.2f} | {told}" if number == 0 else " |"
             lines.append(
                 f"| {server if number == 0 else ''} | {rate} | {loop.share:.0%} | {_latencies(loop)} | {loop.failed} |"
             )
@@ -42,6 +52,10 @@ def load_section(name: str, report: LoadReport) -> list[str]:
         lines += ["", "Not here: " + "; ".join(f"{server}: {why}" for server, why in report.absent.items()) + "."]
     lines += ["", f"All servers gave the same bytes: {'yes' if report.same_bytes else 'no'}."]
     return lines
+
+
+def _title(machine: Machine) -> str:
+    return ", ".join([machine.processor, *machine.instructions[-1:]])
 
 
 def _runnable(machine: Machine) -> str:
@@ -61,7 +75,7 @@ def slide_section(name: str, report: WholeSlideReport) -> list[str]:
     """Lines of Markdown."""
     ours = report.rows[0]
     lines = [
-        f"## A whole slide: {report.slide}, {report.machine.processor}",
+        f"## A whole slide: {report.slide}, {_title(report.machine)}",
         "",
         f"From the start of the command to the last file, median of {report.rounds} run(s) in turns; every program "
         f"starts cold, ours with its server. The same network, tiles of {report.tile} px every {report.stride} px; the "

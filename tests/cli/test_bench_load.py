@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from staindiffuser.benchmarks.load import open_loop
+from staindiffuser.benchmarks.load import bench_load, open_loop
+from staindiffuser.benchmarks.report_servers import load_section
 from staindiffuser.benchmarks.rivals import RIVALS
 from staindiffuser.benchmarks.rivals.pipeline import decode, encode
 from staindiffuser.cli import app
@@ -48,6 +49,23 @@ def test_report(rivals: bool, idle: bool, tmp_path: Path) -> None:
     assert report["triton_ms"]["staindiffuser"]["compute"] > 0
     assert all(f"Triton / {name}" in result.output for name in names - {"Triton"})
     assert "p99" in result.output
+
+
+def test_in_turns(tmp_path: Path) -> None:
+    """Rounds of the closed loop, their median, and nothing else changed."""
+    write_graphs(tmp_path / "graphs", tile=32)
+    repository = build_repository(tmp_path / "graphs", tmp_path / "repository", max_batch=1, threads=1)
+    report = bench_load(
+        repository, clients=(2,), shares=(0.5,), seconds=0.2, threads=1, rivals=["PyTriton @batch"], rounds=3
+    )
+    assert list(report.turns) == list(report.closed) == ["Triton", "PyTriton @batch"]
+    assert report.same_bytes
+    for name, rates in report.turns.items():
+        assert len(rates) == 3
+        assert report.closed[name] == (sorted(rates)[1],)
+    ratios = [own / other for own, other in zip(*report.turns.values(), strict=True)]
+    assert report.ratio("PyTriton @batch").median == sorted(ratios)[1]
+    assert any(f"({min(ratios):.2f} to {max(ratios):.2f})" in line for line in load_section("load.json", report))
 
 
 def test_a_request_has_waited_since_it_was_due() -> None:

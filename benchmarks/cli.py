@@ -18,13 +18,15 @@ from staindiffuser.benchmarks.seams_cli import seams
 from staindiffuser.benchmarks.serving_cli import serving
 from staindiffuser.benchmarks.slide import slide
 from staindiffuser.benchmarks.viewer import view
+from staindiffuser.interruption import sigterm_like_ctrl_c
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine: latency, throughput, quality.")
 
 
 @app.callback()
-def _group() -> None:
+def _group(context: typer.Context) -> None:
     """Measure this machine: latency, throughput, quality."""
+    context.with_resource(sigterm_like_ctrl_c())  # no server that is measured outlives the command
 
 
 @app.command(epilog="Example: staindiffuser bench plausibility slide-stained --slide slide.svs")

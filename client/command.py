@@ -8,14 +8,11 @@ import functools
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 
 from staindiffuser.allocator import use_few_arenas
 from staindiffuser.client.cluster import run_on_cluster
@@ -31,6 +28,7 @@ from staindiffuser.client.summary import Outcome, Status, write_summary
 from staindiffuser.client.target import Target
 from staindiffuser.client.tracing import exporting
 from staindiffuser.errors import EXIT_SOME_FAILED, InputError, StainDiffuserError, UsageError
+from staindiffuser.interruption import sigterm_like_ctrl_c
 
 __all__ = ["run_command", "stain_one"]
 
@@ -83,7 +81,7 @@ def run_command(
         if len(slides) > 1 and options.cells_from is not None:
             raise UsageError(f"--cells-from {options.cells_from} fits one slide, not {len(slides)}")
         try:
-            with _sigterm_like_ctrl_c(), exporting(reporter.say):
+            with sigterm_like_ctrl_c(), exporting(reporter.say):
                 if cluster:
                     batch.run_on(cluster)
                 else:
@@ -264,20 +262,3 @@ def _saying_how_to_continue(job: SlideJob, reporter: Reporter, command: str) -> 
 def _time(seconds: float) -> str:
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "a minute"
-
-
-@contextmanager
-def _sigterm_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does: finished rows stay saved, and a server of our own is stopped."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

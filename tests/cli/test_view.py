@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -14,12 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from staindiffuser import demo
 from staindiffuser.errors import DependencyError
 from staindiffuser.sample_slide import Sample
 from staindiffuser.viewer import server
+from tests.running_serve import eventually
 from tests.viewer_results import stain, write_slide
 
 COMMAND = [sys.executable, "-c", "from staindiffuser.cli import main; main()", "view"]
@@ -75,6 +78,29 @@ def test_it_prints_one_address_and_ends_cleanly(result: Path, number: signal.Sig
     if number == signal.SIGINT:
         assert process.returncode == 0
         assert rest.strip() == "stopped"
+
+
+def test_bench_view_takes_its_server_along(result: Path) -> None:
+    command = [*COMMAND[:-1], "bench", "view", str(result), "--seconds", "60"]
+    with subprocess.Popen(command) as bench:
+        viewers: list[psutil.Process] = []
+        try:
+            assert eventually(lambda: any(map(listens, psutil.Process(bench.pid).children())))
+            viewers = psutil.Process(bench.pid).children()
+            bench.terminate()
+            assert bench.wait(timeout=20) == 130
+            assert not any(viewer.is_running() for viewer in viewers)
+        finally:
+            bench.kill()
+            for viewer in viewers:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    viewer.kill()
+
+
+def listens(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any(one.status == psutil.CONN_LISTEN for one in process.net_connections())
+    return False
 
 
 def test_elsewhere_than_on_loopback_it_asks_for_a_token(result: Path) -> None:

@@ -6,11 +6,12 @@ rebuilt when nothing has changed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,7 +127,8 @@ def build(
     if target == AUTO:
         return _build_fastest(graphs_dir, output, flavour or "single", options, progress)
     wanted = prepare_build(graphs_dir, target=target, flavour=flavour, options=options)
-    return _build(wanted, output, progress)
+    with _writing(output):
+        return _build(wanted, output, progress)
 
 
 def _build_fastest(
@@ -137,39 +139,47 @@ def _build_fastest(
         raise ExportUsageError(f"--precision {options.precision}: target auto chooses the precision; name a target")
     graphs = GraphSet.load(graphs_dir)
     possible, _ = available(graphs, options)
-    current = _current(output)
-    choice = current.choice if current is not None else None
-    if current is not None and choice is not None and choice.key == choice_key(graphs, options, flavour):
-        left = {f"{current.target} {current.precision}": 0.0}
-    else:
-        choice = measure(graphs_dir, options, flavour, progress)
-        left = dict(choice.ms_per_tile)
-    while True:
-        name = fastest(left)
-        progress(f"chosen for {choice.processor}: {name}")
-        wanted = prepare_build(graphs_dir, target=name.split()[0], flavour=flavour, options=possible[name])
-        try:
-            return _build(dataclasses.replace(wanted, choice=choice), output, progress)
-        except ParityError as error:
-            del left[name]
-            if not left:
-                raise
-            progress(f"{name} does not pass: {error}")
+    with _writing(output):  # from before the measurement on: what another process has chosen meanwhile holds
+        current = _current(output)
+        choice = current.choice if current is not None else None
+        if current is not None and choice is not None and choice.key == choice_key(graphs, options, flavour):
+            left = {f"{current.target} {current.precision}": 0.0}
+        else:
+            choice = measure(graphs_dir, options, flavour, progress)
+            left = dict(choice.ms_per_tile)
+        while True:
+            name = fastest(left)
+            progress(f"chosen for {choice.processor}: {name}")
+            wanted = prepare_build(graphs_dir, target=name.split()[0], flavour=flavour, options=possible[name])
+            try:
+                return _build(dataclasses.replace(wanted, choice=choice), output, progress)
+            except ParityError as error:
+                del left[name]
+                if not left:
+                    raise
+                progress(f"{name} does not pass: {error}")
 
 
 def _build(wanted: RepositoryBuild, output: Path, progress: Progress) -> BuildReport:
+    """Inside :func:`_writing`."""
+    current = _current(output)
+    if current is not None and (current.fingerprint, current.choice) == (wanted.fingerprint, wanted.choice):
+        return BuildReport(repository=output, manifest=current, built=(), up_to_date=True)
+    with staging_folder(output) as folder:
+        others = _carry_others(wanted, folder, output)
+        built = _write_models(wanted, folder, output, others, progress)
+        parity = _run_parity(wanted, folder, progress)
+        _manifest(wanted, folder, parity, others).save(folder)
+        manifest = verify(folder)
+    return BuildReport(repository=output, manifest=manifest, built=built, up_to_date=False)
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Be the only one that builds ``output``; says it if it cannot be written."""
     try:
         with locked(output):
-            current = _current(output)
-            if current is not None and (current.fingerprint, current.choice) == (wanted.fingerprint, wanted.choice):
-                return BuildReport(repository=output, manifest=current, built=(), up_to_date=True)
-            with staging_folder(output) as folder:
-                others = _carry_others(wanted, folder, output)
-                built = _write_models(wanted, folder, output, others, progress)
-                parity = _run_parity(wanted, folder, progress)
-                _manifest(wanted, folder, parity, others).save(folder)
-                manifest = verify(folder)
-            return BuildReport(repository=output, manifest=manifest, built=built, up_to_date=False)
+            yield
     except OSError as error:
         raise ExportUsageError(
             f"{output} cannot be written: {error.strerror or error}: nothing was published"

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +308,24 @@ def test_auto_takes_the_next_best_where_the_fastest_does_not_pass(
     report, said = build_fastest(graphs, tmp_path / "two")
     assert report.manifest.target == "onnxruntime"
     assert any("openvino fp32 does not pass: " in line for line in said)
+
+
+def test_two_first_starts_at_once_measure_once(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the second one replaces the repository that the first one serves, perhaps by other engines."""
+    measured = choosing.measure(graphs, BuildOptions(max_batch=2, threads=1), "single", lambda line: None)
+    calls: list[float] = []
+
+    def measure(*arguments: Any) -> choosing.Choice:
+        calls.append(time.monotonic())
+        time.sleep(0.5)  # long enough for the other to come
+        return dataclasses.replace(measured, ms_per_tile=dict.fromkeys(measured.ms_per_tile, 100.0 * len(calls)))
+
+    monkeypatch.setattr("staindiffuser.export.repository.measure", measure)
+    with ThreadPoolExecutor(2) as pool:
+        reports = [report for report, _ in pool.map(lambda _: build_fastest(graphs, tmp_path / "repository"), range(2))]
+    assert len(calls) == 1
+    assert sorted(report.up_to_date for report in reports) == [False, True]
+    assert reports[0].manifest == reports[1].manifest
 
 
 def test_auto_says_what_is_absent(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

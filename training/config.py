@@ -184,7 +184,8 @@ class TrainConfig:
     cells_max_share: float = 0.5
     """Share of the cell draws taken at σ_max (ours): the only noise level that the cell branch is used at."""
     bf16: bool = True
-    """Run the convolutions in bfloat16; the preconditioning and the loss stay in float32."""
+    """Run the convolutions in bfloat16, where the processor or GPU computes in it; elsewhere, and always for the
+    preconditioning and the loss, in float32."""
     seed: int = 0
     workers: int = 1
     """Loader processes."""

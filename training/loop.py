@@ -135,7 +135,8 @@ class _Sitting:
         if first:
             first.restore(learner, self.optimizer)
         self.model = learner if options.strategy == "fsdp" else processes.distribute(learner)
-        self.autocast = torch.autocast(processes.device.type, torch.bfloat16, enabled=recipe.bf16)
+        bf16 = recipe.bf16 and processes.computes_bf16
+        self.autocast = torch.autocast(processes.device.type, torch.bfloat16, enabled=bf16)
         numbers = sample_numbers(
             range(self.begin, recipe.steps),
             batch=recipe.batch,
@@ -150,6 +151,8 @@ class _Sitting:
         self.journal = stack.enter_context(Journal.open(options, self.begin, recipe, write=processes.first))
         if first:
             self.journal.tell(f"going on from {first.path}")
+        if recipe.bf16 and not bf16:
+            self.journal.tell("this device has no instructions for bfloat16: training computes in float32")
         self.finite = _FiniteLosses(dataset, recipe, options, processes, self.snapshots)
         self.speed = _Speed(self.loader, recipe)
         self.started = self.saved = time.monotonic()

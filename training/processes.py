@@ -54,6 +54,14 @@ class Processes:
         return cls(rank=rank(), world=world_size(), device=device)
 
     @property
+    def computes_bf16(self) -> bool:
+        """Whether the device has instructions for bfloat16; emulated, it is many times slower than float32."""
+        if self.device.type == "cuda":
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        has = torch.cpu.get_capabilities()
+        return bool(has["architecture"] != "x86_64" or has["avx512_bf16"] or has["amx_bf16"])
+
+    @property
     def first(self) -> bool:
         """Whether this is the process that writes the files."""
         return self.rank == 0

@@ -27,6 +27,7 @@ from staindiffuser.training.learner import Loss, learning_rate
 from staindiffuser.training.loop import fit
 from staindiffuser.training.model.layers import normalize_weight_
 from staindiffuser.training.options import RunOptions
+from staindiffuser.training.processes import Processes
 from staindiffuser.training.snapshots import read_snapshot
 from staindiffuser.training.teacher import Teacher
 from staindiffuser.training.tiles.paired_tiles import PairedTiles
@@ -176,6 +177,19 @@ def test_parts_of_a_step_give_the_curve_of_the_whole(tiles_folder: Path, tmp_pat
     for name in ("loss", "error/images-cd3", "error_high_sigma/cells-ck818"):
         np.testing.assert_array_equal(curves[0][name][0], curves[1][name][0])
         np.testing.assert_allclose(curves[0][name][1], curves[1][name][1], atol=1e-4)
+
+
+@pytest.mark.parametrize("computes", [False, True])
+def test_bfloat16_is_left_where_it_would_be_emulated(
+    tiles_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computes: bool
+) -> None:
+    monkeypatch.setattr(Processes, "computes_bf16", computes)
+    curves = {}
+    for bf16 in (False, True):
+        asked = dataclasses.replace(options(tmp_path / str(bf16)), log_every=1)
+        train(preset(3, bf16=bf16), tiles_folder, asked)
+        curves[bf16] = read_curves(asked.output)["loss"][1]
+    assert np.array_equal(curves[False], curves[True]) is not computes
 
 
 def test_single_task_leaves_the_other_branch_alone(tiny_model: ModelConfig, tiles_folder: Path, tmp_path: Path) -> None:

@@ -112,8 +112,8 @@ def distill(
         bool | None,
         typer.Option(
             "--bf16/--no-bf16",
-            help="Half the digits. By default e2e does as the teacher's training did, ect without. Slow on a processor "
-            "that has no arithmetic for it.",
+            help="Half the digits, where processor or GPU compute in it. By default e2e does as the teacher's training "
+            "did, ect without.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides crops and noise.")] = 0,

@@ -17,7 +17,7 @@ import orjson
 from staindiffuser.client.cell_text import feature_texts
 from staindiffuser.client.contract import ServedStain
 from staindiffuser.imaging.arrays import UInt8Array
-from staindiffuser.imaging.instances import Cells, find_cells
+from staindiffuser.imaging.instances import HALF, Cells, find_cells
 from staindiffuser.imaging.ome_tiff import SIDE
 
 __all__ = ["BlockRow", "ChunkCells", "MapCells", "Search"]
@@ -61,14 +61,16 @@ class MapCells:
             mpp: the map's pixel size, µm per pixel.
             scale: level-0 pixels of the input slide per pixel of the map, in x and y.
             rows: number of rows of blocks in the map.
-            source: identifies slide, model and seed: cells of different ones have different identifiers.
+            source: identifies slide, model and seed: cells of different ones, or of another threshold, have different
+                identifiers.
         """
-        self._label = stain.label
+        self._label, self._threshold = stain.label, stain.threshold
         self._mpp = mpp
         self._scale = np.array(scale)
         self._rows = rows
         # A UUID of version 8 (RFC 9562), whose last 12 digits are the cell's place: QuPath takes no other identifiers.
-        digest = hashlib.sha256(f"{source} {stain.name}".encode()).hexdigest()
+        found_from = "" if stain.threshold == HALF else f" {stain.threshold:g}"
+        digest = hashlib.sha256(f"{source} {stain.name}{found_from}".encode()).hexdigest()
         self._identity = f"{digest[:8]}-{digest[8:12]}-8{digest[12:15]}-8{digest[15:18]}-"
         classification = orjson.dumps({"name": stain.label, "color": list(COLOURS[number % len(COLOURS)])})
         self._pieces = (
@@ -114,7 +116,8 @@ class MapCells:
                     other = neighbours[column]
                     if other is not None:
                         _paste(around, other[..., 0], OVERLAP + (column - first) * SIDE, OVERLAP + (i - 1) * SIDE)
-            cells = find_cells(around, self._mpp, (OVERLAP, OVERLAP, OVERLAP + width, OVERLAP + height))
+            inner = (OVERLAP, OVERLAP, OVERLAP + width, OVERLAP + height)
+            cells = find_cells(around, self._mpp, inner, threshold=self._threshold)
             features = self._features(cells, first * SIDE - OVERLAP, number * SIDE - OVERLAP, number, first // CHUNK)
             return ChunkCells(label=self._label, count=len(cells), features=features)
 

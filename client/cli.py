@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +57,14 @@ def stain(
     ] = None,
     stains: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Stains to produce. (default: all that the model has)")
+    ] = None,
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Probability from which the cell map of a stain shows a cell, such as cd3=0.4; repeat it for several. "
+            "(default: what the model says, else 0.5)",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise: the same seed gives the same pixels.")] = 0,
     mpp: Annotated[float | None, typer.Option(help="Pixel size in µm of inputs that do not state their own.")] = None,
@@ -182,6 +191,7 @@ def stain(
     try:
         options = StainingOptions(
             stains=names,
+            thresholds=_thresholds(threshold or ()),
             seed=seed,
             mpp=mpp,
             force_mpp=force_mpp,
@@ -220,6 +230,18 @@ def stain(
     code = run_command(inputs, output, target, options, as_json=as_json, dry_run=dry_run, command=command, cluster=ray)
     if code:
         raise typer.Exit(code)
+
+
+def _thresholds(given: Iterable[str]) -> dict[str, float]:
+    """``cd3=0.4`` and the like; raises ValueError."""
+    found = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            found[name.strip().lower()] = float(value)
+        except ValueError:
+            raise ValueError(f"--threshold {text}: give a stain and a probability, such as cd3=0.4") from None
+    return found
 
 
 def info(

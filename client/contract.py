@@ -7,6 +7,7 @@ A model that judges tiles also gives ``QUALITY`` float32 [B,M] and, per stain, `
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from staindiffuser.client.errors import ContractError, UnknownStainError
 from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.instances import HALF
 from staindiffuser.records import STRICT, RecordError, decode
 
 __all__ = ["ENSEMBLE", "QUALITY", "ModelContract", "QualityContract", "ServedStain", "Stainer"]
@@ -26,7 +28,7 @@ __all__ = ["ENSEMBLE", "QUALITY", "ModelContract", "QualityContract", "ServedSta
 ENSEMBLE = "staindiffuser"
 QUALITY = "QUALITY"
 """The output that judges tiles, and the prefix of those that judge stains."""
-_JSON_PARAMETERS = ("stains", "tile", "margin", "mpp", "steps", "origin_multiple", "gate", "quality")
+_JSON_PARAMETERS = ("stains", "tile", "margin", "mpp", "steps", "origin_multiple", "gate", "quality", "thresholds")
 """Parameters whose text is JSON; the others are plain text. Parameters not listed in the contract are ignored, so that
 a newer server can serve an older client."""
 _TEXT_PARAMETERS = ("model_name", "model_version", "notice")
@@ -40,6 +42,9 @@ class ServedStain:
     """Matches ``[a-z][a-z0-9_]*``; part of file and tensor names."""
     label: str
     """The name shown to people."""
+    threshold: float = HALF
+    """Probability of its cell map from which on a pixel belongs to a cell and a nucleus is positive; see
+    :meth:`ModelContract.select`."""
 
     @property
     def image_tensor(self) -> str:
@@ -101,6 +106,8 @@ class ModelContract:
     """The statement that accompanies every output."""
     gate: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Per stain that the model's gate judged, what it fails on; empty if it passed."""
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    """By stain, the probability from which on its cell map shows a cell; for the others, one half."""
     quality: QualityContract | None = None
     """None for a model that does not judge its tiles."""
 
@@ -116,23 +123,37 @@ class ModelContract:
             raise ValueError(f"margin: {self.margin} leaves nothing of a tile of {self.tile} pixels")
         if not 0 < self.mpp < 100:
             raise ValueError(f"mpp: {self.mpp} is not a pixel size in µm")
+        for name, threshold in self.thresholds.items():
+            if not 0 < threshold < 1:
+                raise ValueError(f"thresholds: {name} {threshold:g} is not between 0 and 1")
         if self.max_batch < 1 or self.steps < 1:
             raise ValueError("max_batch and steps must be at least 1")
 
-    def select(self, names: Sequence[str] | None) -> tuple[ServedStain, ...]:
-        """The stains with these names, in the model's order; all of them for ``None``.
+    def select(
+        self, names: Sequence[str] | None, thresholds: Mapping[str, float] | None = None
+    ) -> tuple[ServedStain, ...]:
+        """The stains with these names, with their thresholds, in the model's order; all of them for ``None``.
+
+        Args:
+            names: of the stains.
+            thresholds: by stain, instead of the model's own.
 
         Raises:
             UnknownStainError: the model does not have one of them.
         """
-        if names is None:
-            return self.stains
         known = {stain.name for stain in self.stains}
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
+        asked = known if names is None else names
+        given = thresholds or {}
+        unknown = [name for name in (*asked, *given) if name not in known]
+        if unknown or not asked:
             problem = f"unknown stain {', '.join(map(repr, unknown))}" if unknown else "no stain was named"
             raise UnknownStainError(f"{problem}: the model {self.model_name!r} has {', '.join(sorted(known))}")
-        return tuple(stain for stain in self.stains if stain.name in names)
+        own = {**self.thresholds, **given}
+        return tuple(
+            dataclasses.replace(stain, threshold=own.get(stain.name, HALF))
+            for stain in self.stains
+            if stain.name in asked
+        )
 
     @classmethod
     def from_config(cls, parameters: Mapping[str, str], *, max_batch: int, server: str) -> ModelContract:

@@ -53,7 +53,7 @@ class CellsState:
     counts: dict[str, int]
     """Cells per stain label."""
     positive_pixels: dict[str, int]
-    """Pixels of the cell maps that are at least one half, per stain label."""
+    """Pixels of the cell maps that reach the threshold, per stain label."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

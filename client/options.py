@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 __all__ = ["FORMATS", "StainingOptions"]
@@ -17,6 +18,8 @@ class StainingOptions:
 
     stains: tuple[str, ...] | None = None
     """Names of the stains; None for all that the model has."""
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    """By stain, probabilities from which on its map shows a cell; for the others, what the model says."""
     seed: int = 0
     """Determines the noise: the same seed gives the same pixels. 0 … 2⁶³ − 1."""
     mpp: float | None = None
@@ -59,6 +62,9 @@ class StainingOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")
+        for stain, threshold in self.thresholds.items():
+            if not 0 < threshold < 1:
+                raise ValueError(f"threshold must be between 0 and 1, not {stain}={threshold:g}")
         if self.mpp is not None and not 0.01 <= self.mpp <= 100:
             raise ValueError(f"mpp must be from 0.01 to 100 µm, not {self.mpp:g}")
         if self.force_mpp and self.mpp is None:

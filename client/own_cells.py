@@ -151,7 +151,7 @@ def score_own_cells(
                     values[cell, 2 * number] = cv2.mean(probability[part], mask)[0] / 255
                     values[cell, 2 * number + 1] = cv2.mean(dab[part], mask)[0]
     _write(folder / OWN_CELLS_FILE, cells, low, high, scale, stains, values)
-    positive = (values[:, 0::2] >= 0.5).sum(axis=0)
+    positive = (values[:, 0::2] >= [stain.threshold for stain in stains]).sum(axis=0)
     return int(inside.sum()), *positive.tolist()
 
 
@@ -187,9 +187,10 @@ def _write(
         writer.writerow(["id", "x", "y", *head])
         for number, name in enumerate(cells.ids):
             row: list[Any] = [name, f"{centres[number, 0]:.1f}", f"{centres[number, 1]:.1f}"]
-            for probability, dab in values[number].reshape(-1, 2).tolist():
+            for stain, (probability, dab) in zip(stains, values[number].reshape(-1, 2).tolist(), strict=True):
                 known = probability == probability  # not NaN
-                row += [f"{probability:.4f}", f"{dab:.4f}", int(probability >= 0.5)] if known else ["", "", ""]
+                called = int(probability >= stain.threshold)
+                row += [f"{probability:.4f}", f"{dab:.4f}", called] if known else ["", "", ""]
             writer.writerow(row)
 
 

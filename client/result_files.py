@@ -23,7 +23,7 @@ from staindiffuser.client.model_view import ModelView
 from staindiffuser.client.progress import Stopwatch
 from staindiffuser.client.run_record import SYNTHETIC, description, facts, gate_text, printable
 from staindiffuser.files import remove
-from staindiffuser.imaging.instances import PROBABILITY
+from staindiffuser.imaging.instances import lowest_grey
 from staindiffuser.imaging.ome_tiff import Channel, ImageInfo, PyramidWriter
 from staindiffuser.imaging.slides import DamagedRegion
 
@@ -146,6 +146,7 @@ class ResultFiles:
                 "notice": f"{SYNTHETIC} {contract.notice}",
                 "model": f"{contract.model_name} {contract.model_version}",
                 "gate": gate_text(contract.gate, stains),
+                "thresholds": {stain.label: stain.threshold for stain in stains},
                 "steps": contract.steps,
                 "seed": seed,
                 "source": printable(source),
@@ -196,7 +197,7 @@ class ResultFiles:
 
     @property
     def positive_pixels(self) -> dict[str, int]:
-        """Pixels of the cell maps so far that are at least one half, per stain label."""
+        """Pixels of the cell maps so far that reach the threshold, per stain label."""
         return dict(self._cells.positive_pixels) if self._cells else {}
 
     def write_row(self, row: int, mosaic: Mosaic) -> None:
@@ -213,7 +214,8 @@ class ResultFiles:
                 blocks = file.writer.write_row(row, compose, workers)
             if file.cells is not None and self._cells is not None:
                 searches += file.cells.add_row(blocks)
-                pixels = sum(int(np.count_nonzero(block >= PROBABILITY)) for block in blocks if block is not None)
+                lowest = lowest_grey(file.stain.threshold)
+                pixels = sum(int(np.count_nonzero(block >= lowest)) for block in blocks if block is not None)
                 self._cells.add_area(file.stain.label, pixels)
             elif self._combined is not None:
                 images.append(blocks)

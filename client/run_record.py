@@ -127,6 +127,8 @@ class Request:
     """``auto``, ``none``, or the SHA-256 of the GeoJSON file."""
     save_mask: bool = False
     icc: str = "ignore"
+    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """By stain, the user's or the model's, where they are not one half."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

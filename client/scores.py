@@ -1,7 +1,8 @@
 """The numbers of a result, per stain: ``scores.csv``, and ``scores`` in ``run.json``.
 
 Stained cells come from the cell maps. What share of all cells they are needs those that are not stained as well: nuclei
-found in the H&E, as evaluation finds them, of which a nucleus is positive if the map's mean over it is at least a half.
+found in the H&E, as evaluation finds them, of which a nucleus is positive if the map's mean over it reaches the
+stain's threshold.
 Nuclei are counted on all tiles of a small slide and on a random sample of a large one.
 """
 
@@ -45,7 +46,7 @@ class StainScore:
     cells_per_mm2: float | None
     """Of tissue; None without any."""
     positive_area_mm2: float
-    """Where the cell map is at least one half."""
+    """Where the cell map reaches the stain's threshold."""
     positive_area_share: float | None
     """Of the tissue."""
     nuclei: int
@@ -126,7 +127,8 @@ class NucleusCounter:
         across = label_means(labels, x) + 0.5 + tile.x + cut
         down = label_means(labels, y) + 0.5 + tile.y + cut
         means = [label_means(labels, maps[stain.cells_tensor][part][..., 0]) for stain in self._stains]
-        columns = np.stack([np.ones(count), *(mean >= 127.5 for mean in means)], axis=-1).astype(np.int64)
+        positive = (mean >= 255 * stain.threshold for mean, stain in zip(means, self._stains, strict=True))
+        columns = np.stack([np.ones(count), *positive], axis=-1).astype(np.int64)
         left, top = tile.x + self._grid.margin, tile.y + self._grid.margin
         stride, grid = self._grid.stride, self._grid
         own = (across >= max(0, left)) & (across < min(grid.width, left + stride))
@@ -166,7 +168,7 @@ def score_stains(
     Args:
         stains: the stains.
         cells: per label, cells in the map.
-        positive_pixels: per label, pixels of the map that are at least one half.
+        positive_pixels: per label, pixels of the map that reach the threshold.
         nuclei: all, and positive ones per stain; empty if they were not counted.
         nuclei_tiles: on how many tiles.
         mask: the tissue.

@@ -24,6 +24,7 @@ from staindiffuser.errors import InputError
 from staindiffuser.files import file_sha256
 from staindiffuser.imaging.annotations import read_regions
 from staindiffuser.imaging.errors import SlideReadError
+from staindiffuser.imaging.instances import HALF
 from staindiffuser.imaging.slides import open_slide
 
 __all__ = ["SlideJob", "stain_slide"]
@@ -106,7 +107,7 @@ class SlideJob:
     def stain(self, stainer: Stainer, reporter: Reporter) -> RunRecord:
         """Stain the slide and publish the result, or return the one that is there; see :func:`stain_slide`."""
         options, contract = self._options, stainer.contract
-        stains = contract.select(options.stains)
+        stains = contract.select(options.stains, options.thresholds)
         request = Request(
             model_version=contract.model_version,
             stains=tuple(stain.name for stain in stains),
@@ -124,6 +125,7 @@ class SlideJob:
             mask=self._mask,
             save_mask=options.save_mask,
             icc=options.icc,
+            thresholds={stain.name: stain.threshold for stain in stains if stain.threshold != HALF},
         )
         if self._old is not None:
             self._require_same(self._old, request)
@@ -143,7 +145,7 @@ class SlideJob:
 
     def plan(self, contract: ModelContract) -> SlidePlan:
         """What :meth:`stain` would do first; raises the same errors."""
-        contract.select(self._options.stains)
+        contract.select(self._options.stains, self._options.thresholds)
         return plan_slide(self._slide, self._mpp, contract, Stopwatch(), self._options.mask, self._options.icc)
 
     def _stain(

@@ -229,6 +229,7 @@ def _parameters(contract: ModelContract) -> dict[str, str]:
     quality = contract.quality
     return {
         **({"gate": json.dumps(contract.gate)} if contract.gate else {}),
+        **({"thresholds": json.dumps(contract.thresholds)} if contract.thresholds else {}),
         **({} if quality is None else {"quality": json.dumps(dataclasses.asdict(quality))}),
         "stains": json.dumps([{"name": stain.name, "label": stain.label} for stain in contract.stains]),
         "tile": str(contract.tile),

@@ -136,6 +136,8 @@ class GraphSet:
     golden: str = "golden.npz"
     gate: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Per stain that the gate of ``distill`` judged at this number of steps, what it fails on; empty if it passed."""
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    """By stain, the probability from which on its cell map shows a cell; for the others, one half."""
     quality: Quality | None = None
     """None for graphs without the engines ``quality`` and ``quality_<name>``."""
     int8: Mapping[str, EightBits] = field(default_factory=dict)

@@ -97,6 +97,7 @@ def export_graphs(
             name=config.name,
             notice=f"{config.notice} {UNGATED}" if any(gate.values()) else config.notice,
             gate=gate,
+            thresholds=config.thresholds,
             checkpoint_sha256=file_sha256(checkpoint / WEIGHTS),
             tile=tile,
             margin=default_margin(config.effective_radius, tile),

@@ -130,6 +130,8 @@ class Manifest:
     """Every file of the repository except the manifest, by relative path with forward slashes."""
     gate: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Per stain that the checkpoint's gate judged, what it fails on; empty if it passed."""
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    """By stain, the probability from which on its cell map shows a cell; for the others, one half."""
     choice: Choice | None = None
     """What target ``auto`` measured before it chose; None where the target was named."""
     quality: Quality | None = None

@@ -400,6 +400,7 @@ def _manifest(
         model_version=graphs.model_version,
         notice=graphs.notice,
         gate=graphs.gate,
+        thresholds=graphs.thresholds,
         checkpoint_sha256=graphs.checkpoint_sha256,
         golden_sha256=graphs.golden_sha256,
         tile=graphs.tile,

@@ -51,6 +51,8 @@ class Contract(Protocol):
     @property
     def gate(self) -> Mapping[str, tuple[str, ...]]: ...
     @property
+    def thresholds(self) -> Mapping[str, float]: ...
+    @property
     def quality(self) -> Quality | None: ...
 
 
@@ -68,6 +70,7 @@ def contract_parameters(contract: Contract, model_name: str) -> dict[str, str]:
         "model_name": model_name,
         "notice": contract.notice,
         **({"gate": json.dumps(contract.gate)} if contract.gate else {}),
+        **({"thresholds": json.dumps(contract.thresholds)} if contract.thresholds else {}),
         **({} if quality is None else {"quality": json.dumps(dataclasses.asdict(quality), ensure_ascii=False)}),
     }
 

@@ -11,6 +11,7 @@ Shapes: H, W of a map; N peaks or cells.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,12 +31,12 @@ from staindiffuser.imaging.cell_loops import (
 from staindiffuser.imaging.outlines import Outlines, follow_outlines
 from staindiffuser.imaging.peaks import distances_to_edge
 
-__all__ = ["MATCH_UM", "PROBABILITY", "Cells", "cell_centroids", "count_matches", "find_cells"]
+__all__ = ["HALF", "MATCH_UM", "Cells", "cell_centroids", "count_matches", "find_cells", "lowest_grey"]
 
 MATCH_UM = 6.0
 """Two centroids at most this far apart may be the same cell (docs, "The mathematics")."""
-PROBABILITY = 128
-"""Of 255: from this value on a pixel belongs to a cell."""
+HALF = 0.5
+"""Probability from which on a pixel belongs to a cell, unless the model says another one for its stain."""
 SMALLEST_UM2 = 12.0
 """A lymphocyte's nucleus has about 30 µm²; what is smaller than this is a speck."""
 APART_UM = 3.0
@@ -74,19 +75,30 @@ class Cells:
         return len(self.areas)
 
 
+def lowest_grey(threshold: float) -> int:
+    """The grey level, of 255, from which on a pixel of a cell map belongs to a cell: 128 for one half."""
+    return math.ceil(255 * threshold)
+
+
 def find_cells(
-    map_HW: UInt8Array, mpp: float, within: tuple[int, int, int, int] | None = None, *, outlines: bool = True
+    map_HW: UInt8Array,
+    mpp: float,
+    within: tuple[int, int, int, int] | None = None,
+    *,
+    outlines: bool = True,
+    threshold: float = HALF,
 ) -> Cells:
     """Split a map into cells: watershed of the distance to the edge, from its peaks.
 
     Args:
-        map_HW: probability × 255, or a coarse mask; from 128 on a pixel belongs to a cell.
+        map_HW: probability × 255, or a coarse mask.
         mpp: pixel size, µm.
         within: x0, y0, x1, y1; only cells whose centroid has x0 ≤ x < x1 and y0 ≤ y < y1.
         outlines: also follow their outlines.
+        threshold: probability from which on a pixel belongs to a cell.
     """
     map_HW = _framed(map_HW)
-    positive = map_HW >= PROBABILITY
+    positive = map_HW >= lowest_grey(threshold)
     if not positive.any():
         return Cells.none()
     regions = connected_regions(positive, None if within is None else _near(within))
@@ -112,13 +124,13 @@ def find_cells(
     )
 
 
-def cell_centroids(map_HW: UInt8Array, mpp: float) -> NDArray[np.float64]:
+def cell_centroids(map_HW: UInt8Array, mpp: float, *, threshold: float = HALF) -> NDArray[np.float64]:
     """The centroids of a map's cells; see :func:`find_cells`.
 
     Returns:
         [N, 2] x, y, µm.
     """
-    centroids: NDArray[np.float64] = find_cells(map_HW, mpp, outlines=False).centroids * mpp
+    centroids: NDArray[np.float64] = find_cells(map_HW, mpp, outlines=False, threshold=threshold).centroids * mpp
     return centroids
 
 

@@ -5,12 +5,12 @@ from scipy import ndimage
 from skimage.feature import peak_local_max
 from skimage.segmentation import watershed
 
-from staindiffuser.imaging.instances import APART_UM, PROBABILITY, SMALLEST_UM2
+from staindiffuser.imaging.instances import APART_UM, HALF, SMALLEST_UM2, lowest_grey
 
 
 def plain_cells(map_HW: np.ndarray, mpp: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Centroids [N, 2], areas [N] and mean probabilities [N] of a map's cells."""
-    positive = map_HW >= PROBABILITY
+    positive = map_HW >= lowest_grey(HALF)
     distance = ndimage.gaussian_filter(ndimage.distance_transform_edt(positive).astype(np.float32), 1.0)
     apart = max(1, round(APART_UM / mpp))
     peaks_N2 = peak_local_max(distance, min_distance=apart, labels=positive.astype(np.int32), exclude_border=False)

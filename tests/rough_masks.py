@@ -18,10 +18,11 @@ import tifffile
 
 from staindiffuser.imaging.arrays import BoolArray, UInt8Array
 from staindiffuser.imaging.image_files import read_image
+from staindiffuser.imaging.instances import HALF, lowest_grey
 from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.infer import stain_tiles
 
-__all__ = ["REGIONS", "Region", "positive_share"]
+__all__ = ["REGIONS", "Region", "cell_values", "positive_share"]
 
 Points = str
 """Corners of a polygon, ``x,y x,y …``."""
@@ -179,25 +180,33 @@ REGIONS = (
 )
 
 
-def positive_share(checkpoint: Checkpoint, region: Region, data: Path) -> Mapping[str, float]:
-    """Per stain the share of a region's pixels that the cell map calls positive at one half."""
+def cell_values(checkpoint: Checkpoint, region: Region, data: Path) -> Mapping[str, UInt8Array]:
+    """Per stain what the cell map says of a region's pixels."""
     sigmas = checkpoint.config.sigmas[str(checkpoint.config.steps)]
-    found: dict[str, list[BoolArray]] = {stain: [] for stain in checkpoint.config.model.stain_names}
+    found: dict[str, list[UInt8Array]] = {stain: [] for stain in checkpoint.config.model.stain_names}
     for field in region.fields:
         he, mask = field.read(data)
         seeds, origins = np.zeros((1, 1), np.int64), np.zeros((1, 2), np.int64)
         results = stain_tiles(checkpoint.network, he[None], sigmas=sigmas, seeds=seeds, origins=origins)
         for stain, values in found.items():
-            values.append(results[f"CELLS_{stain.upper()}"][0, ..., 0][mask] >= 128)
-    return {stain: float(np.concatenate(values).mean()) for stain, values in found.items()}
+            values.append(results[f"CELLS_{stain.upper()}"][0, ..., 0][mask])
+    return {stain: np.concatenate(values) for stain, values in found.items()}
+
+
+def positive_share(values: UInt8Array, threshold: float) -> float:
+    """Share of the pixels that the cell map calls positive."""
+    return float((values >= lowest_grey(threshold)).mean())
 
 
 def main() -> None:
-    """Print the numbers of a checkpoint."""
+    """Print the numbers of a checkpoint: at its thresholds, and at one half."""
     checkpoint, data = Checkpoint.load(Path(sys.argv[1])), Path(sys.argv[2])
     for region in REGIONS:
-        shares = positive_share(checkpoint, region, data)
-        print(f"{region.name}: " + ", ".join(f"{stain} {share:.1%}" for stain, share in shares.items()))
+        parts = []
+        for stain, values in cell_values(checkpoint, region, data).items():
+            shares = [positive_share(values, t) for t in (checkpoint.config.thresholds.get(stain, HALF), HALF)]
+            parts.append(f"{stain} {shares[0]:.1%} ({shares[1]:.1%})")
+        print(f"{region.name}: {', '.join(parts)}")
 
 
 if __name__ == "__main__":

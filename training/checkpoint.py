@@ -67,6 +67,8 @@ class CheckpointConfig:
     """Noise levels of the few-step sampler, by number of steps."""
     temperatures: dict[str, float] = field(default_factory=dict)
     """By what the logit of a stain's cell map is divided (``evaluate --calibrate``), by the stain's name; else 1."""
+    thresholds: dict[str, float] = field(default_factory=dict)
+    """Probability from which on a stain's cell map shows a cell (``evaluate --thresholds``), by its name; else 0.5."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """How the weights were made: recipe, data, steps, time, versions."""
     format: int = FORMAT
@@ -86,6 +88,9 @@ class CheckpointConfig:
                 raise ConfigError(
                     f"temperatures: {stain} {temperature}: must be positive numbers of the model's stains"
                 )
+        for stain, threshold in self.thresholds.items():
+            if stain not in self.model.stain_names or not 0 < threshold < 1:
+                raise ConfigError(f"thresholds: {stain} {threshold}: must be between 0 and 1, of the model's stains")
         if str(self.steps) not in self.sigmas:
             raise ConfigError(f"steps is {self.steps}, but sigmas has none for it")
 

@@ -67,6 +67,7 @@ def about_result(result: OpenResult, references: Sequence[Reference] = ()) -> di
         "notice": run.model.notice,
         "model": {"name": run.model.name, "version": run.model.version, "steps": run.steps, "mpp": run.model.mpp},
         "gate": gate_text(run.model.gate, run.stains),
+        "thresholds": {stain.label: stain.threshold for stain in run.stains},
         "size": list(run.input.size),
         "mpp": list(run.input.mpp),
         "objective": objective(run.input.mpp),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from skimage.measure import points_in_poly
 
-from staindiffuser.imaging.instances import PROBABILITY
+from staindiffuser.imaging.instances import lowest_grey
 from staindiffuser.viewer.comparison import agreement
 from staindiffuser.viewer.errors import RequestError
 from staindiffuser.viewer.pyramids import SIDE, MapPyramid, Pyramid
@@ -70,7 +70,7 @@ def region_scores(
                 "label": stain.label,
                 "cells": cells,
                 "cells_per_mm2": None if cells is None else cells / area,
-                "positive_area_share": positive_share(cell_map, polygon * _scale(result, cell_map))
+                "positive_area_share": positive_share(cell_map, polygon * _scale(result, cell_map), stain.threshold)
                 if cell_map
                 else None,
                 "agreement": agreement(image, compared[stain.name], polygon * _scale(result, image), _mask, MAX_PIXELS)
@@ -81,12 +81,13 @@ def region_scores(
     return {"area_mm2": area, "stains": stains}
 
 
-def positive_share(cell_map: MapPyramid, polygon: Polygon) -> float:
-    """Share of a polygon where a cell map is at least one half.
+def positive_share(cell_map: MapPyramid, polygon: Polygon, threshold: float) -> float:
+    """Share of a polygon where a cell map reaches a threshold.
 
     Args:
         cell_map: the map.
         polygon: corners [N, 2], pixels of the map. More than ``MAX_PIXELS`` are looked at on a reduced level.
+        threshold: probability.
     """
     (x0, y0), (x1, y1) = polygon.min(axis=0), polygon.max(axis=0)
     level = 0
@@ -104,7 +105,7 @@ def positive_share(cell_map: MapPyramid, polygon: Polygon) -> float:
                 continue
             values = cell_map.values(level, column, row)
             inside = inside[: values.shape[0], : values.shape[1]]
-            positive += int(((values >= PROBABILITY) & inside).sum())
+            positive += int(((values >= lowest_grey(threshold)) & inside).sum())
             total += int(inside.sum())
     return positive / total if total else 0.0
 

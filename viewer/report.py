@@ -236,6 +236,7 @@ def _model_facts(about: dict[str, Any]) -> dict[str, str]:
         "Model": model["name"],
         "Version": model["version"],
         "Gate": about["gate"],
+        "A cell from": ", ".join(f"{label} {value:g}" for label, value in about["thresholds"].items()),
         "Sampler steps": str(model["steps"]),
         "Pixel size": f"{model['mpp']:g} µm",
     }

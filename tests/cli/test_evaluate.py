@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,9 +82,29 @@ def test_quick_leaves_out_what_takes_long(
     }
 
 
+def test_thresholds_are_chosen_and_scored_by(
+    evaluate: Evaluate, tiny_checkpoint: Path, tiles_folder: Path, tmp_path: Path
+) -> None:
+    """One slide with few cells chooses none; what stands in the checkpoint is what evaluation scores by."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    result = evaluate(folder, "--data", tiles_folder, "--thresholds", "--json", tmp_path / "t.json")
+    assert result.returncode == 0, result.stderr
+    assert "cd3: threshold 0.5; F1 – at one half, – at 0.5; best – at 0.5 (" in result.stdout
+    assert json.loads((tmp_path / "t.json").read_text())["cd3"]["threshold"] == 0.5
+    assert "## Thresholds of the cell maps" in (folder / "MODEL_CARD.md").read_text()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["thresholds"] == {}
+    (folder / "config.json").write_text(json.dumps(config | {"thresholds": {"cd3": 0.3}}))
+    assert evaluate(folder, "--data", tiles_folder, "--json", tmp_path / "s.json").returncode == 0
+    (figures,) = json.loads((tmp_path / "s.json").read_text())["results"]
+    assert [figures["cells"][stain]["threshold"] for stain in ("cd3", "ck818")] == [0.3, 0.5]
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
+        (["--calibrate", "--thresholds"], 2, "--calibrate and --thresholds: calibrate first, then choose"),
         (["--steps", "3"], 2, "--steps 3: this checkpoint has samplers of 1, 2, 4, 18 steps"),
         (["--steps", "1,two"], 2, "--steps 1,two: give a number of steps, or several with commas, such as 1,2,4,18"),
         (["--quick", "--kid-encoder", "x"], 2, "--quick leaves out KID, and --kid-encoder asks for it: give one"),

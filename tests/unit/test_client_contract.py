@@ -30,6 +30,8 @@ def test_a_missing_parameter_is_named(name: str) -> None:
         ("tile", "250"),
         ("margin", "128"),
         ("mpp", "nan"),
+        ("thresholds", '{"cd3": 2}'),
+        ("thresholds", '["cd3"]'),
     ],
 )
 def test_a_contract_that_cannot_be_is_refused(name: str, value: str) -> None:
@@ -46,6 +48,18 @@ def test_stains_are_selected_in_the_models_order() -> None:
 def test_an_unknown_stain_is_refused_with_those_that_exist(names: tuple[str, ...]) -> None:
     with pytest.raises(UnknownStainError, match="cd3, ck818"):
         FAKE_CONTRACT.select(names)
+
+
+def test_stains_have_the_thresholds_of_the_model_unless_the_user_says_others() -> None:
+    told = dataclasses.replace(FAKE_CONTRACT, thresholds={"cd3": 0.23})
+    parameters = FakeTriton(contract=told).parameters
+    assert ModelContract.from_config(parameters, max_batch=8, server="x") == told
+    assert "thresholds" not in FakeTriton().parameters  # as of an older server
+    assert [stain.threshold for stain in FAKE_CONTRACT.select(None)] == [0.5, 0.5]
+    assert [stain.threshold for stain in told.select(None)] == [0.23, 0.5]
+    assert [stain.threshold for stain in told.select(None, {"cd3": 0.5, "ck818": 0.4})] == [0.5, 0.4]
+    with pytest.raises(UnknownStainError, match="her2"):
+        told.select(("cd3",), {"her2": 0.4})
 
 
 def test_names_of_tensors() -> None:

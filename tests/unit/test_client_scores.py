@@ -10,7 +10,9 @@ import tifffile
 from numpy.typing import NDArray
 
 from staindiffuser.client import scores as scores_module
+from staindiffuser.client.errors import OutputError
 from staindiffuser.client.options import StainingOptions
+from staindiffuser.client.run_record import read_run
 from staindiffuser.client.staining import stain_slide
 from staindiffuser.client.testing import FAKE_CONTRACT, FakeStainer
 from staindiffuser.errors import ServerLostError
@@ -102,3 +104,34 @@ def test_nuclei_and_cells_can_be_left_out(slide: Path, tmp_path: Path) -> None:
     run = stain_slide(slide, tmp_path / "b", FakeStainer(paint, CONTRACT), StainingOptions(cells=False))
     assert run.scores is None
     assert not (tmp_path / "b/scores.csv").exists()
+
+
+def test_a_cell_begins_at_the_stains_threshold(slide: Path, tmp_path: Path) -> None:
+    """The model's, and the user's rather than the model's: for cells, area, nuclei, and in the record."""
+
+    def faint(tensor: str, tiles_BTT3: UInt8Array, origins_B2: NDArray[np.int64]) -> UInt8Array:
+        painted = paint(tensor, tiles_BTT3, origins_B2)
+        return painted if tensor.startswith("STAIN") else np.minimum(painted, 100)
+
+    stainer = FakeStainer(faint, dataclasses.replace(CONTRACT, thresholds={"cd3": 0.3}))
+    run = stain_slide(slide, tmp_path / "a", stainer, StainingOptions(stains=("cd3",)))
+    strict = stain_slide(slide, tmp_path / "b", stainer, StainingOptions(stains=("cd3",), thresholds={"cd3": 0.5}))
+    sure = stain_slide(slide, tmp_path / "c", FakeStainer(paint, CONTRACT), StainingOptions(stains=("cd3",)))
+    assert run.scores is not None
+    assert strict.scores is not None
+    assert run.scores == sure.scores
+    (none,) = strict.scores.stains
+    assert none.nuclei > 0
+    assert (none.cells, none.positive_nuclei, none.positive_area_mm2) == (0, 0, 0)
+    assert [read_run(tmp_path / name).stains[0].threshold for name in "abc"] == [0.3, 0.5, 0.5]
+    assert [found.request.thresholds for found in (run, strict, sure)] == [{"cd3": 0.3}, {}, {}]
+    with pytest.raises(OutputError, match="thresholds"):
+        stain_slide(
+            slide, tmp_path / "a", stainer, StainingOptions(stains=("cd3",), resume=True, thresholds={"cd3": 0.4})
+        )
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, float("nan")])
+def test_a_threshold_is_a_probability(value: float) -> None:
+    with pytest.raises(ValueError, match="threshold"):
+        StainingOptions(thresholds={"cd3": value})

@@ -75,6 +75,7 @@ def test_graphs_come_from_these_weights(checkpoint: Checkpoint, graphs: GraphSet
             assert graphs.engines[f"{engine}_{stain}"].weights_sha256 == expected, (engine, stain)
     assert set(graphs.engines) >= {"quality", *(f"quality_{stain}" for stain in STAINS)}
     assert graphs.gate == gate_of(checkpoint.metrics, checkpoint.config.steps)
+    assert graphs.thresholds == checkpoint.config.thresholds
     assert graphs.notice.startswith(checkpoint.config.notice)
 
 

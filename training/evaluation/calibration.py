@@ -141,8 +141,10 @@ def calibrate(
     record = {"split": "val", "tiles": len(rows), "stains": of_stains}
     dataclasses.replace(
         checkpoint,
-        config=dataclasses.replace(checkpoint.config, temperatures=temperatures),
-        metrics={**checkpoint.metrics, "calibration": record},
+        # Thresholds were chosen on the map as it was.
+        config=dataclasses.replace(checkpoint.config, temperatures=temperatures, thresholds={}),
+        metrics={name: value for name, value in checkpoint.metrics.items() if name != "thresholds"}
+        | {"calibration": record},
     ).save(folder)
     return found
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.instances import HALF
 from staindiffuser.imaging.nuclei import grown, label_means, nuclei_of_he
 from staindiffuser.imaging.optical_density import DAB_THRESHOLD, dab_density, he_densities
 from staindiffuser.training.evaluation.metrics import Interval
@@ -43,8 +44,8 @@ CELL_METRICS: Mapping[str, str] = {
     "image_auroc": "The same of the virtual image's DAB density.",
     "hematoxylin_auroc": "The same of the baseline: hematoxylin density of the nucleus, in the H&E.",
     "eosin_auroc": "The same of the baseline: eosin density of the cell, in the H&E.",
-    "map_f1": "F1 of the positive cells where the cell map says at least one half.",
-    "map_best_f1": "The same at the threshold that is best on these cells: an upper bound, not a result.",
+    "map_f1": "F1 of the positive cells where the cell map says at least the model's threshold, one half or as chosen.",
+    "map_best_f1": "F1 at the threshold that is best on these cells: an upper bound, not a result.",
     "map_best_threshold": "That threshold.",
     "image_best_f1": "As map_best_f1, of the virtual image's DAB density.",
     "calibration_error": "Expected calibration error of the cell map: mean distance, over ten bins of equal width "
@@ -86,6 +87,8 @@ def measure_nuclei(he: UInt8Array, mpp: float) -> Nuclei:
 class CellScore:
     """The cells of a set of tiles for one stain, collected tile by tile."""
 
+    threshold: float = HALF
+    """Of the cell map."""
     slides: list[str] = field(default_factory=list)
     """Per tile, its slide or region."""
     tiles: list[dict[str, Values]] = field(default_factory=list)
@@ -166,7 +169,7 @@ class CellScore:
             "image_auroc": auroc(truth, joined["image"]),
             "hematoxylin_auroc": auroc(truth, joined["hematoxylin"]),
             "eosin_auroc": auroc(truth, joined["eosin"]),
-            "map_f1": _f1(truth, joined["map"] >= 0.5),
+            "map_f1": _f1(truth, joined["map"] >= self.threshold),
             "map_best_f1": best,
             "map_best_threshold": threshold,
             "image_best_f1": _best_f1(truth, joined["image"])[0],

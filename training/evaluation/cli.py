@@ -74,6 +74,14 @@ def evaluate(
             "into the checkpoint.",
         ),
     ] = False,
+    thresholds: Annotated[
+        bool,
+        typer.Option(
+            "--thresholds",
+            help="Instead of scoring, choose the thresholds of the cell maps on the validation split, and write them "
+            "into the checkpoint.",
+        ),
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option(callback=check_folder, help="Write report.md here, with the best, median and worst tiles."),
@@ -89,8 +97,13 @@ def evaluate(
 
     Example: staindiffuser evaluate runs/demo/checkpoint --data tiles --steps 1,2,4,18 --json s.json --report scores
     """
-    if calibrate:
-        _calibrate(checkpoint, data, limit=limit, seed=seed, json_file=json_file, progress=progress)
+    if calibrate and thresholds:
+        from staindiffuser.errors import UsageError
+
+        raise UsageError("--calibrate and --thresholds: calibrate first, then choose thresholds of the new map")
+    if calibrate or thresholds:
+        change = _calibrate if calibrate else _choose_thresholds
+        change(checkpoint, data, limit=limit, seed=seed, json_file=json_file, progress=progress)
         return
     import dataclasses
 
@@ -195,6 +208,40 @@ def _calibrate(
         typer.echo(
             f"{stain}: temperature {one.temperature:g}, calibration error {one.error_before:.3f} → "
             f"{one.error_after:.3f} on {one.cells} cells, {one.positive_cells} of them positive"
+        )
+    if json_file is not None:
+        write_json(json_file, {stain: dataclasses.asdict(one) for stain, one in found.items()})
+
+
+def _choose_thresholds(
+    checkpoint: Path, data: Path, *, limit: int | None, seed: int, json_file: Path | None, progress: bool
+) -> None:
+    import dataclasses
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from staindiffuser.files import write_json
+    from staindiffuser.training.evaluation.thresholds import choose_thresholds
+    from staindiffuser.training.gate import shown
+    from staindiffuser.training.tiles.paired_tiles import PairedTiles
+
+    screen = Console(stderr=True)
+    with Progress(console=screen, disable=not (progress and screen.is_terminal), transient=True) as bar:
+        task = bar.add_task("tiles", total=None)
+        found = choose_thresholds(
+            checkpoint,
+            PairedTiles.load(data),
+            limit=limit,
+            seed=seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    for stain, one in found.items():
+        gain = f", difference {one.gain_95[0]:.3f} to {one.gain_95[1]:.3f}" if one.gain_95 else ""
+        typer.echo(
+            f"{stain}: threshold {one.threshold:g}; F1 {shown(one.f1_at_half)} at one half, "
+            f"{shown(one.f1_at_candidate)} at {one.candidate:g}{gain}; best {shown(one.f1_at_best)} at {one.best:g} ("
+            f"{one.cells} cells of {one.slides} slides, {one.positive_cells} positive)"
         )
     if json_file is not None:
         write_json(json_file, {stain: dataclasses.asdict(one) for stain, one in found.items()})

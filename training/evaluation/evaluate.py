@@ -11,6 +11,7 @@ import numpy as np
 
 from staindiffuser.errors import UsageError
 from staindiffuser.files import finite
+from staindiffuser.imaging.instances import HALF
 from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.config import ModelConfig
 from staindiffuser.training.data.dataset import load_tile
@@ -161,6 +162,7 @@ class Evaluation:
 def _cell_figures(score: CellScore) -> dict[str, Any]:
     """The scores per cell of one stain, ready for JSON."""
     return {
+        "threshold": score.threshold,
         "metrics": finite(score.metrics()),
         "intervals_95": finite(score.intervals()),
         "counts": score.counts(),
@@ -241,7 +243,8 @@ def evaluate_steps(
     if limit is not None:
         rows = spread(rows, limit)
     done = 0
-    cells = [{stain: CellScore() for stain in checkpoint.config.model.stain_names if detail} for _ in samplers]
+    thresholds = checkpoint.config.thresholds
+    cells = [{stain: CellScore(threshold=thresholds.get(stain, HALF)) for stain in stains if detail} for _ in samplers]
 
     def seen(tile: ScoredTile) -> None:
         nonlocal done
@@ -263,6 +266,7 @@ def evaluate_steps(
         detail=detail,
         networks=networks,
         margin=margin,
+        thresholds=thresholds,
         seen=seen,
     )
     seconds = time.perf_counter() - start

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.instances import HALF
 from staindiffuser.training.data.dataset import load_tile
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.evaluation.feature_distances import Features, Networks
@@ -55,6 +56,7 @@ def score_tiles(
     detail: bool = False,
     networks: Networks | None = None,
     margin: int = 0,
+    thresholds: Mapping[str, float] | None = None,
     seen: Callable[[ScoredTile], None] | None = None,
 ) -> list[dict[str, StainScore]]:
     """Stain ``rows`` and score each stain, the tiles of a batch in threads.
@@ -65,6 +67,7 @@ def score_tiles(
         detail: also compute the slower metrics of edges and cells.
         networks: feature networks for KID, FID and LPIPS.
         margin: width of the border that is stained but not scored, pixels; serving crops it likewise.
+        thresholds: by stain, probabilities from which on its map shows a cell; else one half.
         seen: called with each tile, in order, without its margin.
 
     Returns:
@@ -73,7 +76,7 @@ def score_tiles(
     Raises:
         DataError: a tile cannot be read, or has a size that cannot be stained.
     """
-    networks = networks or Networks()
+    networks, thresholds = networks or Networks(), thresholds or {}
     scores = [{stain: StainScore(detail=detail) for stain in stains} for _ in range(samplers)]
     sampled = {round(index) for index in np.linspace(0, len(rows) - 1, min(len(rows), KID_TILES))}
     # The first set is the real one.
@@ -81,9 +84,8 @@ def score_tiles(
     with ThreadPoolExecutor(min(LARGEST_POOL, os.cpu_count() or 1)) as pool:
         for tiles in _batches(stainer, rows, stains, seed, batch, margin, pool):
             jobs = [(tile, stain) for tile in tiles for stain in stains]
-            for (_, stain), measured in zip(
-                jobs, pool.map(lambda job: _measure(job[0], job[1], detail), jobs), strict=True
-            ):
+            done = pool.map(lambda job: _measure(job[0], job[1], detail, thresholds.get(job[1], HALF)), jobs)
+            for (_, stain), measured in zip(jobs, done, strict=True):
                 for score, row in zip(scores, measured, strict=True):
                     score[stain].rows.append(row)
             for stain in stains:
@@ -147,14 +149,14 @@ def _load(row: PairedTile, stains: tuple[str, ...], margin: int) -> dict[str, UI
     return data
 
 
-def _measure(tile: ScoredTile, stain: str, detail: bool) -> list[Row]:
+def _measure(tile: ScoredTile, stain: str, detail: bool, threshold: float) -> list[Row]:
     """What is measured on one stain of a tile, per sampler."""
     reference = Reference(tile.data[stain], tile.data[f"{stain}_mask"], tile.row.mpp, tile.data["he"])
     rows, last, cells_row = [], None, Row()
     for result in tile.results:
         virtual, cells = result[f"STAIN_{stain.upper()}"], result.get(f"CELLS_{stain.upper()}")
         if cells is not None and (last is None or not np.array_equal(cells, last)):
-            cells_row, last = measure_cells(cells[..., 0], reference, detail=detail), cells
+            cells_row, last = measure_cells(cells[..., 0], reference, detail=detail, threshold=threshold), cells
         rows.append(measure_image(virtual, reference, detail=detail) | cells_row)
     return rows
 

@@ -15,7 +15,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.glass import bare_glass
-from staindiffuser.imaging.instances import cell_centroids, count_matches
+from staindiffuser.imaging.instances import HALF, cell_centroids, count_matches, lowest_grey
 from staindiffuser.imaging.optical_density import DAB_THRESHOLD, coarse_mask, dab_density
 from staindiffuser.training.data.dataset import valid_mask
 
@@ -115,13 +115,13 @@ def measure_image(virtual: UInt8Array, reference: Reference, *, detail: bool = F
     return row
 
 
-def measure_cells(cells: UInt8Array, reference: Reference, *, detail: bool = False) -> Row:
-    """Compare a cell map, uint8 [H, W], with the coarse mask; Dice leaves out the mask's ignore band."""
+def measure_cells(cells: UInt8Array, reference: Reference, *, detail: bool = False, threshold: float = HALF) -> Row:
+    """Compare a cell map, uint8 [H, W], from a threshold on, with the coarse mask; Dice leaves out its ignore band."""
     valid = valid_mask(reference.mask)
-    found, real = (cells >= 128) & valid, (reference.mask >= 128) & valid
+    found, real = (cells >= lowest_grey(threshold)) & valid, (reference.mask >= 128) & valid
     row = {"map_both": float((found & real).sum()), "map_virtual": float(found.sum()), "map_real": float(real.sum())}
     if detail:
-        centroids = cell_centroids(cells, reference.mpp)
+        centroids = cell_centroids(cells, reference.mpp, threshold=threshold)
         row |= {
             "map_cells_matched": float(count_matches(centroids, reference.cells)),
             "map_cells_found": float(len(centroids)),

@@ -132,8 +132,9 @@ export function showRegion(scores, problem) {
   $("region").hidden = state.region === null;
   if (problem) $("region-scores").replaceChildren(element("p", {}, problem));
   else if (scores) {
+    const least = state.threshold ? `, cells of probability ${state.threshold.toFixed(2)} or more` : "";
     $("region-scores").replaceChildren(
-      element("p", {}, `${number(scores.area_mm2, 3)} mm², cells of probability ${state.threshold.toFixed(2)} or more`),
+      element("p", {}, `${number(scores.area_mm2, 3)} mm²${least}`),
       table(
         ["", "cells", "/mm²", "area"],
         scores.stains.map((one) => [

@@ -12,7 +12,7 @@ export const state = {
   flags: true, // flagged tiles are hatched
   cells: true,
   hiddenClasses: new Set(), // names of classes of cells that are switched off
-  threshold: 0.5,
+  threshold: 0, // mean probability below which cells are left out
   place: null, // {x, y: centre in level-0 pixels, scale: screen pixels per level-0 pixel}
   region: null, // corners [[x, y], …] in level-0 pixels
 };
@@ -33,7 +33,7 @@ export function readAddress(hash = location.hash) {
   state.cells = given.get("cells") !== "off";
   state.flags = given.get("flags") !== "off";
   state.hiddenClasses = names("classes-off");
-  state.threshold = number("p", 0, 1, 0.5);
+  state.threshold = number("p", 0, 1, 0);
   const x = number("x", -1e9, 1e9, null);
   const y = number("y", -1e9, 1e9, null);
   const scale = number("scale", 1e-6, 100, null);
@@ -57,7 +57,7 @@ export function address() {
   if (!state.flags) given.set("flags", "off");
   if (!state.cells) given.set("cells", "off");
   if (state.hiddenClasses.size) given.set("classes-off", [...state.hiddenClasses].join("~"));
-  if (state.threshold !== 0.5) given.set("p", state.threshold.toString());
+  if (state.threshold) given.set("p", state.threshold.toString());
   if (state.region) given.set("region", state.region.map((point) => point.map((v) => v.toFixed(0)).join(",")).join(";"));
   return "#" + given.toString();
 }

@@ -45,6 +45,12 @@ def load_section(name: str, report: LoadReport) -> list[str]:
             lines.append(
                 f"| {server if number == 0 else ''} | {rate} | {loop.share:.0%} | {_latencies(loop)} | {loop.failed} |"
             )
+    if not report.turns:
+        lines += [
+            "",
+            "Each server was measured once, alone, one after another: a slow moment of the machine met one of them and "
+            "not the others. Only `bench load --rounds` measures them in turns.",
+        ]
     if report.triton_ms:
         told = ", ".join(f"{part} {value:.1f}" for part, value in next(iter(report.triton_ms.values())).items())
         lines += ["", f"The server's own account of a request, in the mean over all of these loads, ms: {told}."]
@@ -83,11 +89,12 @@ def slide_section(name: str, report: WholeSlideReport) -> list[str]:
         f"over all processes (PSS). {_runnable(report.machine)} {report.machine.date}, commit "
         f"`{report.machine.commit}`, `{name}`.",
         "",
-        "| program | s | × ours | tiles | peak memory, MiB | written, MiB | leaves out |",
-        "|---|--:|--:|--:|--:|--:|---|",
+        "| program | s | × ours | tiles | s a tile | × ours | peak memory, MiB | written, MiB | leaves out |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|---|",
         *(
             f"| {row.name} | {row.median:.1f} ({min(row.seconds):.1f} to {max(row.seconds):.1f}) | "
-            f"{row.median / ours.median:.1f} | {row.tiles} | {row.peak_mib:.0f} | {row.output_mib:.0f} | "
+            f"{row.median / ours.median:.2f} | {row.tiles} | {row.median / row.tiles:.2f} | "
+            f"{row.median / row.tiles * ours.tiles / ours.median:.2f} | {row.peak_mib:.0f} | {row.output_mib:.0f} | "
             f"{row.leaves_out or '–'} |"
             for row in report.rows
         ),

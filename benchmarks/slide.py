@@ -370,6 +370,7 @@ def slide(
     """The slide client alone, with a stub of known cost as the server; or a real slide whole, beside other programs."""
 
     if real is not None and not triton:
+        from staindiffuser.benchmarks.peers import PEERS
         from staindiffuser.benchmarks.whole_slide import bench_whole_slide
         from staindiffuser.errors import UsageError
         from staindiffuser.serving.demo import demo_graphs
@@ -377,10 +378,11 @@ def slide(
         pairs = [entry.partition("=") for entry in peer or ()]
         if not all(python for _, _, python in pairs):
             raise UsageError("--peer: NAME=PYTHON, such as LazySlide=/opt/lazyslide/bin/python")
+        spelled = {one.name.lower(): one.name for one in PEERS}
         whole = bench_whole_slide(
             real,
             demo_graphs().parent,
-            {name: Path(python) for name, _, python in pairs},
+            {spelled.get(name.lower(), name): Path(python) for name, _, python in pairs},
             rounds=rounds,
             progress=lambda line: typer.echo(line, err=True),
         )

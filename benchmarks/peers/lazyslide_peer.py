@@ -38,7 +38,10 @@ def main(slide: str, network: str, output: str, text: str) -> None:
     settings = json.loads(text)
     wsi = open_wsi(slide, store=f"{output}/slide.zarr")
     lazyslide.pp.find_tissues(wsi)
-    lazyslide.pp.tile_tissues(wsi, settings["tile"], stride_px=settings["stride"], mpp=settings["mpp"], edge=True)
+    # By default it leaves out tiles of which less than 70 % are tissue: the tissue at the edges would stay unstained.
+    lazyslide.pp.tile_tissues(
+        wsi, settings["tile"], stride_px=settings["stride"], mpp=settings["mpp"], edge=True, background_filter=False
+    )
     model = Network(network, (*settings["stains"], "cells"))
     lazyslide.tl.virtual_stain(wsi, model, device="cpu", batch_size=settings["batch"], pbar=False)
     wsi.write()

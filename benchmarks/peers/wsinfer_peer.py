@@ -14,7 +14,7 @@ from typing import Any
 os.environ["WSINFER_FORCE_CPU"] = "1"
 import torch
 from wsinfer.modellib.run_inference import run_inference
-from wsinfer.patchlib import segment_and_patch_directory_of_slides
+from wsinfer.patchlib import segment_and_patch_one_slide
 
 
 class Averaged(torch.nn.Module):
@@ -60,9 +60,10 @@ def main(slide: str, network: str, output: str, text: str) -> None:
     slides, results = Path(output, "slides"), Path(output, "results")
     slides.mkdir(parents=True)
     results.mkdir()
-    shutil.copy(slide, slides)
+    copied = shutil.copy(slide, slides)
     overlap = 1 - settings["stride"] / settings["tile"]
-    segment_and_patch_directory_of_slides(slides, results, settings["tile"], settings["mpp"], overlap=overlap)
+    # Of a whole folder, it would log what went wrong with a slide, and go on without patches.
+    segment_and_patch_one_slide(copied, results, settings["tile"], settings["mpp"], overlap=overlap)
     loaded: Any = torch.jit.load(network)  # type: ignore[no-untyped-call]
     averaged: Any = torch.jit.script(Averaged(loaded.eval()))
     averaged.save(f"{output}/averaged.pt")

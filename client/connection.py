@@ -46,8 +46,9 @@ BUSY_PATIENCE = 900.0
 """Seconds to send a request again and again to a server that refuses it because it has too much to do."""
 BUSY_PAUSE, LONGEST_BUSY_PAUSE = 0.5, 10.0
 """Seconds between those attempts: at first, and at most; half of each is random: clients must not come all at once."""
-_BUSY = ("Exceeds maximum queue size", "Request timeout expired")
-"""What a server says, as UNAVAILABLE, of a request that finds a queue full or has waited too long."""
+_BUSY = ("Exceeds maximum queue size", "Request timeout expired", "too many requests")
+"""What a server says, as UNAVAILABLE, of a request that finds a queue full or has waited too long; and a proxy, as
+RESOURCE_EXHAUSTED, of a client that asks too often."""
 URGENT, ORDINARY = 1, 2
 """Priority levels of the server's queues."""
 _PRIORITY_LEVELS = "priority_levels"
@@ -431,7 +432,8 @@ def _change(url: str, before: ModelContract, after: ModelContract) -> str:
 
 
 def _is_busy(error: Any) -> bool:
-    return "UNAVAILABLE" in str(error.status()) and any(text in str(error.message()) for text in _BUSY)
+    refused = any(status in str(error.status()) for status in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"))
+    return refused and any(text in str(error.message()) for text in _BUSY)
 
 
 def _reason(error: Exception) -> str:

@@ -119,6 +119,8 @@ class FakeTriton:
         """Requests to answer next as Triton does when the process of an engine is not healthy."""
         self.busy = 0
         """Requests to refuse next as Triton does when a queue is full."""
+        self.hurried = 0
+        """Requests to refuse next as a proxy does when a client asks too often."""
         self.priorities: list[int] = []
         self.urgent: list[bool] = []
         """Of the requests so far."""
@@ -188,6 +190,9 @@ class FakeTriton:
                 if fake.busy:
                     fake.busy -= 1
                     context.abort(grpc.StatusCode.UNAVAILABLE, "[request id: <id_unknown>] Exceeds maximum queue size")
+                if fake.hurried:
+                    fake.hurried -= 1
+                    context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many requests: slow down")
                 if fake.unhealthy:
                     fake.unhealthy -= 1
                     context.abort(grpc.StatusCode.INTERNAL, "Stub process 'he_encoder_0_0' is not healthy.")

@@ -26,7 +26,7 @@ from tritonclient.grpc import service_pb2
 from staindiffuser.benchmarks.certificates import Authority
 from staindiffuser.client import StainClient
 from staindiffuser.client.credentials import Credentials
-from staindiffuser.client.errors import ServerUnreachableError
+from staindiffuser.client.errors import ServerBusyError, ServerUnreachableError
 from staindiffuser.errors import UsageError
 from staindiffuser.export.repository import build_repository
 from staindiffuser.serving.proxy import ProxyOptions, ProxyServer
@@ -287,6 +287,18 @@ def test_a_client_that_asks_too_often_is_slowed_down(servers: list[TritonServer]
         with pytest.raises(triton.InferenceServerException, match="too many requests") as error:
             ask_until_refused()
         assert error.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
+
+        def stain_until_refused(client: StainClient) -> None:
+            while time.monotonic() < deadline:
+                client.stain_tiles(TILES, ORIGINS, 0)
+
+        # A slide waits for its turn, as at a busy server; it does not fail.
+        authority.issue("night")
+        with (
+            StainClient(proxy.url, credentials=proxy.credentials("night"), busy_patience=0) as night,
+            pytest.raises(ServerBusyError, match="too many requests"),
+        ):
+            stain_until_refused(night)
 
 
 def test_a_server_that_ends_is_left_out(servers: list[TritonServer], authority: Authority) -> None:

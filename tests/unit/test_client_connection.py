@@ -216,6 +216,9 @@ def test_a_busy_server_is_asked_again_and_again(monkeypatch: pytest.MonkeyPatch)
         server.busy = 4
         np.testing.assert_array_equal(client.stain_tiles(TILES, ORIGINS)["STAIN_CD3"], TILES)
         assert server.requests == 5
+        server.hurried = 4
+        np.testing.assert_array_equal(client.stain_tiles(TILES, ORIGINS)["STAIN_CD3"], TILES)
+        assert server.requests == 10
     with FakeTriton() as server, StainClient(server.url, busy_patience=0) as client:
         server.busy = 1
         with pytest.raises(ServerBusyError, match=r"has more to do than it can \(.*Exceeds maximum queue size\)"):

@@ -30,7 +30,7 @@ from staindiffuser.serving.drain import drain, open_gate
 from staindiffuser.serving.errors import PortInUseError, ServerMissingError, ServerStartError
 from staindiffuser.serving.model_links import ServedModel, link_models, named
 from staindiffuser.serving.ports import PortClaim
-from staindiffuser.serving.preflight import require_shared_memory
+from staindiffuser.serving.preflight import SHARED_MEMORY, require_shared_memory
 from staindiffuser.serving.readiness import require_answer, wait_until_ready
 from staindiffuser.serving.runtime import TritonRuntime, find_runtime
 from staindiffuser.serving.triton_log import likely_reason, start_error
@@ -255,7 +255,7 @@ class TritonServer:
 
     def _end(self) -> None:
         """End the process and remove its files."""
-        self._processes = []
+        left, self._processes = self._processes, []
         if self._supervisor is not None:
             assert self._supervisor.stdin is not None
             with contextlib.suppress(OSError):
@@ -268,9 +268,21 @@ class TritonServer:
             assert self._supervisor.stdout is not None
             self._supervisor.stdout.close()
             self._supervisor = None
+        self._clear(left)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+    def _clear(self, processes: Sequence[psutil.Process]) -> None:
+        """What a supervisor that was killed itself could not: nothing of it holds the ports of the next one."""
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        deadline = time.monotonic() + 5
+        while any(map(_runs, processes)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for path in SHARED_MEMORY.glob(f"{self._prefix}*"):
+            path.unlink(missing_ok=True)
 
     def _start(self, runtime: TritonRuntime) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="staindiffuser-server-"))
@@ -317,6 +329,8 @@ class TritonServer:
 
     def _ending(self, status: int) -> str:
         """How Triton ended."""
+        if status < 0:
+            return f"Triton's supervisor was ended by {signal.Signals(-status).name}"
         if status == supervisor.ENGINE_ENDED:
             return "an engine's process has ended: out of memory?"
         if status > supervisor.SIGNALLED:

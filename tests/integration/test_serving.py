@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import tritonclient.grpc as triton
 
@@ -154,6 +155,24 @@ def test_killed_server_is_reported_and_cleaned_up(repository: Path) -> None:
             server.wait(20)
         assert not server.alive
     assert eventually(lambda: processes(pid) == [])
+    assert not {name for name in shared_memory() if name.startswith(prefix)}
+
+
+def test_a_supervisor_that_is_killed_leaves_the_ports_to_the_next_one(repository: Path) -> None:
+    with TritonServer(repository) as server:
+        pid, url = server.pid, server.url
+        prefix = started_with(pid)[0]
+        parent = psutil.Process(pid).parent()
+        assert parent is not None
+        parent.kill()
+        with pytest.raises(ServerLostError, match="Triton's supervisor was ended by SIGKILL"):
+            server.wait(20)
+        os.kill(pid, signal.SIGSTOP)  # as slow to end as it can be
+        server.restart()
+        assert server.url == url
+        assert server.pid != pid
+        assert processes(pid) == []
+        server.probe(20)
     assert not {name for name in shared_memory() if name.startswith(prefix)}
 
 

@@ -39,13 +39,15 @@ def load_section(name: str, report: LoadReport) -> list[str]:
         ratio = report.ratio(server)
         told = f"{ratio.median:.2f}"
         if report.turns and server != next(iter(report.closed)):
-            told += f" ({ratio.smallest:.2f} to {ratio.largest:.2f})"
+            told += f" ({ratio.smallest:.2f} to {ratio.largest:.2f})" + ("" if ratio.certain else " ?")
         for number, loop in enumerate(report.open[server]):
             rate = f"{rates[-1]:.2f} | {told}" if number == 0 else " |"
             lines.append(
                 f"| {server if number == 0 else ''} | {rate} | {loop.share:.0%} | {_latencies(loop)} | {loop.failed} |"
             )
-    if not report.turns:
+    if report.turns:
+        lines += ["", "A `?` marks a ratio whose 90 % interval is wider than 10 %: do not quote it."]
+    else:
         lines += [
             "",
             "Each server was measured once, alone, one after another: a slow moment of the machine met one of them and "

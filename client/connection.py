@@ -55,6 +55,9 @@ _PRIORITY_LEVELS = "priority_levels"
 """The model's parameter that says that requests wait in queues which know urgent ones."""
 _LOST = ("UNAVAILABLE", "CANCELLED", "NOT_FOUND")
 """Statuses of a server that is gone, stopping, overloaded, or replaced by one with another model."""
+_BROKEN = ("is not healthy", "Stream removed", "Received RST_STREAM")
+"""Messages of other statuses that mean the same: Triton's of an engine's process that has died, or that a busy machine
+lets starve; and gRPC's, as UNKNOWN or INTERNAL, of an answer that broke off since a server behind a proxy ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,10 +305,8 @@ class StainClient:
                     pause = min(2 * pause, LONGEST_BUSY_PAUSE)
                     continue
                 first, give_up = give_up is None, give_up or time.monotonic() + self._patience
-                # Triton says "not healthy" of an engine's process that has died, or that a busy machine lets starve.
-                lost = any(status in str(error.status()) for status in _LOST) or "is not healthy" in str(
-                    error.message()
-                )
+                lost = any(status in str(error.status()) for status in _LOST)
+                lost = lost or any(text in str(error.message()) for text in _BROKEN)
                 if not lost or self._cancelled.is_set() or time.monotonic() > give_up:
                     raise
             # At once for the first time: often it is the connection that is gone, and not the server.

@@ -4,9 +4,11 @@ import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc as triton
 
 from staindiffuser.client import StainClient
 from staindiffuser.client.errors import (
@@ -166,6 +168,31 @@ def test_a_request_outlives_an_engine_that_is_not_healthy_for_a_moment() -> None
         server.unhealthy = 9
         with pytest.raises(ServerError, match="is not healthy"):
             client.stain_tiles(TILES, ORIGINS, 0)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        ("StatusCode.UNKNOWN", "Stream removed (Data frame with END_STREAM flag received)"),
+        ("StatusCode.INTERNAL", "Received RST_STREAM with error code 2"),
+    ],
+)
+def test_an_answer_that_breaks_off_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, status: str, message: str
+) -> None:
+    """What HAProxy passes on when the server behind it is killed while it answers."""
+    errors = [triton.InferenceServerException(message, status)]
+    infer = triton.InferenceServerClient.infer
+
+    def broken_once(*arguments: Any, **options: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return infer(*arguments, **options)
+
+    monkeypatch.setattr(triton.InferenceServerClient, "infer", broken_once)
+    with FakeTriton() as server, StainClient(server.url) as client:
+        np.testing.assert_array_equal(client.stain_tiles(TILES, ORIGINS, 0)["STAIN_CD3"], TILES)
+    assert not errors
 
 
 def test_an_answer_that_takes_too_long_is_a_lost_server() -> None:

@@ -24,6 +24,7 @@ from staindiffuser.imaging.optical_density import he_densities
 from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.evaluation.cell_scores import calibration_error
 from staindiffuser.training.evaluation.evaluate import evaluate_tiles
+from staindiffuser.training.evaluation.record import save_again
 from staindiffuser.training.model.network import tempered
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, spread
 
@@ -139,13 +140,14 @@ def calibrate(
     temperatures = {stain: one.temperature for stain, one in found.items() if one.temperature != 1}
     of_stains = {name: dataclasses.asdict(one) for name, one in found.items()}
     record = {"split": "val", "tiles": len(rows), "stains": of_stains}
-    dataclasses.replace(
+    fitted = dataclasses.replace(
         checkpoint,
         # Thresholds were chosen on the map as it was.
         config=dataclasses.replace(checkpoint.config, temperatures=temperatures, thresholds={}),
         metrics={name: value for name, value in checkpoint.metrics.items() if name != "thresholds"}
         | {"calibration": record},
-    ).save(folder)
+    )
+    save_again(fitted, folder)
     return found
 
 

@@ -16,7 +16,7 @@ from staindiffuser.training.evaluation.cell_scores import GATE_MARGIN
 from staindiffuser.training.evaluation.evaluate import Evaluation
 from staindiffuser.training.model_card import CARD, license_of, model_card
 
-__all__ = ["record_cells", "with_weak_stains"]
+__all__ = ["record_cells", "save_again", "with_weak_stains"]
 
 _WEAK = " Not shown to tell more than hematoxylin: "
 
@@ -52,13 +52,22 @@ def record_cells(evaluation: Evaluation, folder: Path, *, data: str) -> Checkpoi
         config=dataclasses.replace(found.config, notice=notice),
         metrics={**found.metrics, "cells": cells},
     )
+    save_again(recorded, folder)
+    return recorded
+
+
+def save_again(checkpoint: Checkpoint, folder: Path) -> None:
+    """Save a checkpoint over itself; its card keeps the licence, which only the card knows.
+
+    Raises:
+        UsageError: the folder cannot be written.
+    """
     license_id = license_of(folder / CARD)
-    recorded.save(folder)
-    if license_id:  # chosen by whoever published the weights, and known to the card alone
-        card = model_card(recorded.config, recorded.metrics, curves=bool(found.curves), license_id=license_id)
+    checkpoint.save(folder)
+    if license_id:  # chosen by whoever published the weights
+        card = model_card(checkpoint.config, checkpoint.metrics, curves=bool(checkpoint.curves), license_id=license_id)
         with replacing(folder / CARD) as temporary:
             temporary.write_text(card, encoding="utf-8")
-    return recorded
 
 
 def with_weak_stains(notice: str, labels: list[str], *, data: str) -> str:

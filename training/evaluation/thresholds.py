@@ -26,6 +26,7 @@ from staindiffuser.training.evaluation.calibration import FEWEST
 from staindiffuser.training.evaluation.cell_scores import CellScore
 from staindiffuser.training.evaluation.evaluate import evaluate_steps
 from staindiffuser.training.evaluation.metrics import Interval
+from staindiffuser.training.evaluation.record import save_again
 from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
 __all__ = ["ChosenThreshold", "best_threshold", "choose_thresholds"]
@@ -97,11 +98,12 @@ def choose_thresholds(
         "stains": {stain: dataclasses.asdict(one) for stain, one in found.items()},
     }
     thresholds = {stain: one.threshold for stain, one in found.items() if one.threshold != HALF}
-    dataclasses.replace(
+    chosen = dataclasses.replace(
         checkpoint,
         config=dataclasses.replace(checkpoint.config, thresholds=thresholds),
         metrics={**checkpoint.metrics, "thresholds": record},
-    ).save(folder)
+    )
+    save_again(chosen, folder)
     return found
 
 

@@ -55,6 +55,8 @@ _PRIORITY_LEVELS = "priority_levels"
 """The model's parameter that says that requests wait in queues which know urgent ones."""
 _LOST = ("UNAVAILABLE", "CANCELLED", "NOT_FOUND")
 """Statuses of a server that is gone, stopping, overloaded, or replaced by one with another model."""
+_SILENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
+"""Statuses that say nothing about a model: of a server, or a proxy before it, that has too much to do, or is ending."""
 _BROKEN = ("is not healthy", "Stream removed", "Received RST_STREAM")
 """Messages of other statuses that mean the same: Triton's of an engine's process that has died, or that a busy machine
 lets starve; and gRPC's, as UNKNOWN or INTERNAL, of an answer that broke off since a server behind a proxy ended."""
@@ -361,6 +363,10 @@ class StainClient:
             if ensemble != ENSEMBLE:
                 config, version, parameters = self._configuration(ensemble, timeout)
         except self._triton.InferenceServerException as error:
+            if any(status in str(error.status()) for status in _SILENT):
+                raise ServerUnreachableError(
+                    f"the server at {self._url} does not say which model it has ({_reason(error)}): try again later"
+                ) from error
             raise self._no_model(error) from error
         contract = ModelContract.from_config(parameters, max_batch=max(1, config.max_batch_size), server=self._url)
         return _Served(

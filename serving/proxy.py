@@ -21,6 +21,7 @@ __all__ = ["CALLS", "ProxyOptions", "ProxyServer", "write_proxy"]
 
 CALLS = ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelConfig", "ModelInfer")
 """Calls of the inference protocol that clients may make."""
+INFER = "/inference.GRPCInferenceService/ModelInfer"
 _GUARD = Path(__file__).with_name("grpc_guard.lua")
 
 
@@ -202,6 +203,8 @@ def _grpc_frontend(options: ProxyOptions, certificate: Path, routes: Path) -> st
         "http-request track-sc0 var(txn.client)",
         # Urgent requests also leave this proxy's queue first (RFC 9218: urgency 0 to 7, 3 by default).
         "http-request set-priority-class int(-1) if { req.hdr(priority) -m beg u=1 }",
+        # And before both what is answered at once: a client waits seconds for it, and not for others' tiles.
+        f"http-request set-priority-class int(-2) if !{{ path {INFER} }}",
         _refuse(8, "too many requests: slow down", f"{{ sc_http_req_rate(0) gt {options.requests_per_10s} }}"),
         *_route(routes),
         f"filter lua.grpc_guard {ENSEMBLE} {options.max_message}",

@@ -31,6 +31,7 @@ from staindiffuser.export.repository import build_repository
 from staindiffuser.serving.errors import ServerStartError
 from staindiffuser.serving.rollout import promote, rollback
 from staindiffuser.serving.server import TritonServer
+from tests.metrics_port import metrics_port
 from tests.running_proxy import Proxy, address, free_port, running
 from tests.synthetic_graphs import write_graphs
 
@@ -165,6 +166,36 @@ def test_many_clients_at_once_do_not_end_the_proxy(proxy: Proxy, seconds: int) -
     assert proxy.process.poll() is None, proxy.log.read_text()
     alerts = [line for line in proxy.log.read_text().splitlines() if "[ALERT]" in line]
     assert all("request refused" in line for line in alerts), alerts
+
+
+def test_a_new_client_does_not_wait_for_others_tiles(tmp_path: Path) -> None:
+    """Its questions go before the tiles that wait in the proxy: it would give up before their turn came."""
+    authority = Authority.create(tmp_path / "pki")
+    authority.issue("server")
+    authority.issue("clinic")
+
+    def slowly(tensor: str, tiles: np.ndarray, origins: np.ndarray) -> np.ndarray:
+        time.sleep(0.1)
+        return np.zeros((*tiles.shape[:3], 3 if tensor.startswith("STAIN_") else 1), np.uint8)
+
+    with (
+        FakeTriton(slowly) as server,
+        metrics_port(lambda: 'nv_inference_request_success{model="staindiffuser",version="1"} 1\n') as metrics,
+        running(
+            tmp_path / "pki" / "proxy",
+            [f"{server.url}:{metrics.rpartition(':')[2].partition('/')[0]}"],
+            authority,
+            in_flight=1,
+        ) as proxy,
+        StainClient(proxy.url, credentials=proxy.credentials(), in_flight=12) as others,
+        ThreadPoolExecutor(12) as threads,
+    ):
+        waiting = [threads.submit(others.stain_tiles, TILES, ORIGINS, 0) for _ in range(12)]
+        time.sleep(0.5)  # 0.4 s each, and all but one in the proxy's queue
+        with connected(proxy):
+            assert sum(future.done() for future in waiting) <= 8
+        for future in waiting:
+            future.result(timeout=60)
 
 
 def test_a_promotion_under_load_with_real_servers(tmp_path: Path) -> None:

@@ -195,6 +195,32 @@ def test_an_answer_that_breaks_off_is_asked_for_again(
     assert not errors
 
 
+@pytest.mark.parametrize("status", ["DEADLINE_EXCEEDED", "UNAVAILABLE", "RESOURCE_EXHAUSTED"])
+def test_a_server_too_busy_to_name_its_model_is_not_taken_for_another(
+    monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    """Behind a proxy whose queue is long: the question waits there, and the slide with it, instead of failing."""
+    asked = triton.InferenceServerClient.get_model_metadata
+    busy = 0
+
+    def metadata(*arguments: Any, **options: Any) -> Any:
+        nonlocal busy
+        if busy:
+            busy -= 1
+            raise triton.InferenceServerException("no answer", f"StatusCode.{status}")
+        return asked(*arguments, **options)
+
+    monkeypatch.setattr(triton.InferenceServerClient, "get_model_metadata", metadata)
+    with FakeTriton() as server:
+        busy = 1
+        with pytest.raises(ServerUnreachableError, match=r"does not say which model it has \(.*no answer\)"):
+            StainClient(server.url)
+        with StainClient(server.url) as client:
+            server.unhealthy, busy = 1, 1
+            np.testing.assert_array_equal(client.stain_tiles(TILES, ORIGINS, 0)["STAIN_CD3"], TILES)
+            assert busy == 0
+
+
 def test_an_answer_that_takes_too_long_is_a_lost_server() -> None:
     with (
         FakeTriton(delay=3) as server,

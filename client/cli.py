@@ -71,7 +71,9 @@ def stain(
     force_mpp: Annotated[
         bool, typer.Option("--force-mpp", help="Use --mpp even if the input states another pixel size.")
     ] = False,
-    batch: Annotated[int, typer.Option(help="Tiles per request.")] = 4,
+    batch: Annotated[
+        int | None, typer.Option(help="Tiles per request. (default: what suits the server, 1 on a CPU, 4 on a GPU)")
+    ] = None,
     in_flight: Annotated[int, typer.Option(help="Concurrent requests per server.")] = 3,
     timeout: Annotated[
         float, typer.Option(help="Seconds to wait for an answer before the server counts as lost.")

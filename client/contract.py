@@ -28,7 +28,18 @@ __all__ = ["ENSEMBLE", "QUALITY", "ModelContract", "QualityContract", "ServedSta
 ENSEMBLE = "staindiffuser"
 QUALITY = "QUALITY"
 """The output that judges tiles, and the prefix of those that judge stains."""
-_JSON_PARAMETERS = ("stains", "tile", "margin", "mpp", "steps", "origin_multiple", "gate", "quality", "thresholds")
+_JSON_PARAMETERS = (
+    "stains",
+    "tile",
+    "margin",
+    "mpp",
+    "steps",
+    "origin_multiple",
+    "gate",
+    "quality",
+    "thresholds",
+    "batch",
+)
 """Parameters whose text is JSON; the others are plain text. Parameters not listed in the contract are ignored, so that
 a newer server can serve an older client."""
 _TEXT_PARAMETERS = ("model_name", "model_version", "notice")
@@ -110,6 +121,8 @@ class ModelContract:
     """By stain, the probability from which on its cell map shows a cell; for the others, one half."""
     quality: QualityContract | None = None
     """None for a model that does not judge its tiles."""
+    batch: int = field(default=4, compare=False)
+    """Tiles in a request that suit the server, which are the same model's on another one."""
 
     def __post_init__(self) -> None:
         if not self.stains:
@@ -126,8 +139,12 @@ class ModelContract:
         for name, threshold in self.thresholds.items():
             if not 0 < threshold < 1:
                 raise ValueError(f"thresholds: {name} {threshold:g} is not between 0 and 1")
-        if self.max_batch < 1 or self.steps < 1:
-            raise ValueError("max_batch and steps must be at least 1")
+        if self.max_batch < 1 or self.steps < 1 or self.batch < 1:
+            raise ValueError("max_batch, batch and steps must be at least 1")
+
+    def tiles_per_request(self, asked: int | None = None) -> int:
+        """How many tiles to send at once: as many as are asked for, else what suits the server, up to its limit."""
+        return min(asked or self.batch, self.max_batch)
 
     def select(
         self, names: Sequence[str] | None, thresholds: Mapping[str, float] | None = None

@@ -89,8 +89,8 @@ class LazySlideModel:
                 f"{tiles.shape[1:]}: lazyslide.pp.tile_tissues(wsi, **model.tiling)"
             )
         parts = []
-        for first in range(0, len(tiles), contract.max_batch):
-            part = tiles[first : first + contract.max_batch]
+        for first in range(0, len(tiles), contract.tiles_per_request()):
+            part = tiles[first : first + contract.tiles_per_request()]
             origins = np.zeros((len(part), 2), np.int64)
             names = [stain.name for stain in self._served]
             found = self.model.stain_tiles(part, origins, self._seed, stains=names, cells=False)

@@ -26,8 +26,8 @@ class StainingOptions:
     """Pixel size of an input that does not state its own, µm per pixel."""
     force_mpp: bool = False
     """Use ``mpp`` even if the file states another pixel size."""
-    batch: int = 4
-    """Tiles per request, up to the model's limit."""
+    batch: int | None = None
+    """Tiles per request, up to the model's limit; None for what the server says suits it, else 4."""
     in_flight: int = 3
     """Concurrent requests, to all servers together."""
     cells: bool = True
@@ -71,7 +71,7 @@ class StainingOptions:
             raise ValueError("force_mpp needs mpp")
         if self.icc not in ("ignore", "srgb"):
             raise ValueError(f"icc must be ignore or srgb, not {self.icc}")
-        if self.batch < 1:
+        if self.batch is not None and self.batch < 1:
             raise ValueError(f"batch must be at least 1, not {self.batch}")
         if self.in_flight < 1:
             raise ValueError(f"in_flight must be at least 1, not {self.in_flight}")

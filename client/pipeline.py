@@ -79,7 +79,7 @@ def stained_rows(
         SlideError: part of the slide is damaged.
         ServerError: the server failed or was lost.
     """
-    size = min(options.batch, stainer.contract.max_batch)
+    size = stainer.contract.tiles_per_request(options.batch)
     first_tiles = _tile_rows(grid, first_row).start
     every_batch = [tiles[i : i + size] for i in range(0, len(tiles), size)]
     batches = deque(batch for batch in every_batch if batch[-1].row >= first_tiles)

@@ -122,7 +122,7 @@ class SlideRun:
         return Work(
             input_sha256=self.names.sha256,
             request=self.request,
-            batch=min(self.options.batch, self.stainer.contract.max_batch),
+            batch=self.stainer.contract.tiles_per_request(self.options.batch),
             software=staindiffuser.__version__,
             size=self.plan.view.size,
         )
@@ -263,7 +263,7 @@ class SlideRun:
                 side=grid.tile,
                 stride=grid.stride,
                 margin=grid.margin,
-                batch=min(options.batch, contract.max_batch),
+                batch=contract.tiles_per_request(options.batch),
                 in_flight=options.in_flight,
             ),
             resumed_rows=self.resumed_rows,

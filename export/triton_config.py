@@ -79,6 +79,9 @@ ONE_GPU = (0,)
 instances on every GPU and the ensemble would pass features between them, with a CUDA pool on the first GPU only."""
 IN_FLIGHT = 4
 """Requests whose tensors are on the GPU at once; determines the size of the CUDA pool (ours)."""
+BATCH = {"cpu": 1, "cuda": 4}
+"""By device, how many tiles clients are told to send in a request. On two cores, eight tiles at once take as long as
+one by one, and several times the memory (docs, "Speed")."""
 URGENT, ORDINARY = 1, 2
 """Priority levels of requests: all urgent ones that wait run before ordinary ones, which is what a request is that
 does not say."""
@@ -162,7 +165,7 @@ def model_configs(
         if copies:
             parameters["copies"] = json.dumps({spec.name: spec.name.removeprefix(JUDGED) for spec in copies})
         messages.append(_python_model(name, inputs, (*engine.outputs, *copies), options, gpu, parameters))
-    ensemble = _ensemble(graphs, options)
+    ensemble = _ensemble(graphs, options, gpu)
     if flavour == "native":
         ensemble.parameters[PRIORITY_LEVELS].string_value = str(ORDINARY)
     messages.append(ensemble)
@@ -257,11 +260,17 @@ def _pipeline(
         "queue_length": str(options.queue_length or QUEUE_LENGTH),
         "queue_seconds": str(options.queue_seconds or QUEUE_SECONDS),
         **contract_parameters(graphs, graphs.name),
+        **_batch(options, gpu),
     }
     together = joined_engines(builder, graphs.engines, "single")
     if together:
         parameters["joined"] = json.dumps(together)
     return _python_model(ENSEMBLE, wire_inputs(graphs.tile), wire_outputs(graphs), options, gpu, parameters)
+
+
+def _batch(options: BuildOptions, gpu: bool) -> dict[str, str]:
+    """The parameter that tells clients how many tiles to send in a request."""
+    return {"batch": str(min(BATCH["cuda" if gpu else "cpu"], options.max_batch))}
 
 
 def _native_model(
@@ -324,7 +333,7 @@ def _finish(message: ModelConfig, inputs: Iterable[TensorSpec], options: BuildOp
             warmup.inputs[spec.name].zero_data = True
 
 
-def _ensemble(graphs: GraphSet, options: BuildOptions) -> ModelConfig:
+def _ensemble(graphs: GraphSet, options: BuildOptions, gpu: bool) -> ModelConfig:
     message = pb.ModelConfig(name=ENSEMBLE, platform="ensemble", max_batch_size=options.max_batch)
     _add_tensors(message, wire_inputs(graphs.tile), wire_outputs(graphs))
     noise = noise_read(graphs)
@@ -335,7 +344,7 @@ def _ensemble(graphs: GraphSet, options: BuildOptions) -> ModelConfig:
     if noise:
         inputs = {"ORIGIN": "ORIGIN", "SEED": "SEED", AFTER: graphs.engines[ENCODER].outputs[-1].name}
         _add_step(message, NOISE_MODEL, inputs, [t.name for t in noise])
-    for key, value in contract_parameters(graphs, graphs.name).items():
+    for key, value in (contract_parameters(graphs, graphs.name) | _batch(options, gpu)).items():
         message.parameters[key].string_value = value
     message.response_cache.enable = False
     return message

@@ -67,3 +67,12 @@ def test_names_of_tensors() -> None:
     assert FAKE_CONTRACT.stains[1].cells_tensor == "CELLS_CK818"
     with pytest.raises(ValueError, match="max_batch"):
         dataclasses.replace(FAKE_CONTRACT, max_batch=0)
+
+
+def test_a_request_has_as_many_tiles_as_suit_the_server_unless_the_user_says_otherwise() -> None:
+    parameters = FakeTriton().parameters
+    older = ModelContract.from_config(parameters, max_batch=8, server="x")
+    assert [older.tiles_per_request(asked) for asked in (None, 1, 8, 64)] == [4, 1, 8, 8]
+    told = ModelContract.from_config({**parameters, "batch": "1"}, max_batch=8, server="x")
+    assert [told.tiles_per_request(asked) for asked in (None, 3)] == [1, 3]
+    assert told == older, "servers that differ in it alone serve the same model"

@@ -42,14 +42,14 @@ def test_it_is_what_lazyslide_asks_for() -> None:
         LazySlideModel(FakeStainer(), ["cd99"])
 
 
-def test_batches_larger_than_the_servers_are_stained_in_order() -> None:
+def test_batches_larger_than_what_suits_the_server_are_stained_in_order() -> None:
     def painted(tensor: str, tiles: Any, origins: Any) -> Any:
         return tiles if tensor == "STAIN_CD3" else 255 - tiles
 
     stainer = FakeStainer(painted)
     tiles = torch.randint(0, 256, (19, 256, 256, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     stained = LazySlideModel(stainer).predict(tiles)
-    assert stainer.batches == [8, 8, 3]
+    assert stainer.batches == [4, 4, 4, 4, 3]
     assert (stained.dtype, tuple(stained.shape)) == (torch.float32, (19, 6, 256, 256))
     expected = tiles.permute(0, 3, 1, 2).float() / 255
     torch.testing.assert_close(stained[:, :3], expected)

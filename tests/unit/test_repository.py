@@ -52,6 +52,7 @@ def test_graphs_whose_gate_failed_are_built_only_on_request(graphs: Path, tmp_pa
     assert not (tmp_path / "repository").exists()
     assert build(failed, tmp_path / "repository", allow_ungated=True).manifest.gate == {"cd3": ("radial power 0.34",)}
     config = triton_config.parse((tmp_path / "repository/staindiffuser/config.pbtxt").read_text())
+    assert config.parameters["batch"].string_value == "1", "what suits a CPU"
     assert config.parameters["gate"].string_value == '{"cd3": ["radial power 0.34"]}', "clients are told"
 
 

@@ -176,7 +176,9 @@ def proxy(
     ] = None,
     tokens: Annotated[Path | None, typer.Option(help="File of accepted tokens: lines `TOKEN NAME`.")] = None,
     requests_per_10s: Annotated[int, typer.Option(help="Calls that one client may make in ten seconds.")] = 2000,
-    in_flight: Annotated[int, typer.Option(help="Requests at a time to one server; further ones wait.")] = 8,
+    in_flight: Annotated[
+        int, typer.Option(help="Requests at a time to one server; more than fit into its own queues.")
+    ] = 256,
     max_message: Annotated[int, typer.Option(help="Largest request, bytes.")] = 64 << 20,
 ) -> None:
     """Write an HAProxy configuration that offers Triton on a network: TLS, known clients only, limits, access log.

@@ -70,8 +70,10 @@ class ProxyOptions:
     """Lines ``TOKEN NAME``: a client sends the header ``authorization: Bearer TOKEN``; the log calls it NAME."""
     requests_per_10s: int = 2000
     """Calls of one client in ten seconds; more are refused."""
-    in_flight: int = 8
-    """Requests at a time to one server; further ones wait."""
+    in_flight: int = 256
+    """Requests at a time to one server; further ones wait here, and hold up all others of their connection: HAProxy
+    before 3.1 reads no further where a body finds no room. So it is more than a server takes into its own queues, which
+    refuse at once what is too much."""
     max_message: int = 64 << 20
     """Largest request, bytes."""
 

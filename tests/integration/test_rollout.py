@@ -187,15 +187,34 @@ def test_a_new_client_does_not_wait_for_others_tiles(tmp_path: Path) -> None:
             authority,
             in_flight=1,
         ) as proxy,
-        connected(proxy) as others,
+        ExitStack() as stack,
         ThreadPoolExecutor(4) as threads,
     ):
-        waiting = [threads.submit(others.stain_tiles, TILES, ORIGINS, 0) for _ in range(12)]
+        others = [stack.enter_context(connected(proxy)) for _ in range(4)]
+        waiting = [threads.submit(others[number % 4].stain_tiles, TILES, ORIGINS, 0) for number in range(12)]
         time.sleep(0.5)  # 0.4 s each, and three in the proxy's queue at any time
         with connected(proxy):
             assert sum(future.done() for future in waiting) <= 7
         for future in waiting:
             future.result(timeout=60)
+
+
+def test_many_requests_on_one_connection_all_come_back(tmp_path: Path) -> None:
+    """Where some wait in the proxy, their bodies hold up the others of the connection, and nothing moves any more."""
+    authority = Authority.create(tmp_path / "pki")
+    authority.issue("server")
+    authority.issue("clinic")
+    write_graphs(tmp_path / "graphs", tile=256)
+    repository = build_repository(tmp_path / "graphs", tmp_path / "models", max_batch=4, threads=1)
+    tiles, origins = np.zeros((4, 256, 256, 3), np.uint8), np.zeros((4, 2), np.int64)
+    with (
+        TritonServer(repository) as server,
+        running(tmp_path / "pki" / "proxy", [server], authority, max_message=1 << 24) as proxy,
+        StainClient(proxy.url, credentials=proxy.credentials(), in_flight=16) as client,
+        ThreadPoolExecutor(16) as threads,
+    ):
+        for future in [threads.submit(client.stain_tiles, tiles, origins, 0) for _ in range(24)]:
+            assert future.result(timeout=45)
 
 
 def test_a_promotion_under_load_with_real_servers(tmp_path: Path) -> None:

@@ -146,7 +146,8 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     folder = tmp_path_factory.mktemp("slow")
     stains = [ExportedStain(name="cd3", label="CD3")]
     write_graphs(folder / "graphs", tile=TILE, channels=(32, 8, 8, 8), depth=100, steps=1, stains=stains, samples=1)
-    with TritonServer(build(folder / "graphs", folder / "single", flavour="single", options=OPTIONS).repository) as s:
+    options = BuildOptions(max_batch=2, threads=1, queue_length=QUEUE_LENGTH)  # five may wait for longer than 3 s
+    with TritonServer(build(folder / "graphs", folder / "single", flavour="single", options=options).repository) as s:
         yield s
 
 

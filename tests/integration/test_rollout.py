@@ -78,7 +78,8 @@ def proxy(tmp_path: Path) -> Iterator[Proxy]:
     authority.issue("clinic")
     with ExitStack() as stack:
         servers = [stack.enter_context(pool(name))[1] for name in MODELS]
-        yield stack.enter_context(running(tmp_path / "pki" / "proxy", servers, authority))
+        folder = tmp_path / "pki" / "proxy"
+        yield stack.enter_context(running(folder, servers, authority, requests_per_10s=1_000_000))
 
 
 def connected(proxy: Proxy, model: str = "") -> StainClient:

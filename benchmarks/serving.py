@@ -27,6 +27,7 @@ import psutil
 
 from staindiffuser.benchmarks.behind_proxy import behind_proxy
 from staindiffuser.benchmarks.idle_engines import build_idle
+from staindiffuser.benchmarks.load_servers import random_batch
 from staindiffuser.benchmarks.measuring import Sample, Spread, in_turns
 from staindiffuser.client.credentials import Credentials
 from staindiffuser.export import builders
@@ -132,7 +133,7 @@ def bench_serving(
     """
     manifest = verify(repository)
     threads = manifest.threads if threads is None else threads
-    batches = [_random_batch(manifest, batch, seed) for seed in range(requests)]
+    batches = [random_batch(manifest, batch, seed) for seed in range(requests)]
     outputs = [f"{kind}_{stain.name}".upper() for stain in manifest.stains for kind in ("stain", "cells")]
     builder = builders.get(manifest.target)
     with contextlib.ExitStack() as stack:
@@ -359,7 +360,7 @@ def _overhead(manifest: Manifest, requests: int, progress: Callable[[str], None]
             server = stack.enter_context(TritonServer(repository))
             outputs = [f"{kind}_{stain.name}".upper() for stain in idle.stains for kind in ("stain", "cells")]
             client = stack.enter_context(_Client(server.url, outputs, 1))
-            inputs = _random_batch(idle, 1, 0)
+            inputs = random_batch(idle, 1, 0)
             sides: dict[str, Callable[[], object]] = {
                 TRITON: functools.partial(client.run, [inputs]),
                 DIRECT: functools.partial(_direct, engines, idle, inputs),
@@ -369,15 +370,6 @@ def _overhead(manifest: Manifest, requests: int, progress: Callable[[str], None]
         found[flavour] = Spread.of([1e3 * (through.wall - direct.wall) for through, direct in pairs])
         progress(f"a tile through engines that do nothing, flavour {flavour}: {found[flavour].median:.1f} ms")
     return found
-
-
-def _random_batch(manifest: Manifest, batch: int, seed: int) -> Arrays:
-    generator = np.random.default_rng(seed)
-    return {
-        "HE": generator.integers(0, 256, (batch, manifest.tile, manifest.tile, 3), dtype=np.uint8),
-        "ORIGIN": generator.integers(-64, 64, (batch, 2)) * philox.ORIGIN_MULTIPLE,
-        "SEED": generator.integers(0, 2**40, (batch, 1)),
-    }
 
 
 def _stage_times(

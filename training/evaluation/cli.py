@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -103,7 +104,7 @@ def evaluate(
         raise UsageError("--calibrate and --thresholds: calibrate first, then choose thresholds of the new map")
     if calibrate or thresholds:
         change = _calibrate if calibrate else _choose_thresholds
-        change(checkpoint, data, limit=limit, seed=seed, json_file=json_file, progress=progress)
+        change(checkpoint=checkpoint, data=data, limit=limit, seed=seed, json_file=json_file, progress=progress)
         return
     import dataclasses
 
@@ -182,67 +183,65 @@ def evaluate(
         typer.echo(f"report: {write_report(evaluations, report)}")
 
 
-def _calibrate(
-    checkpoint: Path, data: Path, *, limit: int | None, seed: int, json_file: Path | None, progress: bool
-) -> None:
-    import dataclasses
-
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from staindiffuser.files import write_json
+def _calibrate(**given: Any) -> None:
     from staindiffuser.training.evaluation.calibration import calibrate
-    from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
-    screen = Console(stderr=True)
-    with Progress(console=screen, disable=not (progress and screen.is_terminal), transient=True) as bar:
-        task = bar.add_task("tiles", total=None)
-        found = calibrate(
-            checkpoint,
-            PairedTiles.load(data),
-            limit=limit,
-            seed=seed,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    for stain, one in found.items():
-        typer.echo(
-            f"{stain}: temperature {one.temperature:g}, calibration error {one.error_before:.3f} → "
+    def line(one: Any) -> str:
+        return (
+            f"temperature {one.temperature:g}, calibration error {one.error_before:.3f} → "
             f"{one.error_after:.3f} on {one.cells} cells, {one.positive_cells} of them positive"
         )
-    if json_file is not None:
-        write_json(json_file, {stain: dataclasses.asdict(one) for stain, one in found.items()})
+
+    _on_validation(calibrate, line, **given)
 
 
-def _choose_thresholds(
-    checkpoint: Path, data: Path, *, limit: int | None, seed: int, json_file: Path | None, progress: bool
-) -> None:
-    import dataclasses
-
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from staindiffuser.files import write_json
+def _choose_thresholds(**given: Any) -> None:
     from staindiffuser.training.evaluation.thresholds import choose_thresholds
     from staindiffuser.training.gate import shown
-    from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
-    screen = Console(stderr=True)
-    with Progress(console=screen, disable=not (progress and screen.is_terminal), transient=True) as bar:
-        task = bar.add_task("tiles", total=None)
-        found = choose_thresholds(
-            checkpoint,
-            PairedTiles.load(data),
-            limit=limit,
-            seed=seed,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    for stain, one in found.items():
+    def line(one: Any) -> str:
         gain = f", difference {one.gain_95[0]:.3f} to {one.gain_95[1]:.3f}" if one.gain_95 else ""
-        typer.echo(
-            f"{stain}: threshold {one.threshold:g}; F1 {shown(one.f1_at_half)} at one half, "
+        return (
+            f"threshold {one.threshold:g}; F1 {shown(one.f1_at_half)} at one half, "
             f"{shown(one.f1_at_candidate)} at {one.candidate:g}{gain}; best {shown(one.f1_at_best)} at {one.best:g} ("
             f"{one.cells} cells of {one.slides} slides, {one.positive_cells} positive)"
         )
+
+    _on_validation(choose_thresholds, line, **given)
+
+
+def _on_validation(
+    choose: Callable[..., Mapping[str, Any]],
+    line: Callable[[Any], str],
+    *,
+    checkpoint: Path,
+    data: Path,
+    limit: int | None,
+    seed: int,
+    json_file: Path | None,
+    progress: bool,
+) -> None:
+    """Show what ``choose`` finds for each stain on the validation split, and writes into the checkpoint."""
+    import dataclasses
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from staindiffuser.files import write_json
+    from staindiffuser.training.tiles.paired_tiles import PairedTiles
+
+    screen = Console(stderr=True)
+    with Progress(console=screen, disable=not (progress and screen.is_terminal), transient=True) as bar:
+        task = bar.add_task("tiles", total=None)
+        found = choose(
+            checkpoint,
+            PairedTiles.load(data),
+            limit=limit,
+            seed=seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    for stain, one in found.items():
+        typer.echo(f"{stain}: {line(one)}")
     if json_file is not None:
         write_json(json_file, {stain: dataclasses.asdict(one) for stain, one in found.items()})
 

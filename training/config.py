@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-Augmentation = Literal["light", "wide"]
+Augmentation = Literal["light", "wide", "wider"]
 """How far the training crops differ from their tiles."""
 Backbone = Literal["none", "efficientnet-lite0"]
 """Convolutions with published weights that stand beside the encoder's own; see ``model.pretrained``."""
@@ -147,8 +147,8 @@ class TrainConfig:
     """Height and width of a training crop, pixels; a multiple of 16."""
     augmentation: Augmentation = "light"
     """What is done to a crop besides flips and rotations by 90 degrees: ``light`` jitters the H&E's colour channels by
-    about a tenth; ``wide`` rotates, scales by 0.8 to 1.25, stains otherwise and scans otherwise (real tissue needs it).
-    """
+    about a tenth; ``wide`` rotates, scales by 0.8 to 1.25, stains otherwise and scans otherwise (real tissue needs it);
+    ``wider`` resamples every crop and goes further in colours and blur, for cells alone (images would become soft)."""
     tasks: tuple[Task, ...] = ("images", "cells")
     """Which branches of each stain are trained; the others keep the weights that they begin with. The cells alone cost
     a third, and an encoder that knows them is what images are then painted from (``distill --method e2e``)."""

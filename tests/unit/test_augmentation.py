@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.optical_density import he_densities
-from staindiffuser.training.data.augmentation import another_scanner, another_stain, similar_crop
+from staindiffuser.training.data.augmentation import WIDE, WIDER, Width, another_scanner, another_stain, similar_crop
 from staindiffuser.training.data.dataset import CropDataset
 from staindiffuser.training.simulate.tiles import simulate_tile
 from staindiffuser.training.tiles.paired_tiles import PairedTiles
@@ -35,6 +35,23 @@ def test_every_array_is_moved_alike() -> None:
         assert (apart > 60).mean() < 0.01
         rotated += apart.any()
     assert 3 <= rotated <= 13  # of 20, where a third is
+
+
+def test_wider_crops_are_all_resampled() -> None:
+    ramp = np.arange(96 * 96, dtype=np.uint32).reshape(96, 96) % 251
+    windows = np.lib.stride_tricks.sliding_window_view(ramp.astype(np.uint8), (64, 64)).reshape(-1, 64 * 64)
+    for seed in range(20):
+        cut = similar_crop({"he": ramp.astype(np.uint8)}, np.random.default_rng(seed), 64, WIDER)["he"]
+        assert not (windows == cut.ravel()).all(axis=1).any()
+
+
+def test_wider_colours_go_further(he: UInt8Array) -> None:
+    def hues(width: Width) -> float:
+        """Spread over draws of how red the tissue is beside how blue."""
+        means = [another_stain(he, np.random.default_rng(seed), width).mean(axis=(0, 1)) for seed in range(30)]
+        return float(np.std([mean[0] - mean[2] for mean in means]))
+
+    assert hues(WIDER) > 1.3 * hues(WIDE)
 
 
 def test_another_stain_keeps_the_nuclei_where_they_are(he: UInt8Array) -> None:
@@ -63,5 +80,6 @@ def test_a_wide_sample_is_the_same_whenever_it_is_asked_for(tiles_folder: Path) 
     first, again = (CropDataset(tiles, crop=32, seed=5, augmentation="wide") for _ in range(2))
     first[3]
     assert all(torch.equal(value, vars(again[17])[name]) for name, value in vars(first[17]).items())
-    light = CropDataset(tiles, crop=32, seed=5)
+    light, wider = CropDataset(tiles, crop=32, seed=5), CropDataset(tiles, crop=32, seed=5, augmentation="wider")
     assert not torch.equal(light[17].he, first[17].he)
+    assert not torch.equal(wider[17].he, first[17].he)

@@ -164,7 +164,7 @@ def test_the_recipe_follows_the_teachers(tiny_checkpoint: Path) -> None:
     assert (found.steps, found.warmup, found.batch, found.crop, found.stages) == (50, 5, 16, 96, 2)
     assert found.learning_rate == 8e-4
     assert (found.p_mean, found.bf16, found.seed) == (DistillConfig.p_mean, False, 0)
-    recipe |= {"ema": 0.998, "augmentation": "wide", "rare_share": 0.5}
+    recipe |= {"ema": 0.998, "augmentation": "wider", "rare_share": 0.5}
     config = dataclasses.replace(teacher.config, provenance={"recipe": recipe})
     found = default_recipe(dataclasses.replace(teacher, config=config), steps=200, method="e2e")
     assert (found.ema, found.bf16, found.augmentation, found.rare_share) == (0.95, True, "wide", 0.5)

@@ -9,6 +9,7 @@ Shapes: H and W a tile's height and width in pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -16,30 +17,44 @@ import numpy as np
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.optical_density import HE_MATRIX, optical_density
 
-__all__ = ["another_scanner", "another_stain", "similar_crop"]
+__all__ = ["WIDE", "WIDER", "Width", "another_scanner", "another_stain", "similar_crop"]
 
-STRAIGHT = 0.65
-"""Share of the crops that are cut along the pixels: resampling blurs, and the others alone would teach blur."""
+
+@dataclass(frozen=True, kw_only=True)
+class Width:
+    """How far from its tile a crop may be."""
+
+    straight: float
+    """Share of the crops that are cut along the pixels: resampling blurs, and the others alone would teach blur."""
+    vector_spread: float
+    """Standard deviation of what is added to the stains' colour vectors."""
+    largest_blur: float
+    """Standard deviation of the Gaussian of a scanner that is out of focus at most, pixels."""
+
+
+WIDE = Width(straight=0.65, vector_spread=0.03, largest_blur=1.3)
+WIDER = Width(straight=0.0, vector_spread=0.07, largest_blur=2.0)
+"""For cell maps, which may be soft. Published vectors of hematoxylin lie about 0.1 from one another."""
 SCALES = (0.8, 1.25)
 STAIN_RANGE = 0.45
 """The density of hematoxylin, of eosin and of the rest is each multiplied by exp(±this)."""
-VECTOR_SPREAD = 0.03
-"""Standard deviation of what is added to the stains' colour vectors."""
 TINT_SHARE, LARGEST_TINT = 0.3, 0.12
 """How often glass has a colour, and its optical density at most."""
 
 
-def similar_crop(arrays: Mapping[str, UInt8Array], rng: np.random.Generator, crop: int) -> dict[str, UInt8Array]:
+def similar_crop(
+    arrays: Mapping[str, UInt8Array], rng: np.random.Generator, crop: int, width: Width = WIDE
+) -> dict[str, UInt8Array]:
     """Cut the same crop from every array, at a random place, mostly rotated and scaled about it.
 
     Args:
         arrays: uint8 [H, W] or [H, W, 3], of one size.
         crop: height and width of the crop, pixels; what lies off the tile is its mirror image.
     """
-    height, width = next(iter(arrays.values())).shape[:2]
-    left, top = rng.uniform(0, width - crop), rng.uniform(0, height - crop)
+    rows, columns = next(iter(arrays.values())).shape[:2]
+    left, top = rng.uniform(0, columns - crop), rng.uniform(0, rows - crop)
     angle, scale = rng.uniform(0, 360), np.exp(rng.uniform(*np.log(SCALES)))
-    if rng.random() < STRAIGHT:
+    if rng.random() < width.straight:
         window = np.s_[round(top) : round(top) + crop, round(left) : round(left) + crop]
         return {name: array[window] for name, array in arrays.items()}
     centre = (float(left + (crop - 1) / 2), float(top + (crop - 1) / 2))
@@ -60,12 +75,12 @@ def similar_crop(arrays: Mapping[str, UInt8Array], rng: np.random.Generator, cro
     }
 
 
-def another_stain(he: UInt8Array, rng: np.random.Generator) -> UInt8Array:
+def another_stain(he: UInt8Array, rng: np.random.Generator, width: Width = WIDE) -> UInt8Array:
     """Stain an H&E, uint8 [H, W, 3], more or less strongly, in slightly other colours, on glass of another tint.
 
     After Tellez et al. 2018, in the densities of the stains instead of a colour space.
     """
-    vectors = HE_MATRIX + rng.normal(0, VECTOR_SPREAD, (3, 3))
+    vectors = HE_MATRIX + rng.normal(0, width.vector_spread, (3, 3))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     strength = np.exp(rng.uniform(-STAIN_RANGE, STAIN_RANGE, 3))
     tint = rng.dirichlet(np.ones(3)) * rng.uniform(0, LARGEST_TINT) * (rng.random() < TINT_SHARE)
@@ -75,10 +90,10 @@ def another_stain(he: UInt8Array, rng: np.random.Generator) -> UInt8Array:
     return stained
 
 
-def another_scanner(he: UInt8Array, rng: np.random.Generator) -> UInt8Array:
+def another_scanner(he: UInt8Array, rng: np.random.Generator, width: Width = WIDE) -> UInt8Array:
     """An H&E, uint8 [H, W, 3], out of focus or sharpened, with grain, or compressed; often nothing of it."""
     focus, grain, quality = rng.random(3)
-    blur, spread, percent = rng.uniform(0.4, 1.3), rng.uniform(1, 6), int(rng.integers(45, 95))
+    blur, spread, percent = rng.uniform(0.4, width.largest_blur), rng.uniform(1, 6), int(rng.integers(45, 95))
     image = he.astype(np.float32)
     if focus < 0.25:
         image = np.asarray(cv2.GaussianBlur(image, (0, 0), blur), np.float32)

@@ -24,7 +24,7 @@ from staindiffuser.imaging.glass import bare_glass
 from staindiffuser.imaging.image_files import read_image
 from staindiffuser.imaging.optical_density import coarse_mask, dab_mask
 from staindiffuser.training.config import Augmentation, StainConfig
-from staindiffuser.training.data.augmentation import another_scanner, another_stain, similar_crop
+from staindiffuser.training.data.augmentation import WIDE, WIDER, another_scanner, another_stain, similar_crop
 from staindiffuser.training.data.cache import TileCache
 from staindiffuser.training.data.confounders import with_confounder
 from staindiffuser.training.errors import DataError
@@ -213,7 +213,8 @@ class CropDataset:
         self.rows = tuple(row for rows in self.schedule.rows for row in rows)
         self._first = np.cumsum([0, *(len(rows) for rows in self.schedule.rows)])
         self.stains = tiles.stains
-        self.crop, self.seed, self.augmentation, self.jitter = crop, seed, augmentation, jitter
+        self.crop, self.seed, self.jitter = crop, seed, jitter
+        self.width = {"light": None, "wide": WIDE, "wider": WIDER}[augmentation]
         for row in self.rows:
             if min(row.size) < crop:
                 raise DataError(
@@ -253,8 +254,8 @@ class CropDataset:
         rng = np.random.default_rng((self.seed, 2, sample))
         index = self.index(sample)
         arrays = self.decoded(index)
-        if self.augmentation == "wide":
-            cut = similar_crop(arrays, rng, self.crop)
+        if self.width:
+            cut = similar_crop(arrays, rng, self.crop, self.width)
         else:
             height, width = arrays["he"].shape[:2]
             top, left = rng.integers(0, height - self.crop + 1), rng.integers(0, width - self.crop + 1)
@@ -268,8 +269,8 @@ class CropDataset:
         if self.confounders and rng.random() < self.confounders:
             parts = {name: torch.from_numpy(a) for name, a in with_confounder(_arrays(parts), rng).items()}
         stained = parts["he"].numpy()
-        if self.augmentation == "wide":
-            stained = another_scanner(another_stain(stained, rng), rng)
+        if self.width:
+            stained = another_scanner(another_stain(stained, rng, self.width), rng, self.width)
         he = torch.from_numpy(jitter_stain(stained, rng, self.jitter))
         noise = normal_noise(rng, (len(self.stains), 4, self.crop, self.crop))
         draws = np.stack([rng.random((len(self.stains), 2)), rng.standard_normal((len(self.stains), 2))], axis=-1)

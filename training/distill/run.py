@@ -97,7 +97,8 @@ class QuickValidation:
 
 def default_recipe(teacher: Checkpoint, **changes: Any) -> DistillConfig:
     """The recipe for a teacher, after the one that it was trained by: its batch, crop and loader, an eighth of its
-    steps, a fifth of its learning rate, an average over a tenth of the run at most (ours).
+    steps, a fifth of its learning rate, an average over a tenth of the run at most (ours); never the ``wider``
+    augmentation, under which images become soft.
 
     Args:
         changes: fields of :class:`DistillConfig` that are to be otherwise.
@@ -120,6 +121,8 @@ def default_recipe(teacher: Checkpoint, **changes: Any) -> DistillConfig:
         "validation_tiles",
     )
     fields: dict[str, Any] = {name: recipe[name] for name in same if name in recipe}
+    if fields.get("augmentation") == "wider":  # for soft cell maps; images learned from resampled crops are soft
+        fields["augmentation"] = "wide"
     if "steps" in recipe:
         fields["steps"] = max(1, recipe["steps"] // 8)
     if "learning_rate" in recipe:

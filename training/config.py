@@ -155,6 +155,9 @@ class TrainConfig:
     rare_share: float = 0.0
     """Share of the crops that are cut from tiles drawn by how much there is to tell in their masks, one stain as often
     as the other; the rest come from all tiles alike. Rare positives are not forgotten then."""
+    exclusive: bool = False
+    """No cell carries two of the stains: where a tile has no mask of a stain, the positive cells of the others are its
+    negatives. So simulated epithelium, of which there are many kinds, teaches a stain that is not simulated."""
     confounders: float = 0.0
     """Share of the crops into which something is pasted that is of no stain, and that networks were seen to paint:
     blood, mucin, pen, tinted glass, keratin."""

@@ -65,6 +65,7 @@ class TrainingData:
             seed=config.seed,
             augmentation=config.augmentation,
             rare_share=config.rare_share,
+            exclusive=config.exclusive,
             confounders=config.confounders,
             white_glass=config.white_glass,
         )

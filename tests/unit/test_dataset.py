@@ -19,6 +19,7 @@ from staindiffuser.imaging.image_files import write_png
 from staindiffuser.training.config import PRESETS
 from staindiffuser.training.data.cache import TileCache
 from staindiffuser.training.data.dataset import (
+    POSITIVE,
     UNKNOWN,
     CropBatch,
     CropDataset,
@@ -277,6 +278,23 @@ def test_a_crop_says_which_targets_it_has(partly_labelled: PairedTiles) -> None:
     assert (poor.masks[0] != UNKNOWN).any()
     again = CropDataset(partly_labelled, crop=32, seed=0)
     assert all(same(data[n], again[n]) for n in range(len(data)))  # from the cache, and anew
+
+
+def test_cells_of_one_stain_are_negatives_of_another_of_which_nothing_is_known(partly_labelled: PairedTiles) -> None:
+    plain, told = (CropDataset(partly_labelled, crop=32, seed=0, exclusive=exclusive) for exclusive in (False, True))
+    negatives = 0
+    for n in range(len(plain)):
+        before, after = plain[n], told[n]
+        if before.known[1, 1]:
+            assert same(before, after)
+            continue
+        assert after.known.tolist() == [[0, 1], [0, 1]]  # still no image to learn from
+        assert torch.equal(after.masks[0], before.masks[0])
+        carried = before.masks[0] >= POSITIVE
+        assert (after.masks[1][carried] == 0).all()
+        assert (after.masks[1][~carried] == UNKNOWN).all()
+        negatives += int(carried.sum())
+    assert negatives > 0
 
 
 def test_constants_are_measured_on_tiles_that_have_the_image(partly_labelled: PairedTiles, tiles: PairedTiles) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -46,6 +46,7 @@ __all__ = [
     "known_targets",
     "load_tile",
     "measure_stains",
+    "negatives_of_others",
     "normal_noise",
     "oriented",
     "valid_mask",
@@ -80,6 +81,30 @@ def known_targets(tile: PairedTile, stains: tuple[str, ...]) -> NDArray[np.float
     images = [tile.stains[stain] is not None for stain in stains]
     masks = [image or tile.masks[stain] is not None for image, stain in zip(images, stains, strict=True)]
     return np.stack([images, masks], axis=-1).astype(np.float32)
+
+
+def negatives_of_others(
+    crop: Mapping[str, UInt8Array], known: NDArray[np.float32], stains: tuple[str, ...]
+) -> tuple[dict[str, UInt8Array], NDArray[np.float32]]:
+    """Cells that carry one stain as negatives of the stains of which the crop says nothing.
+
+    Args:
+        crop: the arrays of :func:`load_tile`.
+        known: of :func:`known_targets`.
+
+    Returns:
+        the same, in which a stain without a mask has one: 0 where another is positive, elsewhere :data:`UNKNOWN`.
+    """
+    told = [
+        crop[f"{stain}_mask"] >= POSITIVE for stain, known_mask in zip(stains, known[:, 1], strict=True) if known_mask
+    ]
+    changed, known = dict(crop), known.copy()
+    if told:
+        others = np.where(np.any(told, axis=0), 0, UNKNOWN).astype(np.uint8)
+        for number, stain in enumerate(stains):
+            if not known[number, 1]:
+                changed[f"{stain}_mask"], known[number, 1] = others, 1
+    return changed, known
 
 
 def valid_mask(mask: UInt8Array) -> NDArray[np.bool_]:
@@ -184,6 +209,7 @@ class CropDataset:
         augmentation: how far crops differ from their tiles; see :class:`TrainConfig`.
         rare_share: share of the crops from tiles drawn by their masks; see :func:`drawn_by`.
         white_glass: the stains' images are white where the H&E shows bare glass; see :func:`bare_glass`.
+        exclusive: no cell carries two of the stains; see :func:`negatives_of_others`.
         confounders: share of the crops into which something is pasted that no stain marks; see :func:`with_confounder`.
         jitter: strength of the light stain jitter, which only the H&E gets; see :func:`jitter_stain`.
         cache_bytes: decoded tiles are kept up to this many bytes, once for all the loader's processes.
@@ -200,6 +226,7 @@ class CropDataset:
         seed: int,
         augmentation: Augmentation = "light",
         rare_share: float = 0.0,
+        exclusive: bool = False,
         confounders: float = 0.0,
         white_glass: bool = False,
         jitter: float = 0.1,
@@ -209,7 +236,7 @@ class CropDataset:
             [drawn_by(part.split("train"), tiles.stains, rare_share) for part in tiles.parts] if rare_share else None
         )
         self.schedule = Schedule(tiles, seed, weights)
-        self.confounders, self.white_glass = confounders, white_glass
+        self.exclusive, self.confounders, self.white_glass = exclusive, confounders, white_glass
         self.rows = tuple(row for rows in self.schedule.rows for row in rows)
         self._first = np.cumsum([0, *(len(rows) for rows in self.schedule.rows)])
         self.stains = tiles.stains
@@ -264,6 +291,9 @@ class CropDataset:
             bare = bare_glass(cut["he"])[..., None]
             for stain in self.stains:
                 cut[stain] = np.rint(cut[stain] * (1 - bare) + 255 * bare).astype(np.uint8)
+        known = known_targets(self.rows[index], self.stains)
+        if self.exclusive:
+            cut, known = negatives_of_others(cut, known, self.stains)
         orientation = int(rng.integers(8))
         parts = {name: oriented(array, orientation) for name, array in cut.items()}
         if self.confounders and rng.random() < self.confounders:
@@ -280,7 +310,7 @@ class CropDataset:
             masks=torch.stack([parts[f"{stain}_mask"] for stain in self.stains]),
             noise=noise,
             draws=torch.from_numpy(draws.astype(np.float32)),
-            known=torch.from_numpy(known_targets(self.rows[index], self.stains)),
+            known=torch.from_numpy(known),
         )
 
     def batch(self, samples: Iterable[int]) -> CropBatch:

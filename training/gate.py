@@ -26,8 +26,8 @@ class GateRow:
     """A sampler's scores."""
 
     role: Role
-    """``student``: a candidate; ``teacher``: the 18-step sampler, which sets the mark with it; ``undistilled``: the
-    teacher's weights with few steps, for comparison only."""
+    """``student``: a candidate; ``teacher``: the 18-step sampler, which sets the mark with it (one step, if the teacher
+    was fine-tuned to one itself); ``undistilled``: the teacher's weights with few steps, for comparison only."""
     steps: int
     sigmas: tuple[float, ...] | None
     """Noise levels of the few-step sampler; None for Heun."""

@@ -17,6 +17,7 @@ from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
 from staindiffuser.training.config import ModelConfig, from_json
 from staindiffuser.training.data.dataset import CropBatch, CropDataset
+from staindiffuser.training.distill.e2e import forget_noise_, ignores_noise
 from staindiffuser.training.distill.run import GALLERY, JudgeOptions, default_recipe, distill, judge_student
 from staindiffuser.training.distill.student import DistillConfig, Student
 from staindiffuser.training.errors import ConfigError, DataError
@@ -84,6 +85,19 @@ def test_a_checkpoint_stored_in_float32_stays_so(tiny_checkpoint: Path, tiles_fo
     assert all(
         torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype for name, tensor in before.items()
     )
+
+
+def test_a_teacher_of_one_step_is_judged_in_one_step(tiny_checkpoint: Path, tiles_folder: Path, tmp_path: Path) -> None:
+    """Heun's method of a network that ignores the noisy image gives grain, which is no mark to reach."""
+    start = Checkpoint.load(tiny_checkpoint)
+    assert not ignores_noise(start.network.images)
+    forget_noise_(start.network.images)
+    start.save(tmp_path / "teacher")
+    rows = judge_student(tmp_path / "teacher", None, tiles_folder, tmp_path / "run", QUICK).rows
+    mark = next(row for row in rows if row.role == "teacher")
+    assert (mark.steps, mark.sigmas) == (1, (start.config.model.sigma_max,))
+    usual = judge_student(tiny_checkpoint, None, tiles_folder, tmp_path / "other", QUICK).rows
+    assert next(row for row in usual if row.role == "teacher").sigmas is None
 
 
 def test_consistency_tuning_learns(tiny_model: ModelConfig, tiny_checkpoint: Path, tiles_folder: Path) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "detail_distance",
     "edge_distance",
     "forget_noise_",
+    "ignores_noise",
     "local_spectra",
     "quarter",
     "stain_densities",
@@ -145,6 +146,11 @@ def forget_noise_(images: nn.ModuleDict) -> None:
         assert isinstance(branch, Branch)
         branch.stem.weight.zero_()
         branch.stem.weight.requires_grad_(False)
+
+
+def ignores_noise(images: nn.ModuleDict) -> bool:
+    """Whether the image branches were fine-tuned to one step: see :func:`forget_noise_`."""
+    return all(isinstance(branch, Branch) and not branch.stem.weight.any() for branch in images.values())
 
 
 @dataclass(frozen=True, kw_only=True)

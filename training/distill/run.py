@@ -19,6 +19,7 @@ from staindiffuser.training.config import from_json
 from staindiffuser.training.curves import curves_image
 from staindiffuser.training.data.dataset import load_tile
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
+from staindiffuser.training.distill.e2e import ignores_noise
 from staindiffuser.training.distill.gallery import Gallery
 from staindiffuser.training.distill.sigma_search import FewTiles, SigmaSearch, merit, search_sigmas
 from staindiffuser.training.distill.student import DistillConfig, Student
@@ -300,8 +301,9 @@ def _table(
 ) -> list[GateRow]:
     """Score every sampler on the same tiles with the same noise, and draw some of them."""
     own = _samplers(teacher) if judging.undistilled else {}
+    steps, sampler = _of_teacher(teacher.network)
     asked: list[tuple[Role, int, Sampler]] = [
-        ("teacher", HEUN_STEPS, None),
+        ("teacher", steps, sampler),
         *(("undistilled", k, sigmas) for k, sigmas in own.items()),
         *(("student", k, sigmas) for k, sigmas in samplers.items()),
     ]
@@ -309,7 +311,7 @@ def _table(
     def stainer(he: NDArray[np.uint8], seeds: NDArray[np.int64]) -> list[dict[str, NDArray[np.uint8]]]:
         origins = np.zeros((len(he), 2), np.int64)
         return [
-            *stain_tiles_with(teacher.network, he, samplers=[None, *own.values()], seeds=seeds, origins=origins),
+            *stain_tiles_with(teacher.network, he, samplers=[sampler, *own.values()], seeds=seeds, origins=origins),
             *stain_tiles_with(student.network, he, samplers=list(samplers.values()), seeds=seeds, origins=origins),
         ]
 
@@ -331,6 +333,15 @@ def _table(
 def _samplers(checkpoint: Checkpoint) -> Samplers:
     """The checkpoint's few-step samplers."""
     return {int(k): sigmas for k, sigmas in checkpoint.config.sigmas.items() if int(k) in START_SIGMAS}
+
+
+def _of_teacher(network: DualDiffusion) -> tuple[int, Sampler]:
+    """Steps and sampler by which a teacher sets the mark: Heun's, or one step where it was fine-tuned to one itself.
+
+    A network that ignores its noisy image cannot take the noise out of it, step by step; what Heun's method makes of it
+    is grain (radial power 6 to 13), and now and then scores by chance where little is positive.
+    """
+    return (1, (network.config.sigma_max,)) if ignores_noise(network.images) else (HEUN_STEPS, None)
 
 
 def _check_judging(tiles: Tiles, teacher: Checkpoint, judging: JudgeOptions) -> None:

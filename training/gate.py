@@ -1,9 +1,9 @@
 """Which number of steps ships (docs/explanation/mathematics.md, "Gate"): a table of scores, and the judgement on it.
 
-The smallest k whose DAB-Dice is within 0.01 of the best of k = 1, 2, 4 and the 18-step teacher, and whose radial power
-is within 20 % of the real IHC's. With several stains, k passes only if every stain does. If no k passes, the one that
-comes closest in Dice and power together ships, marked as not passed, with the reasons. (Not the one of the best Dice:
-that may be the blurred mean that the gate is there to stop.)
+The smallest k whose DAB-Dice is within 0.01 of the best of k = 1, 2, 4 and the teacher, and whose radial power is within
+20 % of the real IHC's. The teacher has 18 steps, or one if it was fine-tuned to one itself. With several stains, k
+passes only if every stain does. If no k passes, the one that comes closest in Dice and power together ships, marked as
+not passed, with the reasons. (Not the one of the best Dice: that may be the blurred mean that the gate is there to stop.)
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class GateRow:
     """A sampler's scores."""
 
     role: Role
-    """``student``: a candidate; ``teacher``: the 18-step sampler, which sets the mark with it (one step, if the teacher
-    was fine-tuned to one itself); ``undistilled``: the teacher's weights with few steps, for comparison only."""
+    """``student``: a candidate; ``teacher``: as it samples itself, which sets the mark with it; ``undistilled``: the
+    teacher's weights with few steps, for comparison only."""
     steps: int
     sigmas: tuple[float, ...] | None
     """Noise levels of the few-step sampler; None for Heun."""

@@ -1,9 +1,10 @@
 """Which number of steps ships (docs/explanation/mathematics.md, "Gate"): a table of scores, and the judgement on it.
 
-The smallest k whose DAB-Dice is within 0.01 of the best of k = 1, 2, 4 and the teacher, and whose radial power is within
-20 % of the real IHC's. The teacher has 18 steps, or one if it was fine-tuned to one itself. With several stains, k
-passes only if every stain does. If no k passes, the one that comes closest in Dice and power together ships, marked as
-not passed, with the reasons. (Not the one of the best Dice: that may be the blurred mean that the gate is there to stop.)
+The smallest k whose DAB-Dice is within 0.01 of the best of k = 1, 2, 4 and the teacher, and whose radial power is
+within 20 % of the real IHC's. The teacher has 18 steps, or one if it was fine-tuned to one itself. With several
+stains, k passes only if every stain does. If no k passes, the one that comes closest in Dice and power together ships,
+marked as not passed, with the reasons. (Not the one of the best Dice: that may be the blurred mean that the gate is
+there to stop.)
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.arrays import FloatArray, UInt8Array
+from staindiffuser.imaging.optical_density import optical_density
 from staindiffuser.training.data.confounders import CONFOUNDERS, GLASS, with_confounder
 from staindiffuser.training.data.dataset import CropDataset, drawn_by
 from staindiffuser.training.simulate.tiles import simulate_tile
@@ -25,18 +26,38 @@ def arrays() -> dict[str, UInt8Array]:
     return {"he": tile.he, "ck818": np.full((128, 128, 3), 90, np.uint8), "ck818_mask": mask}
 
 
+@pytest.fixture(scope="module")
+def density(arrays: dict[str, UInt8Array]) -> FloatArray:
+    return optical_density(arrays["he"])[:96]
+
+
 @pytest.mark.parametrize("name", sorted(CONFOUNDERS))
-def test_each_is_painted_within_the_crop(name: str) -> None:
+def test_each_is_painted_within_the_crop(name: str, density: FloatArray) -> None:
     areas = []
     for seed in range(12):
-        density, cover = CONFOUNDERS[name](np.random.default_rng(seed), 96, 128)
-        assert density.shape == (96, 128, 3)
-        assert density.dtype == cover.dtype == np.float32
-        assert cover.shape == (96, 128)
-        assert 0 <= cover.min() <= cover.max() <= 1
-        areas.append(float((cover > 0.5).mean()))
+        pasted, place, hides = CONFOUNDERS[name](np.random.default_rng(seed), density)
+        assert pasted.shape == density.shape == (96, 128, 3)
+        assert pasted.dtype == place.dtype == np.float32
+        assert place.shape == (96, 128)
+        assert 0 <= place.min() <= place.max() <= 1
+        assert 0 <= hides <= 1
+        areas.append(float((place > 0.5).mean()))
     assert sum(areas) / len(areas) > 0.1
     assert max(areas) > min(areas)
+
+
+def test_a_fold_is_the_section_on_itself_once_or_twice() -> None:
+    even, layers = np.full((96, 128, 3), 0.3, np.float32), set()
+    for seed in range(20):
+        pasted, _, hides = CONFOUNDERS["fold"](np.random.default_rng(seed), even)
+        assert hides == 0
+        assert np.ptp(pasted) < 1e-4
+        layers.add(round(float(pasted.mean()) / 0.3, 3))
+    assert layers == {1.0, 2.0}
+
+
+def test_tissue_shines_through_some_pens(density: FloatArray) -> None:
+    assert {CONFOUNDERS["pen"](np.random.default_rng(seed), density)[2] for seed in range(20)} == {0.0, 1.0}
 
 
 def test_what_is_pasted_is_negative_and_nothing_else_changes(arrays: dict[str, UInt8Array]) -> None:

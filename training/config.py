@@ -148,7 +148,8 @@ class TrainConfig:
     augmentation: Augmentation = "light"
     """What is done to a crop besides flips and rotations by 90 degrees: ``light`` jitters the H&E's colour channels by
     about a tenth; ``wide`` rotates, scales by 0.8 to 1.25, stains otherwise and scans otherwise (real tissue needs it);
-    ``wider`` resamples every crop and goes further in colours and blur, for cells alone (images would become soft)."""
+    ``wider`` resamples every crop and goes further in size, colours and blur, for cells alone (images would become
+    soft)."""
     tasks: tuple[Task, ...] = ("images", "cells")
     """Which branches of each stain are trained; the others keep the weights that they begin with. The cells alone cost
     a third, and an encoder that knows them is what images are then painted from (``distill --method e2e``)."""
@@ -161,6 +162,9 @@ class TrainConfig:
     confounders: float = 0.0
     """Share of the crops into which something is pasted that is of no stain, and that networks were seen to paint:
     blood, mucin, pen, tinted glass, keratin."""
+    mosaic: float = 0.0
+    """Share of the crops that are put together of four (mosaic: Bochkovskiy et al. 2020, arXiv 2004.10934). A cell is
+    then told by what it looks like, and not by the gland around it, which another tumour does not have."""
     white_glass: bool = False
     """Where the H&E shows bare glass, the stains' images that are learned from are white, whatever their scanner made
     of it; else a model paints the mean of its scanners' glass, and that stands out as a grey halo."""
@@ -223,7 +227,7 @@ class TrainConfig:
         _require(self.checkpoint_minutes > 0, "checkpoint_minutes", self.checkpoint_minutes, "positive")
         _require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         _require(0 <= self.cooldown <= 1, "cooldown", self.cooldown, "in [0, 1]")
-        for name in ("image_max_share", "cells_max_share", "rare_share", "confounders"):
+        for name in ("image_max_share", "cells_max_share", "rare_share", "confounders", "mosaic"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
 
 

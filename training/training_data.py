@@ -66,6 +66,7 @@ class TrainingData:
             augmentation=config.augmentation,
             rare_share=config.rare_share,
             exclusive=config.exclusive,
+            mosaic=config.mosaic,
             confounders=config.confounders,
             white_glass=config.white_glass,
         )

@@ -11,7 +11,15 @@ from scipy import ndimage
 
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.optical_density import he_densities
-from staindiffuser.training.data.augmentation import WIDE, WIDER, Width, another_scanner, another_stain, similar_crop
+from staindiffuser.training.data.augmentation import (
+    WIDE,
+    WIDER,
+    Width,
+    another_cytoplasm,
+    another_scanner,
+    another_stain,
+    similar_crop,
+)
 from staindiffuser.training.data.dataset import CropDataset
 from staindiffuser.training.simulate.tiles import simulate_tile
 from staindiffuser.training.tiles.paired_tiles import PairedTiles
@@ -52,6 +60,34 @@ def test_wider_colours_go_further(he: UInt8Array) -> None:
         return float(np.std([mean[0] - mean[2] for mean in means]))
 
     assert hues(WIDER) > 1.3 * hues(WIDE)
+
+
+def test_wider_crops_are_magnified_further() -> None:
+    y, x = np.mgrid[:128, :128]
+    disc = np.where(np.hypot(y - 64, x - 64) < 20, 255, 0).astype(np.uint8)
+
+    def magnifications(width: Width) -> list[float]:
+        areas = [(similar_crop({"a": disc}, np.random.default_rng(s), 112, width)["a"] > 127).sum() for s in range(60)]
+        return [float(np.sqrt(min(areas) / (disc > 127).sum())), float(np.sqrt(max(areas) / (disc > 127).sum()))]
+
+    np.testing.assert_allclose(magnifications(WIDE), WIDE.scales, rtol=0.08)
+    np.testing.assert_allclose(magnifications(WIDER), WIDER.scales, rtol=0.08)
+
+
+def test_a_kind_of_cells_is_stained_otherwise_or_its_mirror_image(he: UInt8Array) -> None:
+    cells = np.zeros(he.shape[:2], np.bool_)
+    cells[20:60, 20:60] = True
+    before, hits = he.astype(int), 0
+    for seed in range(20):
+        changed = np.abs(another_cytoplasm(he, cells, np.random.default_rng(seed)).astype(int) - before).max(axis=-1)
+        place = cells if changed[cells].mean() > changed[cells[::-1, ::-1]].mean() else cells[::-1, ::-1]
+        hits += place is cells
+        assert changed[place].mean() > 3
+        far = ndimage.distance_transform_edt(~place) > 40
+        assert changed[far].max() <= 1
+    assert 4 <= hits <= 16
+    none = another_cytoplasm(he, np.zeros_like(cells), np.random.default_rng(0))
+    assert np.abs(none.astype(int) - before).max() <= 1
 
 
 def test_another_stain_keeps_the_nuclei_where_they_are(he: UInt8Array) -> None:

@@ -297,6 +297,27 @@ def test_cells_of_one_stain_are_negatives_of_another_of_which_nothing_is_known(p
     assert negatives > 0
 
 
+def test_four_crops_meet_in_a_mosaic(partly_labelled: PairedTiles) -> None:
+    plain, mixed = (CropDataset(partly_labelled, crop=32, seed=0, jitter=0, mosaic=share) for share in (0.0, 1.0))
+    knowns, foreign = set(), 0
+    for n in range(12):
+        alone, crop = plain[n], mixed[n]
+        assert same(crop, mixed[n])
+        # The first quarter is the sample's own; the other three are others'.
+        assert torch.equal(crop.he[:8, :8], alone.he[:8, :8])
+        assert torch.equal(crop.masks[:, :8, :8], alone.masks[:, :8, :8])
+        for rows, columns in ((slice(24, None), slice(8)), (slice(8), slice(24, None)), (slice(24, None),) * 2):
+            foreign += not torch.equal(crop.he[rows, columns], alone.he[rows, columns])
+        told = (crop.masks != UNKNOWN).any(dim=-1).any(dim=-1)
+        assert (crop.known[:, 1].bool() | ~told).all()  # what a quarter says of a stain is learned from
+        if crop.known[0, 0]:
+            assert crop.images[0].flatten(0, 1).any(dim=-1).all()  # an image is learned from if all of it is there
+        knowns.add(tuple(crop.known.flatten().tolist()))
+    assert len(knowns) > 1
+    assert foreign > 24  # of 36: simulated glass is alike
+    assert all(same(plain[n], CropDataset(partly_labelled, crop=32, seed=0, jitter=0)[n]) for n in range(4))
+
+
 def test_constants_are_measured_on_tiles_that_have_the_image(partly_labelled: PairedTiles, tiles: PairedTiles) -> None:
     measured = measure_stains(partly_labelled)
     kept = [row for row in partly_labelled.split("train") if row.stains["cd3"] is not None]

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.arrays import BoolArray, UInt8Array
 from staindiffuser.imaging.optical_density import HE_MATRIX, optical_density
 
-__all__ = ["WIDE", "WIDER", "Width", "another_scanner", "another_stain", "similar_crop"]
+__all__ = ["WIDE", "WIDER", "Width", "another_cytoplasm", "another_scanner", "another_stain", "similar_crop"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +30,20 @@ class Width:
     """Standard deviation of what is added to the stains' colour vectors."""
     largest_blur: float
     """Standard deviation of the Gaussian of a scanner that is out of focus at most, pixels."""
+    scales: tuple[float, float]
+    """The smallest and the largest magnification of what is not cut along the pixels."""
+    regional: float = 0.0
+    """Share of the crops in which one kind of cells is stained otherwise than what is around it."""
 
 
-WIDE = Width(straight=0.65, vector_spread=0.03, largest_blur=1.3)
-WIDER = Width(straight=0.0, vector_spread=0.07, largest_blur=2.0)
-"""For cell maps, which may be soft. Published vectors of hematoxylin lie about 0.1 from one another."""
-SCALES = (0.8, 1.25)
+WIDE = Width(straight=0.65, vector_spread=0.03, largest_blur=1.3, scales=(0.8, 1.25))
+WIDER = Width(straight=0.0, vector_spread=0.07, largest_blur=2.0, scales=(0.7, 1.5), regional=0.3)
+"""For cell maps, which may be soft. Published vectors of hematoxylin lie about 0.1 from one another; nuclei of
+carcinomas are larger than those of the glands that they come from."""
 STAIN_RANGE = 0.45
 """The density of hematoxylin, of eosin and of the rest is each multiplied by exp(±this)."""
+LARGEST_TURN = 0.6
+"""Share of the eosin of a kind of cells that is hematoxylin's colour at most."""
 TINT_SHARE, LARGEST_TINT = 0.3, 0.12
 """How often glass has a colour, and its optical density at most."""
 
@@ -53,7 +59,7 @@ def similar_crop(
     """
     rows, columns = next(iter(arrays.values())).shape[:2]
     left, top = rng.uniform(0, columns - crop), rng.uniform(0, rows - crop)
-    angle, scale = rng.uniform(0, 360), np.exp(rng.uniform(*np.log(SCALES)))
+    angle, scale = rng.uniform(0, 360), np.exp(rng.uniform(*np.log(width.scales)))
     if rng.random() < width.straight:
         window = np.s_[round(top) : round(top) + crop, round(left) : round(left) + crop]
         return {name: array[window] for name, array in arrays.items()}
@@ -86,6 +92,30 @@ def another_stain(he: UInt8Array, rng: np.random.Generator, width: Width = WIDE)
     tint = rng.dirichlet(np.ones(3)) * rng.uniform(0, LARGEST_TINT) * (rng.random() < TINT_SHARE)
     change = np.linalg.inv(HE_MATRIX) @ (strength[:, None] * vectors)
     density = optical_density(he) @ change.astype(np.float32) + tint.astype(np.float32)
+    stained: UInt8Array = np.clip(np.rint(256 * 10.0**-density - 1), 0, 255).astype(np.uint8)
+    return stained
+
+
+def another_cytoplasm(he: UInt8Array, cells: BoolArray, rng: np.random.Generator) -> UInt8Array:
+    """Stain some cells of an H&E, uint8 [H, W, 3], otherwise than what is around them, with a soft edge.
+
+    The cytoplasm of epithelium is pink in one organ, violet or pale in another, and a network that has seen one takes
+    its colour for what it is. In half of the draws it is the mirror image of the cells that is stained otherwise, so
+    that the edge does not tell where they are.
+
+    Args:
+        cells: [H, W], those of one kind.
+    """
+    if rng.random() < 0.5:
+        cells = cells[::-1, ::-1]
+    place = np.asarray(cv2.GaussianBlur(cells.astype(np.float32), (0, 0), rng.uniform(2, 10)), np.float32)
+    hematoxylin, eosin = np.exp(rng.uniform(-STAIN_RANGE, STAIN_RANGE, 2))
+    turned = rng.uniform(0, LARGEST_TURN)
+    amounts = np.diag([hematoxylin, eosin * (1 - turned), 1.0])
+    amounts[1, 0] = eosin * turned  # what was pink is violet
+    change = np.linalg.inv(HE_MATRIX) @ amounts @ HE_MATRIX
+    before = optical_density(he)
+    density = before + place[..., None] * (before @ change.astype(np.float32) - before)
     stained: UInt8Array = np.clip(np.rint(256 * 10.0**-density - 1), 0, 255).astype(np.uint8)
     return stained
 

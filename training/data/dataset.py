@@ -24,7 +24,14 @@ from staindiffuser.imaging.glass import bare_glass
 from staindiffuser.imaging.image_files import read_image
 from staindiffuser.imaging.optical_density import coarse_mask, dab_mask
 from staindiffuser.training.config import Augmentation, StainConfig
-from staindiffuser.training.data.augmentation import WIDE, WIDER, another_scanner, another_stain, similar_crop
+from staindiffuser.training.data.augmentation import (
+    WIDE,
+    WIDER,
+    another_cytoplasm,
+    another_scanner,
+    another_stain,
+    similar_crop,
+)
 from staindiffuser.training.data.cache import TileCache
 from staindiffuser.training.data.confounders import with_confounder
 from staindiffuser.training.errors import DataError
@@ -211,6 +218,7 @@ class CropDataset:
         white_glass: the stains' images are white where the H&E shows bare glass; see :func:`bare_glass`.
         exclusive: no cell carries two of the stains; see :func:`negatives_of_others`.
         confounders: share of the crops into which something is pasted that no stain marks; see :func:`with_confounder`.
+        mosaic: share of the crops that are put together of four.
         jitter: strength of the light stain jitter, which only the H&E gets; see :func:`jitter_stain`.
         cache_bytes: decoded tiles are kept up to this many bytes, once for all the loader's processes.
 
@@ -228,6 +236,7 @@ class CropDataset:
         rare_share: float = 0.0,
         exclusive: bool = False,
         confounders: float = 0.0,
+        mosaic: float = 0.0,
         white_glass: bool = False,
         jitter: float = 0.1,
         cache_bytes: int = CACHE_BYTES,
@@ -236,7 +245,8 @@ class CropDataset:
             [drawn_by(part.split("train"), tiles.stains, rare_share) for part in tiles.parts] if rare_share else None
         )
         self.schedule = Schedule(tiles, seed, weights)
-        self.exclusive, self.confounders, self.white_glass = exclusive, confounders, white_glass
+        self.exclusive, self.white_glass = exclusive, white_glass
+        self.confounders, self.mosaic = confounders, mosaic
         self.rows = tuple(row for rows in self.schedule.rows for row in rows)
         self._first = np.cumsum([0, *(len(rows) for rows in self.schedule.rows)])
         self.stains = tiles.stains
@@ -279,6 +289,37 @@ class CropDataset:
 
     def __getitem__(self, sample: int) -> CropBatch:
         rng = np.random.default_rng((self.seed, 2, sample))
+        parts, known = self._mosaic(sample, rng) if self.mosaic else self._stained(sample, rng)
+        he = torch.from_numpy(jitter_stain(parts["he"].numpy(), rng, self.jitter))
+        noise = normal_noise(rng, (len(self.stains), 4, self.crop, self.crop))
+        draws = np.stack([rng.random((len(self.stains), 2)), rng.standard_normal((len(self.stains), 2))], axis=-1)
+        return CropBatch(
+            he=he,
+            images=torch.stack([parts[stain] for stain in self.stains]),
+            masks=torch.stack([parts[f"{stain}_mask"] for stain in self.stains]),
+            noise=noise,
+            draws=torch.from_numpy(draws.astype(np.float32)),
+            known=torch.from_numpy(known),
+        )
+
+    def _mosaic(self, sample: int, rng: np.random.Generator) -> tuple[dict[str, Tensor], NDArray[np.float32]]:
+        """:meth:`_stained`; or, for a share of the samples, four of them that meet at a random point."""
+        parts, known = self._stained(sample, rng)
+        if rng.random() >= self.mosaic:
+            return parts, known
+        row, column = (int(place) for place in rng.integers(self.crop // 4, 3 * self.crop // 4, 2, endpoint=True))
+        above, left = slice(row), slice(column)
+        below, right = slice(row, None), slice(column, None)
+        for window in ((above, right), (below, left), (below, right)):
+            others, also = self._stained(int(rng.integers(2**31)), rng)
+            for name, array in parts.items():
+                array[window] = others[name][window]
+            # What a quarter does not say is its ignore band; an image has to be whole.
+            known = np.stack([known[:, 0] * also[:, 0], np.maximum(known[:, 1], also[:, 1])], axis=-1)
+        return parts, known
+
+    def _stained(self, sample: int, rng: np.random.Generator) -> tuple[dict[str, Tensor], NDArray[np.float32]]:
+        """The arrays of a sample's crop, its H&E stained and scanned otherwise, and its :func:`known_targets`."""
         index = self.index(sample)
         arrays = self.decoded(index)
         if self.width:
@@ -298,20 +339,14 @@ class CropDataset:
         parts = {name: oriented(array, orientation) for name, array in cut.items()}
         if self.confounders and rng.random() < self.confounders:
             parts = {name: torch.from_numpy(a) for name, a in with_confounder(_arrays(parts), rng).items()}
-        stained = parts["he"].numpy()
         if self.width:
+            stained = parts["he"].numpy()
+            if self.width.regional and rng.random() < self.width.regional:
+                stain = self.stains[int(rng.integers(len(self.stains)))]
+                stained = another_cytoplasm(stained, parts[f"{stain}_mask"].numpy() >= POSITIVE, rng)
             stained = another_scanner(another_stain(stained, rng, self.width), rng, self.width)
-        he = torch.from_numpy(jitter_stain(stained, rng, self.jitter))
-        noise = normal_noise(rng, (len(self.stains), 4, self.crop, self.crop))
-        draws = np.stack([rng.random((len(self.stains), 2)), rng.standard_normal((len(self.stains), 2))], axis=-1)
-        return CropBatch(
-            he=he,
-            images=torch.stack([parts[stain] for stain in self.stains]),
-            masks=torch.stack([parts[f"{stain}_mask"] for stain in self.stains]),
-            noise=noise,
-            draws=torch.from_numpy(draws.astype(np.float32)),
-            known=torch.from_numpy(known),
-        )
+            parts["he"] = torch.from_numpy(stained)
+        return parts, known
 
     def batch(self, samples: Iterable[int]) -> CropBatch:
         """Several samples together."""

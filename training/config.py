@@ -161,7 +161,7 @@ class TrainConfig:
     negatives. So simulated epithelium, of which there are many kinds, teaches a stain that is not simulated."""
     confounders: float = 0.0
     """Share of the crops into which something is pasted that is of no stain, and that networks were seen to paint:
-    blood, mucin, pen, tinted glass, keratin."""
+    blood, mucin, pen, tinted glass, keratin, folds."""
     mosaic: float = 0.0
     """Share of the crops that are put together of four (mosaic: Bochkovskiy et al. 2020, arXiv 2004.10934). A cell is
     then told by what it looks like, and not by the gland around it, which another tumour does not have."""

@@ -29,6 +29,7 @@ __all__ = [
     "dab_mask",
     "he_densities",
     "hematoxylin_density",
+    "image_of_density",
     "optical_density",
     "unmix",
 ]
@@ -76,6 +77,12 @@ def optical_density(rgb: UInt8Array) -> FloatArray:
     """
     density: FloatArray = _DENSITY_OF_VALUE[_bytes(rgb)]
     return density
+
+
+def image_of_density(density: npt.NDArray[np.floating[Any]]) -> UInt8Array:
+    """The inverse of :func:`optical_density`: any shape to uint8 of the same, what no byte can show clipped."""
+    image: UInt8Array = np.clip(np.rint(256 * 10.0**-density - 1), 0, 255).astype(np.uint8)
+    return image
 
 
 def unmix(density: npt.NDArray[np.floating[Any]]) -> FloatArray:

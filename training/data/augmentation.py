@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from staindiffuser.imaging.arrays import BoolArray, UInt8Array
-from staindiffuser.imaging.optical_density import HE_MATRIX, optical_density
+from staindiffuser.imaging.optical_density import HE_MATRIX, image_of_density, optical_density
 
 __all__ = ["WIDE", "WIDER", "Width", "another_cytoplasm", "another_scanner", "another_stain", "similar_crop"]
 
@@ -92,8 +92,7 @@ def another_stain(he: UInt8Array, rng: np.random.Generator, width: Width = WIDE)
     tint = rng.dirichlet(np.ones(3)) * rng.uniform(0, LARGEST_TINT) * (rng.random() < TINT_SHARE)
     change = np.linalg.inv(HE_MATRIX) @ (strength[:, None] * vectors)
     density = optical_density(he) @ change.astype(np.float32) + tint.astype(np.float32)
-    stained: UInt8Array = np.clip(np.rint(256 * 10.0**-density - 1), 0, 255).astype(np.uint8)
-    return stained
+    return image_of_density(density)
 
 
 def another_cytoplasm(he: UInt8Array, cells: BoolArray, rng: np.random.Generator) -> UInt8Array:
@@ -116,8 +115,7 @@ def another_cytoplasm(he: UInt8Array, cells: BoolArray, rng: np.random.Generator
     change = np.linalg.inv(HE_MATRIX) @ amounts @ HE_MATRIX
     before = optical_density(he)
     density = before + place[..., None] * (before @ change.astype(np.float32) - before)
-    stained: UInt8Array = np.clip(np.rint(256 * 10.0**-density - 1), 0, 255).astype(np.uint8)
-    return stained
+    return image_of_density(density)
 
 
 def another_scanner(he: UInt8Array, rng: np.random.Generator, width: Width = WIDE) -> UInt8Array:

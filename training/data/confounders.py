@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from staindiffuser.imaging.arrays import FloatArray, UInt8Array
-from staindiffuser.imaging.optical_density import HE_MATRIX, optical_density
+from staindiffuser.imaging.optical_density import HE_MATRIX, image_of_density, optical_density
 
 __all__ = ["CONFOUNDERS", "with_confounder"]
 
@@ -40,12 +40,13 @@ def with_confounder(arrays: Mapping[str, UInt8Array], rng: np.random.Generator) 
     paint = CONFOUNDERS[names[int(rng.integers(len(names)))]]
     before = optical_density(arrays["he"])
     density, place, hides = paint(rng, before)
-    mixed = before * (1 - hides * place[..., None]) + density * place[..., None]
+    cover = place[..., None]
+    mixed = np.asarray(before * (1 - hides * cover) + density * cover, np.float32)
     hidden = place > 0.5
     changed: dict[str, UInt8Array] = {}
     for name, array in arrays.items():
         if name == "he":
-            changed[name] = np.clip(np.rint(256 * 10.0**-mixed - 1), 0, 255).astype(np.uint8)
+            changed[name] = image_of_density(mixed)
         else:
             changed[name] = array.copy()
             changed[name][hidden] = GLASS if array.ndim == 3 else 0

@@ -22,7 +22,7 @@ from torch import Tensor
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.glass import bare_glass
 from staindiffuser.imaging.image_files import read_image
-from staindiffuser.imaging.optical_density import coarse_mask, dab_mask
+from staindiffuser.imaging.optical_density import coarse_mask, dab_mask, image_of_density
 from staindiffuser.training.config import Augmentation, StainConfig
 from staindiffuser.training.data.augmentation import (
     WIDE,
@@ -289,7 +289,9 @@ class CropDataset:
 
     def __getitem__(self, sample: int) -> CropBatch:
         rng = np.random.default_rng((self.seed, 2, sample))
-        parts, known = self._mosaic(sample, rng) if self.mosaic else self._stained(sample, rng)
+        parts, known = self._stained(sample, rng)
+        if self.mosaic and rng.random() < self.mosaic:
+            parts, known = self._mosaic(parts, known, rng)
         he = torch.from_numpy(jitter_stain(parts["he"].numpy(), rng, self.jitter))
         noise = normal_noise(rng, (len(self.stains), 4, self.crop, self.crop))
         draws = np.stack([rng.random((len(self.stains), 2)), rng.standard_normal((len(self.stains), 2))], axis=-1)
@@ -302,11 +304,10 @@ class CropDataset:
             known=torch.from_numpy(known),
         )
 
-    def _mosaic(self, sample: int, rng: np.random.Generator) -> tuple[dict[str, Tensor], NDArray[np.float32]]:
-        """:meth:`_stained`; or, for a share of the samples, four of them that meet at a random point."""
-        parts, known = self._stained(sample, rng)
-        if rng.random() >= self.mosaic:
-            return parts, known
+    def _mosaic(
+        self, parts: dict[str, Tensor], known: NDArray[np.float32], rng: np.random.Generator
+    ) -> tuple[dict[str, Tensor], NDArray[np.float32]]:
+        """A crop and three others that meet at a random point; ``parts`` is written to."""
         row, column = (int(place) for place in rng.integers(self.crop // 4, 3 * self.crop // 4, 2, endpoint=True))
         above, left = slice(row), slice(column)
         below, right = slice(row, None), slice(column, None)
@@ -431,7 +432,7 @@ def jitter_stain(he: UInt8Array, rng: np.random.Generator, strength: float) -> U
     shift = 0.1 * strength * rng.standard_normal(3)
     levels = np.arange(256, dtype=np.float64)
     density = -np.log10((levels + 1) / 256) * scale[:, None] + shift[:, None]
-    tables = np.clip(np.rint(256 * 10.0**-density - 1), 0, 255).astype(np.uint8)
+    tables = image_of_density(density)
     jittered = np.empty_like(he)
     for channel, table in enumerate(tables):
         jittered[..., channel] = table[he[..., channel]]

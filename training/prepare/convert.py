@@ -11,7 +11,7 @@ from PIL import Image
 
 from staindiffuser.imaging.arrays import BoolArray, UInt8Array
 from staindiffuser.imaging.image_files import read_image, write_png
-from staindiffuser.imaging.optical_density import STAIN_MATRIX, coarse_mask, dab_mask
+from staindiffuser.imaging.optical_density import STAIN_MATRIX, coarse_mask, dab_mask, image_of_density
 from staindiffuser.training.prepare.layouts import Pair, Panel
 from staindiffuser.training.tiles.mask_codes import MaskCode, is_positive
 
@@ -121,5 +121,4 @@ def brightfield(marker: UInt8Array, nuclei: UInt8Array) -> UInt8Array:
     density = (MARKER_DENSITY / 255) * marker[..., None] * dab + (NUCLEI_DENSITY / 255) * nuclei[
         ..., None
     ] * hematoxylin
-    image: UInt8Array = np.clip(np.rint(256 * 10.0**-density - 1), 0, 255).astype(np.uint8)
-    return image
+    return image_of_density(density)

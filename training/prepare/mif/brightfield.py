@@ -10,7 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from staindiffuser.imaging.arrays import FloatArray, UInt8Array
-from staindiffuser.imaging.optical_density import STAIN_MATRIX, he_densities
+from staindiffuser.imaging.optical_density import STAIN_MATRIX, he_densities, image_of_density
 
 __all__ = ["brightfield"]
 
@@ -41,5 +41,4 @@ def brightfield(he: UInt8Array, dab: FloatArray) -> UInt8Array:
     blue = np.clip(COUNTERSTAIN * (nuclei - EOSIN_LEAK), 0.0, LARGEST_COUNTERSTAIN)
     blue = blue * (1.0 - HIDDEN * np.clip(brown, 0.0, 1.0)) + GLASS_DENSITY
     density = blue[..., None] * STAIN_MATRIX[0] + brown[..., None] * STAIN_MATRIX[1]
-    image: UInt8Array = np.clip(np.rint(256.0 * 10.0**-density - 1.0), 0, 255).astype(np.uint8)
-    return image
+    return image_of_density(density)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from staindiffuser.training.model.branch import Branch
+from staindiffuser.training.model.branch import Branch, without_first
 from staindiffuser.training.model.encoder import HEEncoder
 from staindiffuser.training.model.layers import RESIDUAL, BlockList, MPConv, ResidualBlock, mp_weights
 
@@ -137,7 +137,7 @@ class FoldedBranch(nn.Module):
     def __init__(self, branch: Branch, unit: float, c_noise: Tensor) -> None:
         super().__init__()
         embeddings = branch.embedding(c_noise).detach()
-        attention = branch.attention
+        attention, self.unread = branch.attention, branch.unread
         self.mix = nn.ModuleList(FoldedConv(layer, unit_in=unit) for layer in attention.mix)
         self.gate = nn.ModuleList(FoldedConv(layer) for layer in attention.gate)
         self.inject = nn.ModuleList(FoldedConv(layer, unit_in=unit) for layer in branch.inject)
@@ -158,7 +158,7 @@ class FoldedBranch(nn.Module):
     def attend(self, features: list[Tensor]) -> list[Tensor]:
         """Features in units of ``unit`` → what is added to each level."""
         attended: list[Tensor] = []
-        for level, f in enumerate(features):
+        for level, f in enumerate(without_first(features, self.unread)):
             x = torch.cat([f, F.avg_pool2d(attended[-1], 2)], dim=1) if level else f
             gate = self.gate[level](scaled_silu(self.mix[level](x), 1.0))
             attended.append(torch.sigmoid(gate) * f)

@@ -101,6 +101,11 @@ class ModelConfig:
     cells: WidthConfig
     backbone: Backbone = "none"
     """What stands beside the encoder's own pyramid; its features are appended to it."""
+    cells_read: Literal["all", "backbone"] = "all"
+    """Which of the encoder's features the cell branches look at."""
+    cells_output: Literal["clamped", "sigmoid"] = "clamped"
+    """How a cell branch's output becomes a probability. ``sigmoid`` is learned by cross-entropy, in the one step that
+    it is used in; ``clamped`` by the squared error, which takes longer to see what is rare."""
     embedding: int = 128
     """Channels of the noise-level embedding."""
     stains: tuple[StainConfig, ...] = ()
@@ -125,6 +130,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         names = self.stain_names
+        read, backbone = self.cells_read, self.backbone
+        _require(read == "all" or backbone != "none", "cells_read", read, "'all' where there is no backbone")
         _require(len(set(names)) == len(names), "stains", names, "unique names")
         _require(self.embedding >= 1, "embedding", self.embedding, "at least 1")
         _require(0 < self.mpp < math.inf, "mpp", self.mpp, "positive and finite (µm per pixel)")
@@ -148,7 +155,7 @@ class TrainConfig:
     augmentation: Augmentation = "light"
     """What is done to a crop besides flips and rotations by 90 degrees: ``light`` jitters the H&E's colour channels by
     about a tenth; ``wide`` rotates, scales by 0.8 to 1.25, stains otherwise and scans otherwise (real tissue needs it);
-    ``wider`` resamples every crop and goes further in size, colours and blur, for cells alone (images would become
+    ``wider`` resamples every crop, goes further in colours and less far in size, for cells alone (images would become
     soft)."""
     tasks: tuple[Task, ...] = ("images", "cells")
     """Which branches of each stain are trained; the others keep the weights that they begin with. The cells alone cost
@@ -165,6 +172,8 @@ class TrainConfig:
     mosaic: float = 0.0
     """Share of the crops that are put together of four (mosaic: Bochkovskiy et al. 2020, arXiv 2004.10934). A cell is
     then told by what it looks like, and not by the gland around it, which another tumour does not have."""
+    jigsaw: float = 0.0
+    """Share of the crops that are put together anew from pieces of a few cells: see ``data.jigsaw``."""
     white_glass: bool = False
     """Where the H&E shows bare glass, the stains' images that are learned from are white, whatever their scanner made
     of it; else a model paints the mean of its scanners' glass, and that stands out as a grey halo."""
@@ -227,7 +236,7 @@ class TrainConfig:
         _require(self.checkpoint_minutes > 0, "checkpoint_minutes", self.checkpoint_minutes, "positive")
         _require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         _require(0 <= self.cooldown <= 1, "cooldown", self.cooldown, "in [0, 1]")
-        for name in ("image_max_share", "cells_max_share", "rare_share", "confounders", "mosaic"):
+        for name in ("image_max_share", "cells_max_share", "rare_share", "confounders", "mosaic", "jigsaw"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
 
 

@@ -67,6 +67,8 @@ class TrainingData:
             rare_share=config.rare_share,
             exclusive=config.exclusive,
             mosaic=config.mosaic,
+            jigsaw=config.jigsaw,
+            images="images" in config.tasks,
             confounders=config.confounders,
             white_glass=config.white_glass,
         )

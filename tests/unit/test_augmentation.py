@@ -62,7 +62,7 @@ def test_wider_colours_go_further(he: UInt8Array) -> None:
     assert hues(WIDER) > 1.3 * hues(WIDE)
 
 
-def test_wider_crops_are_magnified_further() -> None:
+def test_crops_are_magnified_as_far_as_their_width_says() -> None:
     y, x = np.mgrid[:128, :128]
     disc = np.where(np.hypot(y - 64, x - 64) < 20, 255, 0).astype(np.uint8)
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -316,6 +317,25 @@ def test_four_crops_meet_in_a_mosaic(partly_labelled: PairedTiles) -> None:
     assert len(knowns) > 1
     assert foreign > 24  # of 36: simulated glass is alike
     assert all(same(plain[n], CropDataset(partly_labelled, crop=32, seed=0, jitter=0)[n]) for n in range(4))
+
+
+def test_without_images_the_rest_of_a_crop_is_the_same(partly_labelled: PairedTiles) -> None:
+    recipe: dict[str, Any] = {
+        "augmentation": "wide",
+        "mosaic": 0.5,
+        "jigsaw": 0.5,
+        "confounders": 0.5,
+        "exclusive": True,
+    }
+    whole, cells = (CropDataset(partly_labelled, crop=32, seed=0, images=images, **recipe) for images in (True, False))
+    for n in range(12):
+        crop, alone = whole[n], cells[n]
+        for name in ("he", "masks", "noise", "draws"):
+            assert torch.equal(getattr(alone, name), getattr(crop, name)), name
+        assert torch.equal(alone.known[:, 1], crop.known[:, 1])
+        assert not alone.known[:, 0].any()
+        assert alone.images.shape == crop.images.shape
+        assert not alone.images.any()
 
 
 def test_constants_are_measured_on_tiles_that_have_the_image(partly_labelled: PairedTiles, tiles: PairedTiles) -> None:

@@ -19,7 +19,7 @@ from staindiffuser.export.graphs import write_engines
 from staindiffuser.training.checkpoint import Checkpoint, CheckpointConfig
 from staindiffuser.training.config import BACKBONE_CHANNELS, PRESETS, StainConfig
 from staindiffuser.training.model.network import DualDiffusion, he_to_network
-from staindiffuser.training.model.pretrained import Lite0, lite0_radius, lite0_weights
+from staindiffuser.training.model.pretrained import Lite0, _SameConv, lite0_radius, lite0_weights
 from staindiffuser.training.teacher import Teacher
 
 
@@ -152,3 +152,24 @@ def test_a_shift_by_16_pixels_shifts_the_features_and_nothing_else(trunk: Lite0)
             rtol=1e-4,
             atol=1e-4,
         )
+
+
+def test_gradients_under_autocast_are_those_of_float32() -> None:
+    """Depthwise convolutions leave bfloat16 for them, which must not change what they are."""
+    torch.manual_seed(0)
+    conv = _SameConv(24, 24, 5, stride=2, groups=24)
+    x = torch.randn(2, 24, 20, 20, requires_grad=True)
+    plain = conv(x)
+    plain.square().sum().backward()
+    assert x.grad is not None
+    assert conv.weight.grad is not None
+    wanted = [x.grad.clone(), conv.weight.grad.clone()]
+    x.grad, conv.weight.grad = None, None
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = conv(x.bfloat16().float())
+        pointwise = _SameConv(24, 8, 1)(mixed)
+    assert mixed.dtype == torch.float32
+    assert pointwise.dtype == torch.bfloat16
+    mixed.square().sum().backward()
+    for found, value in zip([x.grad, conv.weight.grad], wanted, strict=True):
+        torch.testing.assert_close(found, value, rtol=0.02, atol=0.02 * float(value.abs().max()))

@@ -34,6 +34,7 @@ from staindiffuser.training.data.augmentation import (
 )
 from staindiffuser.training.data.cache import TileCache
 from staindiffuser.training.data.confounders import with_confounder
+from staindiffuser.training.data.jigsaw import jigsaw
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.tiles.mixed_tiles import MixedTiles, Schedule
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, spread
@@ -219,6 +220,8 @@ class CropDataset:
         exclusive: no cell carries two of the stains; see :func:`negatives_of_others`.
         confounders: share of the crops into which something is pasted that no stain marks; see :func:`with_confounder`.
         mosaic: share of the crops that are put together of four.
+        jigsaw: share of the crops that are put together anew from pieces of themselves; see :mod:`.jigsaw`.
+        images: whether the stains' images are cut too; if not, they are black and not to be learned from.
         jitter: strength of the light stain jitter, which only the H&E gets; see :func:`jitter_stain`.
         cache_bytes: decoded tiles are kept up to this many bytes, once for all the loader's processes.
 
@@ -237,6 +240,8 @@ class CropDataset:
         exclusive: bool = False,
         confounders: float = 0.0,
         mosaic: float = 0.0,
+        jigsaw: float = 0.0,
+        images: bool = True,
         white_glass: bool = False,
         jitter: float = 0.1,
         cache_bytes: int = CACHE_BYTES,
@@ -246,7 +251,8 @@ class CropDataset:
         )
         self.schedule = Schedule(tiles, seed, weights)
         self.exclusive, self.white_glass = exclusive, white_glass
-        self.confounders, self.mosaic = confounders, mosaic
+        self.confounders, self.mosaic, self.jigsaw = confounders, mosaic, jigsaw
+        self.images = images
         self.rows = tuple(row for rows in self.schedule.rows for row in rows)
         self._first = np.cumsum([0, *(len(rows) for rows in self.schedule.rows)])
         self.stains = tiles.stains
@@ -297,7 +303,7 @@ class CropDataset:
         draws = np.stack([rng.random((len(self.stains), 2)), rng.standard_normal((len(self.stains), 2))], axis=-1)
         return CropBatch(
             he=he,
-            images=torch.stack([parts[stain] for stain in self.stains]),
+            images=torch.stack([parts.get(stain, torch.zeros_like(he)) for stain in self.stains]),
             masks=torch.stack([parts[f"{stain}_mask"] for stain in self.stains]),
             noise=noise,
             draws=torch.from_numpy(draws.astype(np.float32)),
@@ -322,32 +328,41 @@ class CropDataset:
     def _stained(self, sample: int, rng: np.random.Generator) -> tuple[dict[str, Tensor], NDArray[np.float32]]:
         """The arrays of a sample's crop, its H&E stained and scanned otherwise, and its :func:`known_targets`."""
         index = self.index(sample)
-        arrays = self.decoded(index)
+        arrays, known = self.decoded(index), known_targets(self.rows[index], self.stains)
+        if not self.images:
+            arrays = {name: array for name, array in arrays.items() if name not in self.stains}
+            known[:, 0] = 0
         if self.width:
             cut = similar_crop(arrays, rng, self.crop, self.width)
         else:
             height, width = arrays["he"].shape[:2]
             top, left = rng.integers(0, height - self.crop + 1), rng.integers(0, width - self.crop + 1)
             cut = {name: array[top : top + self.crop, left : left + self.crop] for name, array in arrays.items()}
-        if self.white_glass:
+        if self.white_glass and self.images:
             bare = bare_glass(cut["he"])[..., None]
             for stain in self.stains:
                 cut[stain] = np.rint(cut[stain] * (1 - bare) + 255 * bare).astype(np.uint8)
-        known = known_targets(self.rows[index], self.stains)
         if self.exclusive:
             cut, known = negatives_of_others(cut, known, self.stains)
         orientation = int(rng.integers(8))
         parts = {name: oriented(array, orientation) for name, array in cut.items()}
+        if self.jigsaw and rng.random() < self.jigsaw:
+            cells = parts[f"{self._drawn(rng)}_mask"].numpy() >= POSITIVE
+            parts = {name: torch.from_numpy(a) for name, a in jigsaw(_arrays(parts), cells, rng).items()}
         if self.confounders and rng.random() < self.confounders:
             parts = {name: torch.from_numpy(a) for name, a in with_confounder(_arrays(parts), rng).items()}
         if self.width:
             stained = parts["he"].numpy()
             if self.width.regional and rng.random() < self.width.regional:
-                stain = self.stains[int(rng.integers(len(self.stains)))]
-                stained = another_cytoplasm(stained, parts[f"{stain}_mask"].numpy() >= POSITIVE, rng)
+                cells = parts[f"{self._drawn(rng)}_mask"].numpy() >= POSITIVE
+                stained = another_cytoplasm(stained, cells, rng)
             stained = another_scanner(another_stain(stained, rng, self.width), rng, self.width)
             parts["he"] = torch.from_numpy(stained)
         return parts, known
+
+    def _drawn(self, rng: np.random.Generator) -> str:
+        """One of the stains."""
+        return self.stains[int(rng.integers(len(self.stains)))]
 
     def batch(self, samples: Iterable[int]) -> CropBatch:
         """Several samples together."""

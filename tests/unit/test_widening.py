@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
 from staindiffuser.errors import UsageError
+from staindiffuser.export.graphs import write_engines
 from staindiffuser.export.modules import BranchEngine, EncoderEngine
 from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.config import PRESETS, ModelConfig, Preset, StainConfig, Task, WidthConfig
@@ -204,8 +206,8 @@ def test_another_encoder_is_refused(tiles_folder: Path, tmp_path: Path) -> None:
         run([str(tiles_folder)], tmp_path / "other", PRESETS["demo"].model, start=base)
 
 
-def test_cells_learned_by_cross_entropy() -> None:
-    """They are a probability without being clamped, in torch and in the graphs' modules."""
+def test_cells_learned_by_cross_entropy(tmp_path: Path) -> None:
+    """They are a probability without being clamped, in torch, in the graphs' modules and in the graphs."""
     model, stain = dataclasses.replace(APART, cells_output="sigmoid"), CD3
     torch.manual_seed(2)
     network = trained(DualDiffusion(model))
@@ -220,6 +222,12 @@ def test_cells_learned_by_cross_entropy() -> None:
         )[f"CELLS_{stain.name.upper()}"][0, ..., 0]
         engine = BranchEngine(network, "cells", stain, [80.0])
         traced = engine(*EncoderEngine(network)(he))[0, ..., 0]
+    write_engines(network, tmp_path, sigmas=[80.0], tile=64, trunk=torch.float32, only="cells_cd3")
+    session = onnxruntime.InferenceSession(tmp_path / "cells_cd3.onnx", providers=["CPUExecutionProvider"])
+    inputs = {f"FEATURES_{level}": f.detach().numpy() for level, f in enumerate(EncoderEngine(network)(he))}
+    inputs |= {i.name: np.zeros((1, 1, 64, 64), np.float16) for i in session.get_inputs() if i.name not in inputs}
+    exported = np.asarray(session.run(None, inputs)[0])[0, ..., 0]
+    assert np.abs(exported.astype(int) - wanted.numpy()).max() <= 2  # its weights are stored in half precision
     assert np.abs(ours.astype(int) - wanted.numpy()).max() <= 1
     assert np.abs(traced.numpy().astype(int) - wanted.numpy()).max() <= 1
     assert wanted.std() > 1

@@ -105,7 +105,7 @@ class ModelConfig:
     """Which of the encoder's features the cell branches look at."""
     cells_output: Literal["clamped", "sigmoid"] = "clamped"
     """How a cell branch's output becomes a probability. ``sigmoid`` is learned by cross-entropy, in the one step that
-    it is used in; ``clamped`` by the squared error, which takes longer to see what is rare."""
+    it is used in; ``clamped`` by the squared error."""
     embedding: int = 128
     """Channels of the noise-level embedding."""
     stains: tuple[StainConfig, ...] = ()

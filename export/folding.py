@@ -14,11 +14,13 @@ What is left to run is convolutions, sums and ``x sigmoid(s x)``.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from staindiffuser.training.model.branch import Branch, without_first
+from staindiffuser.training.model.branch import Branch
 from staindiffuser.training.model.encoder import HEEncoder
 from staindiffuser.training.model.layers import RESIDUAL, BlockList, MPConv, ResidualBlock, mp_weights
 
@@ -110,7 +112,7 @@ class FoldedEncoder(nn.Module):
         self.stem = FoldedConv(encoder.stem)
         self.down = nn.ModuleList(FoldedConv(layer, unit_in=unit) for layer in encoder.down)
         self.blocks = nn.ModuleList(_Blocks(blocks, 1.0) for blocks in encoder.blocks)
-        self.unit, self.backbone = unit, encoder.backbone
+        self.unit, self.backbone = unit, copy.deepcopy(encoder.backbone)  # which may be cast, and the network not
 
     def forward(self, he: Tensor) -> list[Tensor]:
         h = self.stem(F.pixel_unshuffle(he, 2))
@@ -137,7 +139,7 @@ class FoldedBranch(nn.Module):
     def __init__(self, branch: Branch, unit: float, c_noise: Tensor) -> None:
         super().__init__()
         embeddings = branch.embedding(c_noise).detach()
-        attention, self.unread = branch.attention, branch.unread
+        attention = branch.attention
         self.mix = nn.ModuleList(FoldedConv(layer, unit_in=unit) for layer in attention.mix)
         self.gate = nn.ModuleList(FoldedConv(layer) for layer in attention.gate)
         self.inject = nn.ModuleList(FoldedConv(layer, unit_in=unit) for layer in branch.inject)
@@ -158,7 +160,7 @@ class FoldedBranch(nn.Module):
     def attend(self, features: list[Tensor]) -> list[Tensor]:
         """Features in units of ``unit`` → what is added to each level."""
         attended: list[Tensor] = []
-        for level, f in enumerate(without_first(features, self.unread)):
+        for level, f in enumerate(features):
             x = torch.cat([f, F.avg_pool2d(attended[-1], 2)], dim=1) if level else f
             gate = self.gate[level](scaled_silu(self.mix[level](x), 1.0))
             attended.append(torch.sigmoid(gate) * f)

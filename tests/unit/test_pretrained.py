@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from staindiffuser.errors import DependencyError
 from staindiffuser.export.folding import FoldedEncoder, features_unit
-from staindiffuser.export.graphs import write_engines
+from staindiffuser.export.graphs import export_graphs, write_engines
 from staindiffuser.training.checkpoint import Checkpoint, CheckpointConfig
 from staindiffuser.training.config import BACKBONE_CHANNELS, PRESETS, StainConfig
 from staindiffuser.training.model.network import DualDiffusion, he_to_network
@@ -173,3 +174,15 @@ def test_gradients_under_autocast_are_those_of_float32() -> None:
     mixed.square().sum().backward()
     for found, value in zip([x.grad, conv.weight.grad], wanted, strict=True):
         torch.testing.assert_close(found, value, rtol=0.02, atol=0.02 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_graphs_in_half_precision_leave_the_network_as_it_is(tmp_path: Path, precision: str) -> None:
+    """Of which the golden samples come, after the graphs; the backbone was once cast with the graph's."""
+    network = network_with_backbone()
+    about = CheckpointConfig(name="b", model=network.config, notice="n", sigmas={"1": (80.0,)}, steps=1)
+    Checkpoint(config=about, network=network, metrics={}).save(tmp_path / "c")
+    graphs = export_graphs(tmp_path / "c", tmp_path / "g", tile=64, precision=precision)
+    assert graphs.precision == precision
+    with np.load(tmp_path / "g" / "golden.npz") as golden:
+        assert golden["STAIN_CD3"].std() > 0

@@ -27,7 +27,7 @@ def torch_sides(
 
     from staindiffuser.training.checkpoint import Checkpoint
     from staindiffuser.training.diffusion.samplers import few_step
-    from staindiffuser.training.model.network import cell_probability, he_to_network, unstandardize
+    from staindiffuser.training.model.network import he_to_network, unstandardize
 
     network = Checkpoint.load(checkpoint).network
     config = network.config
@@ -41,8 +41,7 @@ def torch_sides(
             unstandardize(y, stain, "images", config.sigma_data).clamp(0, 1).mul(255).round().to(torch.uint8)
             cell_noise = [torch.from_numpy(inputs["NOISE_CELLS"]).float()]
             y = few_step(network.denoiser("cells", stain.name, features), cell_noise, [config.sigma_max])
-            value = unstandardize(y, stain, "cells", config.sigma_data)
-            cell_probability(value, config).mul(255).round().to(torch.uint8)
+            unstandardize(y, stain, "cells", config.sigma_data).clamp(0, 1).mul(255).round().to(torch.uint8)
 
     sides: dict[str, Callable[[Arrays], object]] = {EAGER: eager}
     if compiled:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from staindiffuser.export.folding import FoldedBranch, FoldedEncoder, features_unit
 from staindiffuser.training.config import StainConfig
 from staindiffuser.training.model.denoiser import precondition
-from staindiffuser.training.model.network import DualDiffusion, Task, cell_probability, he_to_network
+from staindiffuser.training.model.network import DualDiffusion, Task, he_to_network, tempered
 
 __all__ = ["PRECISIONS", "BranchEngine", "EncoderEngine"]
 
@@ -57,7 +57,7 @@ class BranchEngine(nn.Module):
         trunk: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.trunk, self.task, self.config = trunk, task, network.config
+        self.trunk = trunk
         sigma = torch.tensor(sigmas, dtype=torch.float64)
         sd = network.config.sigma_data
         c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
@@ -89,10 +89,10 @@ class BranchEngine(nn.Module):
     ) -> Tensor:
         injections = self.branch.attend([f.to(self.trunk) for f in (FEATURES_0, FEATURES_1, FEATURES_2, FEATURES_3)])
         y = self._sampled(NOISE, injections) if NOISE is not None else self._from_zero(injections)
-        shown = F.pixel_shuffle(y, 2) * self.scale + self.offset
-        if self.task == "cells" and (self.config.cells_output, self.temperature) != ("clamped", 1):
-            shown = 255 * cell_probability(shown / 255, self.config, self.temperature)
-        result = shown.clamp(0, 255).round()
+        shown = (F.pixel_shuffle(y, 2) * self.scale + self.offset).clamp(0, 255)
+        if self.temperature != 1:
+            shown = 255 * tempered(shown / 255, self.temperature)
+        result = shown.round()
         # Permute before the cast: TensorRT's UINT8 tensors may only be cast.
         return result.permute(0, 2, 3, 1).to(torch.uint8)
 

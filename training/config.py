@@ -101,11 +101,6 @@ class ModelConfig:
     cells: WidthConfig
     backbone: Backbone = "none"
     """What stands beside the encoder's own pyramid; its features are appended to it."""
-    cells_read: Literal["all", "backbone"] = "all"
-    """Which of the encoder's features the cell branches look at."""
-    cells_output: Literal["clamped", "sigmoid"] = "clamped"
-    """How a cell branch's output becomes a probability. ``sigmoid`` is learned by cross-entropy, in the one step that
-    it is used in; ``clamped`` by the squared error."""
     embedding: int = 128
     """Channels of the noise-level embedding."""
     stains: tuple[StainConfig, ...] = ()
@@ -130,8 +125,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         names = self.stain_names
-        read, backbone = self.cells_read, self.backbone
-        _require(read == "all" or backbone != "none", "cells_read", read, "'all' where there is no backbone")
         _require(len(set(names)) == len(names), "stains", names, "unique names")
         _require(self.embedding >= 1, "embedding", self.embedding, "at least 1")
         _require(0 < self.mpp < math.inf, "mpp", self.mpp, "positive and finite (µm per pixel)")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from staindiffuser.training.diffusion.samplers import few_step, heun
 from staindiffuser.training.errors import DivergedError
-from staindiffuser.training.model.network import DualDiffusion, cell_probability, he_to_network, unstandardize
+from staindiffuser.training.model.network import DualDiffusion, he_to_network, tempered, unstandardize
 from staindiffuser.triton_models.noise.philox import tile_noise
 
 __all__ = ["HEUN_STEPS", "Sampler", "sampler_noise", "stain_tiles", "stain_tiles_with"]
@@ -79,8 +79,10 @@ def stain_tiles_with(
     for stain in config.stains:
         denoise = network.denoiser("cells", stain.name, features)
         y = few_step(denoise, [cell_noise], [config.sigma_max])
-        value = unstandardize(y, stain, "cells", config.sigma_data)
-        cells = _bytes(cell_probability(value, config, network.temperatures.get(stain.name, 1.0)))
+        probability = unstandardize(y, stain, "cells", config.sigma_data)
+        if (temperature := network.temperatures.get(stain.name, 1.0)) != 1:
+            probability = tempered(probability.clamp(0, 1), temperature)
+        cells = _bytes(probability)
         denoise = network.denoiser("images", stain.name, features)
         for sigmas, result in zip(samplers, results, strict=True):
             if sigmas is None:

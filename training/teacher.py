@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 from staindiffuser.training.checkpoint import tensors_sha256
 from staindiffuser.training.config import ModelConfig, Task, TrainConfig
@@ -20,13 +19,7 @@ from staindiffuser.training.diffusion.edm import Uncertainty, draw_sigma, edm_lo
 from staindiffuser.training.learner import Curves, Learner, Loss
 from staindiffuser.training.model.branch import Branch
 from staindiffuser.training.model.layers import normalize_weight_
-from staindiffuser.training.model.network import (
-    DualDiffusion,
-    cell_logit,
-    he_to_network,
-    standardize,
-    unstandardize,
-)
+from staindiffuser.training.model.network import DualDiffusion, he_to_network, standardize
 from staindiffuser.training.model.pretrained import lite0_weights
 
 __all__ = ["TASKS", "Teacher"]
@@ -70,18 +63,14 @@ class Teacher(Learner):
             self.net.encoder.backbone.load_state_dict(lite0_weights())
         if encoder is not None:
             self.net.encoder.load_state_dict(encoder)
-        # What no branch that is trained looks at stays as it is.
-        shared = "encoder.backbone" if model.cells_read == "backbone" and config.tasks == ("cells",) else "encoder"
-        self.trained: tuple[str, ...] = config.tasks if encoder is not None else (shared, *config.tasks)
+        self.trained: tuple[str, ...] = config.tasks if encoder is not None else ("encoder", *config.tasks)
         """The parts of the network that are trained."""
-        self.net.requires_grad_(False)
-        for name in self.trained:
-            self.net.get_submodule(name).requires_grad_()
+        for name, part in self.net.named_children():
+            part.requires_grad_(name in self.trained)
         if self.net.encoder.backbone is not None:
             self.net.encoder.backbone.freeze(config.frozen_blocks)
         self.ema = copy.deepcopy(self.net).requires_grad_(False).eval()
-        by_error = [task for task in config.tasks if task == "images" or model.cells_output == "clamped"]
-        self.uncertainty = nn.ModuleDict({_key(t, s.name): Uncertainty() for s in model.stains for t in by_error})
+        self.uncertainty = nn.ModuleDict({_key(t, s.name): Uncertainty() for s in model.stains for t in config.tasks})
         self.starts_from = {
             "model": dataclasses.asdict(model),
             "encoder": tensors_sha256(encoder.items()) if encoder is not None else None,
@@ -91,7 +80,7 @@ class Teacher(Learner):
 
     def forward(self, batch: CropBatch, step: int) -> Loss:
         """The loss is the sum over branches of the mean over samples, those without a branch's target counting 0; the
-        errors are weighted and squared, but for cells that are learned by cross-entropy."""
+        errors are weighted and squared."""
         model, config = self.net.config, self.config
         features = self.net.encoder(he_to_network(batch.he))
         total = torch.zeros((), device=batch.he.device)
@@ -105,33 +94,26 @@ class Teacher(Learner):
                     target, valid = batch.images[:, s].permute(0, 3, 1, 2), None
                     noise, share = batch.noise[:, s, :3], config.image_max_share
                 else:
-                    target, valid = mask, _labelled(mask)
+                    target, valid = mask, ((mask <= NEGATIVE) | (mask >= POSITIVE)).float()
                     noise, share = batch.noise[:, s, 3:], config.cells_max_share
                 key = _key(task, stain.name)
-                denoiser = self.net.denoiser(task, stain.name, features)
-                if task == "cells" and model.cells_output == "sigmoid":
-                    sigmas[key] = torch.full((len(mask),), model.sigma_max, device=mask.device)
-                    denoised = denoiser(model.sigma_max * noise, sigmas[key])
-                    logit = cell_logit(unstandardize(denoised, stain, task, model.sigma_data))
-                    loss = errors[key] = _cross_entropy(logit, mask)
-                else:
-                    draws = batch.draws[:, s, t]
-                    sigmas[key] = draw_sigma(
-                        draws[:, 0],
-                        draws[:, 1],
-                        p_mean=config.p_mean,
-                        p_std=config.p_std,
-                        max_share=share,
-                        sigma_max=model.sigma_max,
-                    )
-                    loss, errors[key] = edm_loss(
-                        denoiser,
-                        standardize(target.float() / 255, stain, task, model.sigma_data),
-                        noise,
-                        sigmas[key],
-                        self.uncertainty[key],  # type: ignore[arg-type]
-                        valid,
-                    )
+                draws = batch.draws[:, s, t]
+                sigmas[key] = draw_sigma(
+                    draws[:, 0],
+                    draws[:, 1],
+                    p_mean=config.p_mean,
+                    p_std=config.p_std,
+                    max_share=share,
+                    sigma_max=model.sigma_max,
+                )
+                loss, errors[key] = edm_loss(
+                    self.net.denoiser(task, stain.name, features),
+                    standardize(target.float() / 255, stain, task, model.sigma_data),
+                    noise,
+                    sigmas[key],
+                    self.uncertainty[key],  # type: ignore[arg-type]
+                    valid,
+                )
                 # A crop without this target teaches this branch nothing.
                 total = total + (loss * batch.known[:, s, t]).mean()
         return Loss(value=total, errors=errors, sigmas=sigmas)
@@ -146,9 +128,8 @@ class Teacher(Learner):
         return shown
 
     def after_step(self, step: int) -> None:
-        trained, averages = ([net.get_submodule(name) for name in self.trained] for net in (self.net, self.ema))
-        normalize_weight_(self.uncertainty, *trained)
-        self._move_average(list(zip(averages, trained, strict=True)), step)
+        normalize_weight_(self.uncertainty, *(getattr(self.net, name) for name in self.trained))
+        self._move_average([(getattr(self.ema, name), getattr(self.net, name)) for name in self.trained], step)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Split the encoder and every branch, which are gathered one at a time where they are used.
@@ -171,18 +152,6 @@ class Teacher(Learner):
         network = DualDiffusion(self.net.config)
         network.load_state_dict({n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in state.items()})
         return network.to(next(self.parameters()).device).requires_grad_(False).eval()
-
-
-def _cross_entropy(logit: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the pixels of each sample that are a label, [B]; both [B, 1, H, W]."""
-    valid = _labelled(mask)
-    entropy = F.binary_cross_entropy_with_logits(logit.float(), (mask >= POSITIVE).float(), reduction="none")
-    return (entropy * valid).mean(dim=(1, 2, 3)) / valid.mean(dim=(1, 2, 3)).clamp(min=1e-3)
-
-
-def _labelled(mask: Tensor) -> Tensor:
-    """1 where a coarse mask is a label, 0 in its ignore band."""
-    return ((mask <= NEGATIVE) | (mask >= POSITIVE)).float()
 
 
 def _key(task: str, stain: str) -> str:

@@ -7,26 +7,19 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 
 from staindiffuser.errors import UsageError
-from staindiffuser.export.graphs import write_engines
-from staindiffuser.export.modules import BranchEngine, EncoderEngine
 from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.config import PRESETS, ModelConfig, Preset, StainConfig, Task, WidthConfig
-from staindiffuser.training.data.dataset import CropDataset
-from staindiffuser.training.errors import ConfigError, DataError
-from staindiffuser.training.infer import stain_tiles
+from staindiffuser.training.errors import DataError
 from staindiffuser.training.model.layers import normalize_weight_
-from staindiffuser.training.model.network import DualDiffusion, he_to_network, unstandardize
+from staindiffuser.training.model.network import DualDiffusion, he_to_network
 from staindiffuser.training.model.pretrained import lite0_weights
 from staindiffuser.training.model.widening import can_widen, widened
 from staindiffuser.training.options import RunOptions
 from staindiffuser.training.teacher import TASKS, Teacher
-from staindiffuser.training.tiles.paired_tiles import PairedTiles
 from staindiffuser.training.train import train
 
 CD3, CK, CD20 = (StainConfig(name=name, label=name.upper()) for name in ("cd3", "ck818", "cd20"))
@@ -48,10 +41,7 @@ def outputs(network: DualDiffusion, stain: str) -> dict[Task, torch.Tensor]:
 
 def small_network() -> DualDiffusion:
     torch.manual_seed(1)
-    return trained(DualDiffusion(SMALL))
-
-
-def trained(network: DualDiffusion) -> DualDiffusion:
+    network = DualDiffusion(SMALL)
     with torch.no_grad():  # a trained network's gains are not 0
         for name, parameter in network.named_parameters():
             if name.endswith(".gain"):
@@ -93,7 +83,6 @@ def test_the_same_model_is_copied_and_other_branches_begin_anew() -> None:
         ({}, True),
         ({"stains": (CD20,)}, True),
         ({"cells": WidthConfig(channels=(8, 8, 8, 8))}, True),
-        ({"cells_read": "backbone"}, True),
         ({"encoder": WidthConfig(channels=(8, 8, 8, 8))}, False),
         ({"embedding": 8}, False),
         ({"sigma_max": 40.0}, False),
@@ -111,48 +100,6 @@ def test_the_first_blocks_of_a_backbone_are_kept() -> None:
     kept = {name for name, parameter in backbone.named_parameters() if not parameter.requires_grad}
     assert {name.split(".")[0] for name in kept} == {"stem", "blocks"}
     assert {name.split(".")[1] for name in kept if name.startswith("blocks")} == {"0", "1", "2", "3"}
-
-
-APART = dataclasses.replace(LARGE, cells_read="backbone")
-
-
-def test_cells_may_read_the_backbone_alone() -> None:
-    """Whatever the encoder's own pyramid is, they say the same; images do not."""
-    torch.manual_seed(2)
-    network = trained(DualDiffusion(APART))
-    before = outputs(network, "cd3")
-    with torch.no_grad():
-        network.encoder.stem.weight.mul_(-1)
-    after = outputs(network, "cd3")
-    assert before["cells"].std() > 0.05
-    assert torch.equal(after["cells"], before["cells"])
-    assert not torch.allclose(after["images"], before["images"], atol=0.01)
-
-
-def test_cells_that_read_something_else_begin_anew() -> None:
-    state, fresh = widened(small_network(), APART)
-    DualDiffusion(APART).load_state_dict(state)
-    assert {name for name in fresh if name.startswith("cells")} == {"cells of ck818", "cells of cd20", "cells of cd3"}
-    assert widened(DualDiffusion(APART), APART)[1] == ()
-
-
-def test_what_no_trained_branch_reads_stays_as_it_is() -> None:
-    cells = dataclasses.replace(PRESETS["debug"].train, tasks=("cells",), frozen_blocks=2)
-    teacher = Teacher(APART, cells)
-    trained = {name for name, parameter in teacher.net.named_parameters() if parameter.requires_grad}
-    assert not [name for name in trained if name.startswith("encoder.") and ".backbone." not in name]
-    assert {name.split(".")[0] for name in trained} == {"encoder", "cells"}
-    before = {name: tensor.clone() for name, tensor in teacher.net.encoder.state_dict().items()}
-    teacher.after_step(1)
-    after = teacher.net.encoder.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    both = Teacher(APART, PRESETS["debug"].train)
-    assert both.net.encoder.stem.weight.requires_grad
-
-
-def test_without_a_backbone_cells_read_all() -> None:
-    with pytest.raises(ConfigError, match="cells_read is 'backbone', must be 'all' where there is no backbone"):
-        dataclasses.replace(SMALL, cells_read="backbone")
 
 
 def run(
@@ -204,50 +151,3 @@ def test_another_encoder_is_refused(tiles_folder: Path, tmp_path: Path) -> None:
     base = run([str(tiles_folder)], tmp_path / "base", SMALL)
     with pytest.raises(UsageError, match="its encoder is not the preset's"):
         run([str(tiles_folder)], tmp_path / "other", PRESETS["demo"].model, start=base)
-
-
-def test_cells_learned_by_cross_entropy(tmp_path: Path) -> None:
-    """They are a probability without being clamped, in torch, in the graphs' modules and in the graphs."""
-    model, stain = dataclasses.replace(APART, cells_output="sigmoid"), CD3
-    torch.manual_seed(2)
-    network = trained(DualDiffusion(model))
-    he = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    with torch.inference_mode():
-        features = network.encoder(he_to_network(he))
-        raw = network.denoiser("cells", stain.name, features)(torch.zeros(1, 1, 64, 64), torch.full((1,), 80.0))
-        value = unstandardize(raw, stain, "cells", model.sigma_data)
-        wanted = (255 * torch.sigmoid(4 * value - 2)).round()[0, 0]
-        ours = stain_tiles(
-            network, he.numpy(), sigmas=(80.0,), seeds=np.zeros((1, 1)), origins=np.zeros((1, 2)), noise=False
-        )[f"CELLS_{stain.name.upper()}"][0, ..., 0]
-        engine = BranchEngine(network, "cells", stain, [80.0])
-        traced = engine(*EncoderEngine(network)(he))[0, ..., 0]
-    write_engines(network, tmp_path, sigmas=[80.0], tile=64, trunk=torch.float32, only="cells_cd3")
-    session = onnxruntime.InferenceSession(tmp_path / "cells_cd3.onnx", providers=["CPUExecutionProvider"])
-    inputs = {f"FEATURES_{level}": f.detach().numpy() for level, f in enumerate(EncoderEngine(network)(he))}
-    inputs |= {i.name: np.zeros((1, 1, 64, 64), np.float16) for i in session.get_inputs() if i.name not in inputs}
-    exported = np.asarray(session.run(None, inputs)[0])[0, ..., 0]
-    assert np.abs(exported.astype(int) - wanted.numpy()).max() <= 2  # its weights are stored in half precision
-    assert np.abs(ours.astype(int) - wanted.numpy()).max() <= 1
-    assert np.abs(traced.numpy().astype(int) - wanted.numpy()).max() <= 1
-    assert wanted.std() > 1
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_the_loss_of_cells_is_their_cross_entropy(known: bool, tiles_folder: Path) -> None:
-    model = dataclasses.replace(SMALL, cells_output="sigmoid")
-    teacher = Teacher(model, dataclasses.replace(PRESETS["debug"].train, tasks=("cells",)))
-    assert not teacher.uncertainty
-    batch = CropDataset(PairedTiles.load(tiles_folder), crop=32, seed=0, jitter=0).batch(range(4))
-    batch = dataclasses.replace(batch, known=batch.known * known)
-    with torch.no_grad():
-        loss = teacher(batch, 0)
-    assert set(loss.errors) == {"cells-cd3", "cells-ck818"}
-    # A new branch says the mean of its masks, whatever it is shown.
-    assert float(loss.value) == pytest.approx(float(sum(e.mean() for e in loss.errors.values())) * known)
-    mask = batch.masks[:, 0].float()
-    valid = ((mask <= 25) | (mask >= 230)).float()
-    logit = torch.tensor(4 * CD3.cells_mean - 2)
-    entropy = torch.where(mask >= 230, -torch.log(logit.sigmoid()), -torch.log(1 - logit.sigmoid()))
-    wanted = (entropy * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2))
-    torch.testing.assert_close(loss.errors["cells-cd3"], wanted, rtol=0.05, atol=0.05)

@@ -11,12 +11,7 @@ from torch.nn import functional as F
 from staindiffuser.training.config import WidthConfig
 from staindiffuser.training.model.layers import BlockList, MPConv, NoiseEmbedding, ResidualBlock, mp_sum
 
-__all__ = ["Branch", "TaskAttention", "without_first"]
-
-
-def without_first(features: list[Tensor], unread: tuple[int, ...]) -> list[Tensor]:
-    """Features [B, C_l, H_l, W_l] without the first channels of each level."""
-    return [f[:, n:] if n else f for f, n in zip(features, unread, strict=True)]
+__all__ = ["Branch", "TaskAttention"]
 
 
 class TaskAttention(nn.Module):
@@ -47,24 +42,12 @@ class Branch(nn.Module):
 
     ``attend`` once per tile, then ``forward`` once per step. Skip connections are sums, not concatenations: half the
     work on the way up at the finest levels, where the time goes.
-
-    Args:
-        features: channels of the encoder's features, per level.
-        unread: how many of them, from the first on, the branch does not look at, per level.
     """
 
-    def __init__(
-        self,
-        config: WidthConfig,
-        features: tuple[int, ...],
-        channels: int,
-        embedding: int,
-        unread: tuple[int, ...] = (0, 0, 0, 0),
-    ) -> None:
+    def __init__(self, config: WidthConfig, features: tuple[int, ...], channels: int, embedding: int) -> None:
         super().__init__()
         widths = config.channels
-        self.channels, self.unread = channels, unread
-        features = tuple(f - n for f, n in zip(features, unread, strict=True))
+        self.channels = channels
         self.attention = TaskAttention(features)
         self.embedding = NoiseEmbedding(embedding)
         self.stem = MPConv(4 * channels, widths[0], 3, bias=True)
@@ -84,8 +67,7 @@ class Branch(nn.Module):
 
     def attend(self, features: list[Tensor]) -> list[Tensor]:
         """Features [B, C_l, H_l, W_l] × 4 → what is added to each level on the way down."""
-        read = without_first(features, self.unread)
-        return [inject(a) for inject, a in zip(self.inject, self.attention(read), strict=True)]
+        return [inject(a) for inject, a in zip(self.inject, self.attention(features), strict=True)]
 
     def forward(self, x: Tensor, c_noise: Tensor, injections: list[Tensor]) -> Tensor:
         """x [B, C, H, W] (scaled by c_in), c_noise [B], injections from :meth:`attend` → F(x) [B, C, H, W]."""

@@ -10,16 +10,7 @@ from staindiffuser.training.model.branch import Branch
 from staindiffuser.training.model.denoiser import Denoiser
 from staindiffuser.training.model.encoder import HEEncoder
 
-__all__ = [
-    "DualDiffusion",
-    "Task",
-    "cell_logit",
-    "cell_probability",
-    "he_to_network",
-    "standardize",
-    "tempered",
-    "unstandardize",
-]
+__all__ = ["DualDiffusion", "Task", "he_to_network", "standardize", "tempered", "unstandardize"]
 
 
 class DualDiffusion(nn.Module):
@@ -35,10 +26,7 @@ class DualDiffusion(nn.Module):
         self.images = nn.ModuleDict(
             {s.name: Branch(config.image, features, 3, config.embedding) for s in config.stains}
         )
-        unread = config.encoder.channels if config.cells_read == "backbone" else (0, 0, 0, 0)
-        self.cells = nn.ModuleDict(
-            {s.name: Branch(config.cells, features, 1, config.embedding, unread) for s in config.stains}
-        )
+        self.cells = nn.ModuleDict({s.name: Branch(config.cells, features, 1, config.embedding) for s in config.stains})
 
     def branch(self, task: Task, stain: str) -> Branch:
         """One branch."""
@@ -51,27 +39,6 @@ class DualDiffusion(nn.Module):
         branch = self.branch(task, stain)
         injections = branch.attend(features)
         return Denoiser(lambda x, c_noise: branch(x, c_noise, injections), self.config.sigma_data)
-
-
-def cell_logit(value: Tensor) -> Tensor:
-    """Logit that a cell branch's output means where it is learned by cross-entropy; about one half it is the output's
-    own probability, to first order.
-
-    Args:
-        value: of :func:`unstandardize`.
-    """
-    return 4 * value - 2
-
-
-def cell_probability(value: Tensor, config: ModelConfig, temperature: float = 1.0) -> Tensor:
-    """Probability in [0, 1] that there is a cell that carries the marker.
-
-    Args:
-        value: of :func:`unstandardize`.
-        temperature: of the stain; see :func:`tempered`.
-    """
-    probability = cell_logit(value).sigmoid() if config.cells_output == "sigmoid" else value.clamp(0, 1)
-    return probability if temperature == 1 else tempered(probability, temperature)
 
 
 def tempered(probability: Tensor, temperature: float) -> Tensor:

@@ -25,10 +25,9 @@ def can_widen(start: ModelConfig, model: ModelConfig) -> bool:
     """Whether a network of ``start`` can begin one of ``model``.
 
     The encoder's own pyramid and the noise levels must be the same. Stains may be added, and a backbone; branches whose
-    sizes differ, or what they read or give, begin anew.
+    sizes differ begin anew.
     """
-    fields = ("image", "cells", "cells_read", "cells_output", "stains", "backbone")
-    shared = replace(start, **{name: getattr(model, name) for name in fields})
+    shared = replace(start, image=model.image, cells=model.cells, stains=model.stains, backbone=model.backbone)
     return shared == model and start.backbone in ("none", model.backbone)
 
 
@@ -46,10 +45,7 @@ def widened(start: DualDiffusion, model: ModelConfig) -> tuple[dict[str, Tensor]
         assert network.encoder.backbone is not None
         network.encoder.backbone.load_state_dict(lite0_weights())
     for task in ("images", "cells"):
-        if task == "images":
-            same = old.image == model.image
-        else:
-            same = all(getattr(old, name) == getattr(model, name) for name in ("cells", "cells_read", "cells_output"))
+        same = (old.image == model.image) if task == "images" else (old.cells == model.cells)
         branches, known = getattr(network, task), getattr(start, task)
         for stain, branch in branches.items():
             if same and stain in known:
@@ -65,7 +61,7 @@ def _copy_encoder(start: HEEncoder, encoder: HEEncoder) -> None:
 
 def _copy_branch(start: Branch, branch: Branch, old: ModelConfig, new: ModelConfig) -> None:
     """All that does not read the features is copied as it is; of what does, the new inputs begin at zero."""
-    widths = tuple((a - n, b - n) for a, b, n in zip(old.features, new.features, branch.unread, strict=True))
+    widths = tuple(zip(old.features, new.features, strict=True))
     own = {
         name: tensor for name, tensor in start.state_dict().items() if not name.startswith(("attention.", "inject."))
     }

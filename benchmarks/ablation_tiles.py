@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from staindiffuser.training.data.dataset import load_tile
+from staindiffuser.training.data.targets import load_tile
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.tiles import mixed_tiles
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles

@@ -30,7 +30,8 @@ from staindiffuser.files import write_json
 from staindiffuser.training.baselines.pix2pix import Pix2Pix
 from staindiffuser.training.baselines.unet import Regression, parameter_count
 from staindiffuser.training.config import PRESETS, ModelConfig, Preset, TrainConfig, WidthConfig
-from staindiffuser.training.data.dataset import CropDataset, load_tile, measure_stains
+from staindiffuser.training.data.dataset import CropDataset
+from staindiffuser.training.data.targets import load_tile, measure_stains
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
 from staindiffuser.training.evaluation.evaluate import evaluate_tiles
 from staindiffuser.training.evaluation.metrics import StainScore

@@ -128,7 +128,9 @@ def _parts(dataset: CropDataset, samples: int) -> dict[str, float]:
     """Median processor time of each part, ms per tile."""
     import numpy as np
 
-    from staindiffuser.training.data.dataset import jitter_stain, load_tile, normal_noise, oriented
+    from staindiffuser.training.data.augmentation import jitter_stain
+    from staindiffuser.training.data.dataset import normal_noise, oriented
+    from staindiffuser.training.data.targets import load_tile
 
     rng = np.random.default_rng(0)
     crop, shape = dataset.crop, (len(dataset.stains), 4, dataset.crop, dataset.crop)

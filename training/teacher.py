@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from staindiffuser.training.checkpoint import tensors_sha256
 from staindiffuser.training.config import ModelConfig, Task, TrainConfig
-from staindiffuser.training.data.dataset import NEGATIVE, POSITIVE, CropBatch
+from staindiffuser.training.data.dataset import CropBatch
+from staindiffuser.training.data.targets import NEGATIVE, POSITIVE
 from staindiffuser.training.diffusion.edm import Uncertainty, draw_sigma, edm_loss
 from staindiffuser.training.learner import Curves, Learner, Loss
 from staindiffuser.training.model.branch import Branch

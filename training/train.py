@@ -18,7 +18,7 @@ from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import NOTICE, Checkpoint, CheckpointConfig
 from staindiffuser.training.config import ModelConfig, Preset, StainConfig, TrainConfig, from_json
 from staindiffuser.training.curves import curves_image
-from staindiffuser.training.data.dataset import load_tile
+from staindiffuser.training.data.targets import load_tile
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
 from staindiffuser.training.evaluation.evaluate import evaluate_tiles
 from staindiffuser.training.journal import Journal, tell

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from staindiffuser.training.config import ModelConfig, StainConfig, TrainConfig
-from staindiffuser.training.data.dataset import CropDataset, measure_stains
+from staindiffuser.training.data.dataset import CropDataset
+from staindiffuser.training.data.targets import measure_stains
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.evaluation.evaluate import check_data
 from staindiffuser.training.tiles.digest import DataDigest, data_digest

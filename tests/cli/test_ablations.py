@@ -22,7 +22,7 @@ from staindiffuser.benchmarks.ablation_tiles import open_tiles, subset
 from staindiffuser.benchmarks.ablations import ARMS, SMALL, AblationStudy, chosen_preset
 from staindiffuser.benchmarks.ablations_cli import ablations
 from staindiffuser.errors import UsageError
-from staindiffuser.training.data.dataset import load_tile
+from staindiffuser.training.data.targets import load_tile
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.loop import fit
 from staindiffuser.training.tiles.paired_tiles import PairedTiles

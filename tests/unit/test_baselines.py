@@ -12,7 +12,8 @@ from torch import nn
 from staindiffuser.training.baselines.pix2pix import L1_WEIGHT, PatchDiscriminator, Pix2Pix
 from staindiffuser.training.baselines.unet import Regression, UNet, matching_unet, parameter_count
 from staindiffuser.training.config import PRESETS, ModelConfig, TrainConfig
-from staindiffuser.training.data.dataset import CropBatch, CropDataset, load_tile, measure_stains
+from staindiffuser.training.data.dataset import CropBatch, CropDataset
+from staindiffuser.training.data.targets import load_tile, measure_stains
 from staindiffuser.training.errors import DivergedError
 from staindiffuser.training.evaluation.metrics import StainScore
 from staindiffuser.training.learner import Loss

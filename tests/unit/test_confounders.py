@@ -13,7 +13,8 @@ from PIL import Image
 from staindiffuser.imaging.arrays import FloatArray, UInt8Array
 from staindiffuser.imaging.optical_density import optical_density
 from staindiffuser.training.data.confounders import CONFOUNDERS, GLASS, with_confounder
-from staindiffuser.training.data.dataset import CropDataset, drawn_by
+from staindiffuser.training.data.dataset import CropDataset
+from staindiffuser.training.data.targets import drawn_by
 from staindiffuser.training.simulate.tiles import simulate_tile
 from staindiffuser.training.tiles.mixed_tiles import Schedule
 from staindiffuser.training.tiles.paired_tiles import PairedTiles

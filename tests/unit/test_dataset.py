@@ -18,19 +18,11 @@ import torch
 
 from staindiffuser.imaging.image_files import write_png
 from staindiffuser.training.config import PRESETS
+from staindiffuser.training.data.augmentation import jitter_stain
 from staindiffuser.training.data.cache import TileCache
-from staindiffuser.training.data.dataset import (
-    POSITIVE,
-    UNKNOWN,
-    CropBatch,
-    CropDataset,
-    jitter_stain,
-    load_tile,
-    measure_stains,
-    normal_noise,
-    oriented,
-)
+from staindiffuser.training.data.dataset import CropBatch, CropDataset, normal_noise, oriented
 from staindiffuser.training.data.loader import BatchLoader, sample_numbers
+from staindiffuser.training.data.targets import POSITIVE, UNKNOWN, load_tile, measure_stains
 from staindiffuser.training.errors import DataError, LoaderError
 from staindiffuser.training.teacher import Teacher
 from staindiffuser.training.tiles.paired_tiles import PairedTiles

@@ -14,7 +14,7 @@ from PIL import Image
 
 from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import Checkpoint
-from staindiffuser.training.data.dataset import load_tile
+from staindiffuser.training.data.targets import load_tile
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.evaluation.cell_scores import CELL_METRICS
 from staindiffuser.training.evaluation.evaluate import (

@@ -8,8 +8,9 @@ import cv2
 import numpy as np
 import torch
 
-from staindiffuser.training.data.dataset import POSITIVE, CropDataset
+from staindiffuser.training.data.dataset import CropDataset
 from staindiffuser.training.data.jigsaw import jigsaw
+from staindiffuser.training.data.targets import POSITIVE
 from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
 SIDE = 128

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from staindiffuser.errors import UsageError
-from staindiffuser.training.data.dataset import CropDataset, measure_stains
+from staindiffuser.training.data.dataset import CropDataset
+from staindiffuser.training.data.targets import measure_stains
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.tiles.mixed_tiles import BLOCK, MixedTiles, Schedule, open_tiles
 from staindiffuser.training.tiles.paired_tiles import PairedTiles, Split

@@ -17,7 +17,16 @@ import numpy as np
 from staindiffuser.imaging.arrays import BoolArray, UInt8Array
 from staindiffuser.imaging.optical_density import HE_MATRIX, image_of_density, optical_density
 
-__all__ = ["WIDE", "WIDER", "Width", "another_cytoplasm", "another_scanner", "another_stain", "similar_crop"]
+__all__ = [
+    "WIDE",
+    "WIDER",
+    "Width",
+    "another_cytoplasm",
+    "another_scanner",
+    "another_stain",
+    "jitter_stain",
+    "similar_crop",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,3 +143,22 @@ def another_scanner(he: UInt8Array, rng: np.random.Generator, width: Width = WID
         _, encoded = cv2.imencode(".jpg", scanned, [cv2.IMWRITE_JPEG_QUALITY, percent])
         scanned = np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR), np.uint8)
     return scanned
+
+
+def jitter_stain(he: UInt8Array, rng: np.random.Generator, strength: float) -> UInt8Array:
+    """Scale and shift the optical density of each colour channel at random (after Tellez et al. 2018).
+
+    Args:
+        strength: standard deviation of the scale, and ten times that of the shift in units of optical density.
+    """
+    if strength == 0:
+        return he
+    scale = np.exp(strength * rng.standard_normal()) * np.exp(0.5 * strength * rng.standard_normal(3))
+    shift = 0.1 * strength * rng.standard_normal(3)
+    levels = np.arange(256, dtype=np.float64)
+    density = -np.log10((levels + 1) / 256) * scale[:, None] + shift[:, None]
+    tables = image_of_density(density)
+    jittered = np.empty_like(he)
+    for channel, table in enumerate(tables):
+        jittered[..., channel] = table[he[..., channel]]
+    return jittered

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,146 +20,29 @@ from torch import Tensor
 
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.glass import bare_glass
-from staindiffuser.imaging.image_files import read_image
-from staindiffuser.imaging.optical_density import coarse_mask, dab_mask, image_of_density
-from staindiffuser.training.config import Augmentation, StainConfig
+from staindiffuser.training.config import Augmentation
 from staindiffuser.training.data.augmentation import (
     WIDE,
     WIDER,
     another_cytoplasm,
     another_scanner,
     another_stain,
+    jitter_stain,
     similar_crop,
 )
 from staindiffuser.training.data.cache import TileCache
 from staindiffuser.training.data.confounders import with_confounder
 from staindiffuser.training.data.jigsaw import jigsaw
+from staindiffuser.training.data.targets import POSITIVE, drawn_by, known_targets, load_tile, negatives_of_others
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.tiles.mixed_tiles import MixedTiles, Schedule
-from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, spread
-from staindiffuser.training.tiles.stain_names import stain_label
-from staindiffuser.training.tiles.tile import TILES_CSV
+from staindiffuser.training.tiles.paired_tiles import PairedTiles
 from staindiffuser.triton_models.noise.philox import quantiles
 
-__all__ = [
-    "CACHE_BYTES",
-    "NEGATIVE",
-    "POSITIVE",
-    "UNKNOWN",
-    "CropBatch",
-    "CropDataset",
-    "drawn_by",
-    "jitter_stain",
-    "known_targets",
-    "load_tile",
-    "measure_stains",
-    "negatives_of_others",
-    "normal_noise",
-    "oriented",
-    "valid_mask",
-]
+__all__ = ["CACHE_BYTES", "CropBatch", "CropDataset", "normal_noise", "oriented"]
 
-NEGATIVE, POSITIVE = 25, 230
-"""A coarse mask is negative up to the first value and positive from the second on; between them is the ignore band."""
-UNKNOWN = 128
-"""The centre of the ignore band."""
 CACHE_BYTES = 2 << 30
 """Decoded tiles kept by default: 2 GiB are about 2,900 tiles of 256² with two stains."""
-
-
-def load_tile(tile: PairedTile, stains: tuple[str, ...]) -> dict[str, UInt8Array]:
-    """Decode a tile: ``he`` [H, W, 3], per stain ``<stain>`` [H, W, 3] and its ``<stain>_mask`` [H, W].
-
-    An image that the tile does not have is black, and a mask that nothing says is :data:`UNKNOWN` everywhere.
-    """
-    arrays = {"he": read_image(tile.he)}
-    for stain in stains:
-        image, mask = tile.stains[stain], tile.read_mask(stain)
-        arrays[stain] = np.zeros_like(arrays["he"]) if image is None else read_image(image)
-        if mask is None:
-            unknown = np.full(arrays["he"].shape[:2], UNKNOWN, np.uint8)
-            mask = unknown if image is None else coarse_mask(dab_mask(arrays[stain]))
-        arrays[f"{stain}_mask"] = mask
-    return arrays
-
-
-def known_targets(tile: PairedTile, stains: tuple[str, ...]) -> NDArray[np.float32]:
-    """Per stain, whether the tile has an image and a mask to learn from (1) or not (0): float32 [S, 2]."""
-    images = [tile.stains[stain] is not None for stain in stains]
-    masks = [image or tile.masks[stain] is not None for image, stain in zip(images, stains, strict=True)]
-    return np.stack([images, masks], axis=-1).astype(np.float32)
-
-
-def negatives_of_others(
-    crop: Mapping[str, UInt8Array], known: NDArray[np.float32], stains: tuple[str, ...]
-) -> tuple[dict[str, UInt8Array], NDArray[np.float32]]:
-    """Cells that carry one stain as negatives of the stains of which the crop says nothing.
-
-    Args:
-        crop: the arrays of :func:`load_tile`.
-        known: of :func:`known_targets`.
-
-    Returns:
-        the same, in which a stain without a mask has one: 0 where another is positive, elsewhere :data:`UNKNOWN`.
-    """
-    told = [
-        crop[f"{stain}_mask"] >= POSITIVE for stain, known_mask in zip(stains, known[:, 1], strict=True) if known_mask
-    ]
-    changed, known = dict(crop), known.copy()
-    if told:
-        others = np.where(np.any(told, axis=0), 0, UNKNOWN).astype(np.uint8)
-        for number, stain in enumerate(stains):
-            if not known[number, 1]:
-                changed[f"{stain}_mask"], known[number, 1] = others, 1
-    return changed, known
-
-
-def valid_mask(mask: UInt8Array) -> NDArray[np.bool_]:
-    """Where a coarse mask is a label: its blurred edge is the ignore band."""
-    return (mask <= NEGATIVE) | (mask >= POSITIVE)
-
-
-def measure_stains(tiles: PairedTiles | MixedTiles, *, limit: int = 256) -> tuple[StainConfig, ...]:
-    """Each stain's standardisation constants, as the samples of a training run have them.
-
-    From up to ``limit`` training tiles of each folder, spread over it; folders count by their shares. Tiles without an
-    image of a stain do not count for it.
-
-    Raises:
-        DataError: a stain has no image at all.
-    """
-    moments = {stain: np.zeros((2, 4)) for stain in tiles.stains}
-    weights = dict.fromkeys(tiles.stains, 0.0)
-    for part, share in zip(tiles.parts, tiles.shares, strict=True):
-        rows = spread(part.split("train"), limit)
-        for row in rows:
-            arrays = load_tile(row, tiles.stains)
-            for stain in tiles.stains:
-                if row.stains[stain] is None:
-                    continue
-                values = np.concatenate([arrays[stain], arrays[f"{stain}_mask"][..., None]], axis=-1)
-                values = values.reshape(-1, 4) / 255
-                moments[stain] += np.stack([values.mean(0), (values**2).mean(0)]) * (share / len(rows))
-                weights[stain] += share / len(rows)
-    configs = []
-    for stain in tiles.stains:
-        if not weights[stain]:
-            raise DataError(
-                f"{tiles.folder / TILES_CSV}: no training tile has an image of {stain}: an image is learned from images"
-            )
-        mean, square = moments[stain] / weights[stain]
-        std = np.sqrt(np.maximum(square - mean**2, 1e-4)).round(4)
-        configs.append(
-            StainConfig(
-                name=stain,
-                label=stain_label(stain),
-                image_mean=(round(mean[0], 4), round(mean[1], 4), round(mean[2], 4)),
-                image_std=(float(std[0]), float(std[1]), float(std[2])),
-                cells_mean=round(float(mean[3]), 4),
-                cells_std=max(float(std[3]), 0.05),
-            )
-        )
-    return tuple(configs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,41 +251,6 @@ class CropDataset:
         return CropBatch.stack([self[sample] for sample in samples])
 
 
-def drawn_by(rows: Sequence[PairedTile], stains: Sequence[str], rare_share: float) -> NDArray[np.float64]:
-    """How often each tile is to be drawn: alike, and for a share of the crops by what there is to tell in its masks.
-
-    Of a tile with a positive share p of a stain that is p (1 - p), the variance of the mask: edges of epithelium
-    count more than its middle, and a lymphoid follicle more than a field without one.
-
-    Args:
-        rare_share: divided evenly among the stains of which anything is positive.
-
-    Returns:
-        [rows], their sum 1.
-
-    Raises:
-        ImageError: a mask cannot be read.
-    """
-    with ThreadPoolExecutor() as pool:
-        shares = np.array(list(pool.map(lambda row: _positive_shares(row, stains), rows)))
-    spread_of = shares * (1 - shares)
-    totals = spread_of.sum(axis=0)
-    told = spread_of[:, totals > 0] / totals[totals > 0]
-    alike = np.full(len(rows), 1 / max(1, len(rows)))
-    return (1 - rare_share) * alike + rare_share * told.mean(axis=1) if told.size else alike
-
-
-def _positive_shares(row: PairedTile, stains: Sequence[str]) -> list[float]:
-    """Per stain the positive share of a tile's mask; 0 where there is none."""
-    shares = []
-    for stain in stains:
-        mask, image = row.read_mask(stain), row.stains[stain]
-        if mask is None and image is not None:
-            mask = coarse_mask(dab_mask(read_image(image)))
-        shares.append(0.0 if mask is None else float((mask >= POSITIVE).mean()))
-    return shares
-
-
 def _arrays(parts: dict[str, Tensor]) -> dict[str, UInt8Array]:
     return {name: tensor.numpy() for name, tensor in parts.items()}
 
@@ -433,22 +280,3 @@ def normal_noise(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
 @cache
 def _quantiles() -> Tensor:
     return torch.from_numpy(quantiles().astype(np.float32))
-
-
-def jitter_stain(he: UInt8Array, rng: np.random.Generator, strength: float) -> UInt8Array:
-    """Scale and shift the optical density of each colour channel at random (after Tellez et al. 2018).
-
-    Args:
-        strength: standard deviation of the scale, and ten times that of the shift in units of optical density.
-    """
-    if strength == 0:
-        return he
-    scale = np.exp(strength * rng.standard_normal()) * np.exp(0.5 * strength * rng.standard_normal(3))
-    shift = 0.1 * strength * rng.standard_normal(3)
-    levels = np.arange(256, dtype=np.float64)
-    density = -np.log10((levels + 1) / 256) * scale[:, None] + shift[:, None]
-    tables = image_of_density(density)
-    jittered = np.empty_like(he)
-    for channel, table in enumerate(tables):
-        jittered[..., channel] = table[he[..., channel]]
-    return jittered

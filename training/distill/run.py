@@ -17,7 +17,7 @@ from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
 from staindiffuser.training.config import from_json
 from staindiffuser.training.curves import curves_image
-from staindiffuser.training.data.dataset import load_tile
+from staindiffuser.training.data.targets import load_tile
 from staindiffuser.training.diffusion.samplers import START_SIGMAS
 from staindiffuser.training.distill.e2e import ignores_noise
 from staindiffuser.training.distill.gallery import Gallery

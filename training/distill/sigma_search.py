@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from staindiffuser.imaging.optical_density import dab_mask
-from staindiffuser.training.data.dataset import load_tile
+from staindiffuser.training.data.targets import load_tile
 from staindiffuser.training.diffusion.samplers import START_SIGMAS, few_step
 from staindiffuser.training.evaluation.tile_metrics import radial_power
 from staindiffuser.training.gate import POWER_WITHIN

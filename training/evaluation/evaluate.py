@@ -14,7 +14,7 @@ from staindiffuser.files import finite
 from staindiffuser.imaging.instances import HALF
 from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.config import ModelConfig
-from staindiffuser.training.data.dataset import load_tile
+from staindiffuser.training.data.targets import load_tile
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.evaluation.cell_scores import CellScore, measure_nuclei
 from staindiffuser.training.evaluation.feature_distances import Networks

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.instances import HALF
-from staindiffuser.training.data.dataset import load_tile
+from staindiffuser.training.data.targets import load_tile
 from staindiffuser.training.errors import DataError
 from staindiffuser.training.evaluation.feature_distances import Features, Networks
 from staindiffuser.training.evaluation.metrics import StainScore

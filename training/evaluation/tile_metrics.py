@@ -17,7 +17,7 @@ from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.glass import bare_glass
 from staindiffuser.imaging.instances import HALF, cell_centroids, count_matches, lowest_grey
 from staindiffuser.imaging.optical_density import DAB_THRESHOLD, coarse_mask, dab_density
-from staindiffuser.training.data.dataset import valid_mask
+from staindiffuser.training.data.targets import valid_mask
 
 __all__ = ["Edges", "Reference", "Row", "grid_power", "hausdorff95", "measure_cells", "measure_image", "radial_power"]
 

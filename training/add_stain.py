@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from staindiffuser.training.model.network import DualDiffusion
 from staindiffuser.training.options import RunOptions, check_run, locked
 from staindiffuser.training.settings import choose_recipe
 from staindiffuser.training.snapshots import find_snapshot
-from staindiffuser.training.teacher import Teacher
+from staindiffuser.training.teacher import TASKS, Teacher
 from staindiffuser.training.tiles.stain_names import is_stain_name
 from staindiffuser.training.train import ImageValidation, how_it_was_trained, measured, stains_of
 from staindiffuser.training.training_data import TrainingData
@@ -63,7 +63,9 @@ def add_stain(
     if stain in (s.name for s in config.model.stains):
         raise UsageError(f"--stain {stain}: {base} has it already")
     before = config.provenance.get("recipe", dataclasses.asdict(PRESETS["demo"].train))
-    recipe = choose_recipe(from_json(TrainConfig, before, f"{base / 'config.json'}: recipe"), file, changes)
+    recipe = choose_recipe(
+        from_json(TrainConfig, _with_images(before), f"{base / 'config.json'}: recipe"), file, changes
+    )
     check_run(recipe, options, base)
     first = find_snapshot(options.output, options.resume, tell)
     checked = TrainingData.open(
@@ -80,6 +82,17 @@ def add_stain(
         if fitted and fitted.first:
             _save(base, checkpoint, recipe, checked, fitted, options)
     return options.output / "checkpoint"
+
+
+def _with_images(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of a pair of branches: the checkpoint's last one may have been of its cells alone, and what softens
+    no cell map softens an image.
+
+    Args:
+        recipe: fields of :class:`TrainConfig`.
+    """
+    both: dict[str, Any] = {**recipe, "tasks": TASKS}
+    return {**both, "augmentation": "wide"} if recipe.get("augmentation") == "wider" else both
 
 
 def _save(

@@ -219,6 +219,8 @@ class TrainConfig:
         _require(0 <= self.backbone_rate <= 1, "backbone_rate", self.backbone_rate, "between 0 and 1")
         once = len(set(self.tasks)) == len(self.tasks) > 0
         _require(once, "tasks", self.tasks, "images, cells, or both")
+        sharp = self.augmentation != "wider" or "images" not in self.tasks
+        _require(sharp, "augmentation", self.augmentation, "light or wide where images are trained: they would be soft")
         for name in ("warmup", "workers", "frozen_blocks"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2^32 - 1")

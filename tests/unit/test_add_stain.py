@@ -16,6 +16,7 @@ from staindiffuser.errors import UsageError
 from staindiffuser.imaging.image_files import read_image
 from staindiffuser.training.add_stain import add_stain
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint
+from staindiffuser.training.config import PRESETS
 from staindiffuser.training.errors import ConfigError, DataError
 from staindiffuser.training.infer import stain_tiles
 from staindiffuser.training.options import RunOptions
@@ -132,6 +133,21 @@ def test_a_second_one_can_follow(added: Path, new_tiles: Path, tiles_folder: Pat
     provenance = Checkpoint.load(folder).config.provenance
     assert list(provenance["added stains"]) == ["ki67", "cd8"]
     assert provenance["added stains"]["cd8"]["recipe"]["seed"] == 5  # the checkpoint's recipe, where none is asked for
+
+
+def test_a_checkpoint_whose_cells_were_trained_last_gets_an_image_too(
+    tiny_checkpoint: Path, new_tiles: Path, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.load(tiny_checkpoint)
+    recipe = dataclasses.asdict(PRESETS["debug"].train) | {"tasks": ["cells"], "augmentation": "wider"}
+    config = dataclasses.replace(checkpoint.config, provenance={"recipe": recipe})
+    dataclasses.replace(checkpoint, config=config).save(tmp_path / "base")
+    folder = add_stain(tmp_path / "base", "ki67", new_tiles, options(tmp_path / "run"), **CHANGES)
+    gain = Checkpoint.load(folder).network.branch("images", "ki67").head.gain
+    assert gain is not None
+    assert gain.abs().max() > 0
+    about = Checkpoint.load(folder).config.provenance["added stains"]["ki67"]["recipe"]
+    assert (about["tasks"], about["augmentation"]) == (["images", "cells"], "wide")
 
 
 def test_what_cannot_be_added_is_refused_before_training(

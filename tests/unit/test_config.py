@@ -31,6 +31,7 @@ def test_unknown_field_is_named_with_its_file() -> None:
         ({"learning_rate": 0.0}, "learning_rate is 0.0, must be positive"),
         ({"cells_max_share": 1.5}, "cells_max_share is 1.5"),
         ({"steps": 0}, "steps is 0"),
+        ({"augmentation": "wider"}, "augmentation is 'wider', must be light or wide where images are trained"),
         ({"validation_tiles": 0}, "validation_tiles is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"workers": -1}, "workers is -1, must be 0 or more"),

@@ -13,17 +13,21 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from staindiffuser.export import builders
 from staindiffuser.export.builders import BuildOptions
 from staindiffuser.export.errors import BuilderMissingError, ExportUsageError
+from staindiffuser.export.folding import FoldedEncoder
+from staindiffuser.export.graphs import write_engines
 from staindiffuser.export.manifest import verify
 from staindiffuser.export.parity import Golden
 from staindiffuser.export.repository import build
+from staindiffuser.training.model.network import he_to_network
 from staindiffuser.triton_models.engine import engine_onnxruntime, engine_torch
 from staindiffuser.triton_models.noise.philox import tile_noise
 from tests.synthetic_graphs import write_graphs
+from tests.unit.test_pretrained import network_with_backbone
 
 
 def test_repository_passes_parity_and_verifies(tiny_graphs: Path, tmp_path: Path) -> None:
@@ -54,6 +58,40 @@ def test_every_operation_computes_what_onnxruntime_computes(tmp_path: Path) -> N
             assert found[output].dtype == expected[output].dtype
             difference = np.abs(found[output].astype(np.float32) - expected[output].astype(np.float32))
             assert difference.max() <= (1 if found[output].dtype == np.uint8 else 5e-3), (name, output)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "largest"), [(torch.float32, 0.01), (torch.float16, 0.02), (torch.bfloat16, 0.1)], ids=str
+)
+def test_encoder_with_a_backbone_computes_the_same(tmp_path: Path, trunk: torch.dtype, largest: float) -> None:
+    """Its convolutions are padded unevenly, and its ReLU6 has bounds of the graph's precision."""
+    network = network_with_backbone()
+    he = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        expected = FoldedEncoder(network.encoder)(he_to_network(he))
+    write_engines(network, tmp_path, sigmas=[80.0], tile=64, trunk=trunk, only="he_encoder")
+    outputs = [f"FEATURES_{level}" for level in range(4)]
+    found = engine_torch.load(tmp_path / "he_encoder.onnx", threads=1).run({"HE": he.numpy()}, outputs)
+    for name, features in zip(outputs, expected, strict=True):
+        difference = torch.from_numpy(found[name]).float() - features
+        assert difference.abs().max() < largest * features.abs().max(), name
+    if trunk == torch.float32:
+        same = engine_onnxruntime.load(tmp_path / "he_encoder.onnx", threads=1).run({"HE": he.numpy()}, outputs)
+        for name in outputs:
+            np.testing.assert_allclose(found[name], same[name], rtol=2e-3, atol=2e-3)
+
+
+def test_each_side_is_padded_as_the_graph_says(tmp_path: Path) -> None:
+    rng = np.random.default_rng(6)
+    weight = numpy_helper.from_array(rng.standard_normal((1, 1, 3, 3)).astype(np.float32), "w")
+    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[0, 1, 2, 3], strides=[2, 2])
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 1, None, None]) for n in "xy")
+    graph = helper.make_graph([node], "g", [x], [y], [weight])
+    opset = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=opset), tmp_path / "g.onnx")
+    inputs = {"x": rng.standard_normal((1, 1, 8, 8)).astype(np.float32)}
+    found, expected = (e.load(tmp_path / "g.onnx").run(inputs, ["y"])["y"] for e in (engine_torch, engine_onnxruntime))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_bfloat16_weights_are_read_by_their_bits(tmp_path: Path) -> None:

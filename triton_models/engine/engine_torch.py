@@ -53,8 +53,10 @@ def _unshuffle(x: Tensor, size: int) -> Tensor:
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, **attributes: Any) -> Tensor:
     top, left, bottom, right = attributes.get("pads", (0, 0, 0, 0))
-    if (top, left) != (bottom, right) or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
-        raise ValueError("only symmetric padding is known")
+    if attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
+        raise ValueError("only explicit padding is known")
+    if (top, left) != (bottom, right):  # as the backbone pads; conv2d pads both sides alike
+        x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
     return F.conv2d(
         x,
         weight,
@@ -128,14 +130,12 @@ class GraphProgram(torch.nn.Module):
         self.inputs = [value.name for value in graph.input]
         self.outputs = [value.name for value in graph.output]
         weights: dict[str, Tensor] = {}
-        numbers: dict[str, Any] = {}
         for tensor in graph.initializer:
             array = numpy_helper.to_array(tensor)
             if array.dtype.name == "bfloat16":  # NumPy knows the bits, not the type
                 weights[tensor.name] = torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
             else:
                 weights[tensor.name] = torch.from_numpy(array.copy())
-                numbers[tensor.name] = array.tolist()
         self._steps: list[tuple[Callable[..., Any], list[Any], dict[str, Any], list[str]]] = []
         for node in graph.node:
             operation = _OPERATIONS.get(node.op_type)
@@ -143,10 +143,10 @@ class GraphProgram(torch.nn.Module):
                 raise ValueError(f"{path.name}: operator {node.op_type} is not supported")
             attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
             if node.op_type == "Cast" and node.input[0] in weights:
-                weights[node.output[0]] = operation(weights.pop(node.input[0]), **attributes)
+                weights[node.output[0]] = operation(weights[node.input[0]], **attributes)
                 continue
             constant = _CONSTANT_INPUTS.get(node.op_type, ())
-            arguments = [(numbers[n] if i in constant else n) if n else None for i, n in enumerate(node.input)]
+            arguments = [(weights[n].tolist() if i in constant else n) if n else None for i, n in enumerate(node.input)]
             self._steps.append((operation, arguments, attributes, list(node.output)))
         used = {argument for _, arguments, _, _ in self._steps for argument in arguments if isinstance(argument, str)}
         # Parameter names may not hold dots.

@@ -166,6 +166,12 @@ def check_same_run(snapshot: Snapshot, run: dict[str, Any], options: RunOptions)
     for what, value in run["starts_from"].items():
         if before["starts_from"].get(what) != value:
             raise UsageError(f"{path}: the run was begun with another {what}: choose another --output")
+    frozen, wanted = before["recipe"].get("frozen_blocks", 0), run["recipe"]["frozen_blocks"]
+    if wanted < frozen:  # Adam's state of the frozen blocks is not in the snapshot
+        raise UsageError(
+            f"{path}: the run was begun with frozen_blocks = {frozen}, and cannot go on with {wanted}: use {frozen} or "
+            "more, or begin a new run --from its checkpoint"
+        )
     if snapshot.path.is_relative_to(options.output):
         for name, value in run["recipe"].items():
             old = before["recipe"].get(name)

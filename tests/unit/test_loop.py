@@ -28,7 +28,7 @@ from staindiffuser.training.loop import fit
 from staindiffuser.training.model.layers import normalize_weight_
 from staindiffuser.training.options import RunOptions
 from staindiffuser.training.processes import Processes
-from staindiffuser.training.snapshots import read_snapshot
+from staindiffuser.training.snapshots import find_snapshot, read_snapshot
 from staindiffuser.training.teacher import Teacher
 from staindiffuser.training.tiles.paired_tiles import PairedTiles
 from staindiffuser.training.train import train
@@ -143,6 +143,25 @@ def test_what_a_run_goes_on_from_is_chosen(tiles_folder: Path, tmp_path: Path) -
     assert read_snapshot(other.output / "snapshots" / "last.ckpt").optimizer["param_groups"][0]["lr"] == 1e-3
     train(preset(3, learning_rate=1e-3), tiles_folder, other)  # from its own snapshot, not from the other's again
     assert list(read_curves(other.output)["loss"][0]) == [3]
+
+
+def test_blocks_of_the_backbone_may_be_frozen_later_but_not_freed(
+    tiny_model: ModelConfig, tiles_folder: Path, tmp_path: Path
+) -> None:
+    model = dataclasses.replace(tiny_model, backbone="efficientnet-lite0")
+    dataset = CropDataset(PairedTiles.load(tiles_folder), crop=32, seed=0)
+
+    def run(steps: int, frozen: int, asked: RunOptions) -> None:
+        recipe = preset(steps, frozen_blocks=frozen).train
+        fit(Teacher(model, recipe), dataset, recipe, asked, first=find_snapshot(asked.output, asked.resume))
+
+    first = options(tmp_path / "first")
+    run(1, 2, first)
+    asked = dataclasses.replace(options(tmp_path / "other"), resume=first.output / "snapshots" / "last.ckpt")
+    for refused in (first, asked):
+        with pytest.raises(UsageError, match=r"begun with frozen_blocks = 2, .* with 0: use 2 or more, .* --from"):
+            run(2, 0, refused)
+    run(2, 3, asked)
 
 
 def test_a_run_begins_with_the_weights_of_a_checkpoint(tiles_folder: Path, tmp_path: Path) -> None:

@@ -85,14 +85,16 @@ def add_stain(
 
 
 def _with_images(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe of a pair of branches: the checkpoint's last one may have been of its cells alone, and what softens
-    no cell map softens an image.
+    """The recipe of a pair of branches: the checkpoint's last one may have been of its cells alone, and what a cell map
+    is none the worse for makes images soft or shows them seams.
 
     Args:
         recipe: fields of :class:`TrainConfig`.
     """
-    both: dict[str, Any] = {**recipe, "tasks": TASKS}
-    return {**both, "augmentation": "wide"} if recipe.get("augmentation") == "wider" else both
+    if "images" in recipe.get("tasks", TASKS):
+        return dict(recipe)
+    both = {**recipe, "tasks": TASKS, "mosaic": 0.0, "jigsaw": 0.0, "white_glass": True}
+    return {**both, "augmentation": "wide"} if recipe["augmentation"] == "wider" else both
 
 
 def _save(

@@ -139,7 +139,8 @@ def test_a_checkpoint_whose_cells_were_trained_last_gets_an_image_too(
     tiny_checkpoint: Path, new_tiles: Path, tmp_path: Path
 ) -> None:
     checkpoint = Checkpoint.load(tiny_checkpoint)
-    recipe = dataclasses.asdict(PRESETS["debug"].train) | {"tasks": ["cells"], "augmentation": "wider"}
+    cells = {"tasks": ["cells"], "augmentation": "wider", "mosaic": 0.25, "jigsaw": 0.5, "white_glass": False}
+    recipe = dataclasses.asdict(PRESETS["debug"].train) | cells
     config = dataclasses.replace(checkpoint.config, provenance={"recipe": recipe})
     dataclasses.replace(checkpoint, config=config).save(tmp_path / "base")
     folder = add_stain(tmp_path / "base", "ki67", new_tiles, options(tmp_path / "run"), **CHANGES)
@@ -148,6 +149,7 @@ def test_a_checkpoint_whose_cells_were_trained_last_gets_an_image_too(
     assert gain.abs().max() > 0
     about = Checkpoint.load(folder).config.provenance["added stains"]["ki67"]["recipe"]
     assert (about["tasks"], about["augmentation"]) == (["images", "cells"], "wide")
+    assert (about["mosaic"], about["jigsaw"], about["white_glass"]) == (0, 0, True)
 
 
 def test_what_cannot_be_added_is_refused_before_training(

@@ -59,7 +59,10 @@ def effective_radius(
         difference = np.abs(result.astype(np.float64) - whole[name][:, :, cut:])
         worst = np.maximum(worst, np.quantile(difference, QUANTILE, axis=(0, 1, 3)))
     above = np.flatnonzero(worst > threshold)
-    return int(above[-1]) + 1 if above.size else 0
+    if not above.size:
+        return 0
+    seen = int(above[-1]) + 1
+    return seen if seen < width - cut else theoretical_radius(network.config)
 
 
 def default_margin(radius: int, tile: int) -> int:

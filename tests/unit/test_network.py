@@ -119,3 +119,17 @@ def test_effective_radius_is_not_hidden_by_a_mean(monkeypatch: pytest.MonkeyPatc
 def test_default_margin_covers_the_effective_radius_as_far_as_it_pays(radius: int, tile: int, margin: int) -> None:
     assert default_margin(radius, tile) == margin
     assert (tile / (tile - 2 * margin)) ** 2 <= 1.8
+
+
+def test_a_radius_beyond_the_images_is_the_theoretical_one(
+    tiny_model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of an image is all that can be seen of it, and a margin of half an image was once taken for measured."""
+
+    def stained(_network: DualDiffusion, he: np.ndarray, **_: object) -> dict[str, np.ndarray]:
+        return {"STAIN_CD3": np.broadcast_to(np.uint8(he.shape[2] % 251), he.shape)}
+
+    monkeypatch.setattr(receptive, "stain_tiles", stained)
+    he = np.zeros((1, 32, 128, 3), np.uint8)
+    found = receptive.effective_radius(DualDiffusion(tiny_model), he, sigmas=(80.0,))
+    assert found == receptive.theoretical_radius(tiny_model) > 64

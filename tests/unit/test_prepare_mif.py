@@ -206,21 +206,47 @@ def test_mistakes_are_named(tissue: list[SimulatedTile], tmp_path: Path) -> None
 def test_threshold_is_a_quarter_of_the_regions_bright_level_but_not_below_the_floor() -> None:
     rng = np.random.default_rng(0)
 
-    def rule(bright: float, share: float, background: float) -> tuple[float, float, bool]:
+    def rule(bright: float, share: float, background: float) -> tuple[float, float, bool, bool]:
         values = np.full((200, 200), background, np.float32)
         values.flat[: int(share * values.size)] = bright * rng.uniform(0.98, 1.0, int(share * values.size))
         histogram = MarkerHistogram()
         histogram.add(values)
         found = histogram.rule()
-        return found.removed, found.kept, found.weak
+        return found.removed, found.kept, found.weak, found.faint
 
-    removed, kept, weak = rule(160, 0.2, 0)
+    removed, kept, weak, faint = rule(160, 0.2, 0)
     assert removed == pytest.approx(40, rel=0.02)
     assert kept == removed
     assert not weak
-    assert rule(40, 0.2, 0)[:2] == (12.0, 28.0)
+    assert not faint
+    assert rule(40, 0.2, 0) == (12.0, 28.0, False, True)
+    assert not rule(44, 0.2, 0)[3]
     assert rule(160, 0.2, 6)[1] == pytest.approx(40, rel=0.02)
-    assert rule(160, 0.0, 0) == (12.0, 28.0, True)  # no marker: noise is not called positive
+    assert not rule(40, 0.2, 6)[3]  # nothing was removed with a background that is still there
+    assert rule(160, 0.0, 0) == (12.0, 28.0, True, False)  # no marker: noise is not called positive
+
+
+def test_training_tiles_go_without_a_faint_marker(tissue: list[SimulatedTile], tmp_path: Path) -> None:
+    """Of a tumour that was removed with the background they would say that it is none; a test keeps its tiles."""
+    he, mif = write_tiles(tmp_path, tissue)
+    for path in mif.glob("r1_*.png"):
+        values = read_image(path).astype(np.float32)
+        values[..., 2] = np.where(values[..., 2] * 0.4 < 8, 0, values[..., 2] * 0.4)
+        write_png(path, np.rint(values).astype(np.uint8))
+    for split in ("train", "test"):
+        splits = tmp_path / f"{split}.csv"
+        splits.write_text(f"region,split\nr0,val\nr1,{split}\n")
+        result = prepare_mif(request_for(he, mif, tmp_path / split, splits=splits))
+        assert result.regions["r1"].markers["ck818"].faint
+        assert not result.regions["r0"].markers["ck818"].faint
+        assert not result.regions["r1"].markers["cd3"].faint
+        rows = PairedTiles.load(tmp_path / split, check="pixels").split(split)  # type: ignore[arg-type]
+        assert rows
+        for row in rows:
+            told = [row.stains["ck818"], row.masks["ck818"]]
+            assert told == [None, None] if split == "train" else None not in told
+            assert row.stains["cd3"] is not None
+    assert not list((tmp_path / "train" / "ck818").glob("r1_*"))
 
 
 def test_a_stained_ring_makes_the_whole_cell_positive() -> None:

@@ -139,3 +139,9 @@ def mif(
         weak = [name for name, rules in result.regions.items() if rules.markers[stain].weak]
         if weak:
             typer.echo(f"note: {stain} is absent or weak in {len(weak)} of {len(result.regions)} regions: {weak[0]}, …")
+        faint = [name for name, rules in result.regions.items() if stain in rules.left_out]
+        if faint:
+            typer.echo(
+                f"note: {stain} is faint, and left out, in {len(faint)} training regions, where much of it was removed "
+                f"with the background: {', '.join(faint)}"
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -94,11 +94,11 @@ class PairedTilesWriter:
         """Whether the tile ``name`` stands in a row kept from an earlier run."""
         return f"he/{name}.png" in self._done
 
-    def paths(self, name: str) -> dict[str, str]:
-        """Column to relative path, of a tile's images."""
-        paths = {"he": f"he/{name}.png"} | {stain: f"{stain}/{name}.png" for stain in self.stains}
-        if self._masks:
-            paths |= {stain + MASK: f"{stain}{MASK}/{name}.png" for stain in self.stains}
+    def paths(self, name: str, without: Collection[str] = ()) -> dict[str, str]:
+        """Column to relative path, of a tile's images; empty for the stains that it is ``without``."""
+        paths = {"he": f"he/{name}.png"}
+        for column in (*self.stains, *(stain + MASK for stain in self.stains if self._masks)):
+            paths[column] = "" if column.removesuffix(MASK) in without else f"{column}/{name}.png"
         return paths
 
     def write_images(
@@ -107,6 +107,8 @@ class PairedTilesWriter:
         he: UInt8Array,
         stains: Mapping[str, UInt8Array],
         masks: Mapping[str, UInt8Array] | None = None,
+        *,
+        without: Collection[str] = (),
     ) -> None:
         """Write a tile's images, without its row; safe to call from several processes.
 
@@ -115,17 +117,28 @@ class PairedTilesWriter:
             he: uint8 [H, W, 3].
             stains: per stain uint8 [H, W, 3].
             masks: per stain uint8 [H, W]; needed if the writer has masks.
+            without: stains that the tile says nothing of; they have neither.
         """
-        images = {"he": he, **{stain: stains[stain] for stain in self.stains}}
+        told = [stain for stain in self.stains if stain not in without]
+        images = {"he": he, **{stain: stains[stain] for stain in told}}
         if self._masks:
-            images |= {stain + MASK: (masks or {})[stain] for stain in self.stains}
+            images |= {stain + MASK: (masks or {})[stain] for stain in told}
         paths = self.paths(name)
         for column, image in images.items():
             write_png(self.folder / paths[column], image)
 
-    def add_row(self, name: str, *, slide: str, split: Split, mpp: float, patient: str | None = None) -> None:
+    def add_row(
+        self,
+        name: str,
+        *,
+        slide: str,
+        split: Split,
+        mpp: float,
+        patient: str | None = None,
+        without: Collection[str] = (),
+    ) -> None:
         """Append the row of a tile whose images are written; the patient needs a writer with ``patients``."""
-        values: dict[str, object] = {**self.paths(name), "slide": slide, "split": split, "mpp": mpp}
+        values: dict[str, object] = {**self.paths(name, without), "slide": slide, "split": split, "mpp": mpp}
         values[PATIENT] = patient or ""
         try:
             self._rows.writerow([values[column] for column in self._columns])

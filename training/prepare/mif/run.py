@@ -24,7 +24,7 @@ from staindiffuser.training.prepare.mif.alignment import align, shifted
 from staindiffuser.training.prepare.mif.brightfield import brightfield
 from staindiffuser.training.prepare.mif.cells import cell_mask
 from staindiffuser.training.prepare.mif.fields import Field, Fields, Pixels, TileFolders
-from staindiffuser.training.prepare.mif.markers import MarkerHistogram, MarkerRule
+from staindiffuser.training.prepare.mif.markers import FAINT, MarkerHistogram, MarkerRule
 from staindiffuser.training.prepare.mif.request import MifRequest
 from staindiffuser.training.prepare.mif.slides import RegisteredSlides
 from staindiffuser.training.prepare.request import split_of
@@ -57,6 +57,12 @@ class RegionRules:
     """Level of a bright nucleus."""
     markers: Mapping[str, MarkerRule]
     """Per stain."""
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Stains that the region's tiles go without; only where they would be learned from, so that a test stays
+        whole."""
+        return tuple(s for s, rule in self.markers.items() if rule.faint) if self.split == "train" else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,8 +218,14 @@ def _cut(
         for done, one in enumerate(in_order(pool, make, source.fields, ahead=request.jobs + 1), start=1):
             made.append(one)
             if one.kept and not writer.has(one.field.name):
-                split = regions[one.field.region].split
-                writer.add_row(one.field.name, slide=one.field.region, split=split, mpp=request.mpp)
+                rules = regions[one.field.region]
+                writer.add_row(
+                    one.field.name,
+                    slide=one.field.region,
+                    split=rules.split,
+                    mpp=request.mpp,
+                    without=rules.left_out,
+                )
                 written += 1
             progress("cutting", done, len(source.fields))
         if not any(one.kept for one in made):
@@ -258,10 +270,13 @@ def _write(
     cells = grown(find_nuclei(pixels.channels[..., indices[""]], request.mpp, bright=rules.bright_nuclei), request.mpp)
     stains, masks = {}, {}
     for stain, rule in rules.markers.items():
+        if stain in rules.left_out:
+            continue
         marker: FloatArray = pixels.channels[..., indices[stain]]
         stains[stain] = brightfield(pixels.he, rule.dab(marker))[pixels.inner]
         masks[stain] = cell_mask(cells, rule.positive(marker), request.mpp)[pixels.inner]
-    writer.write_images(field.name, np.ascontiguousarray(pixels.he[pixels.inner]), stains, masks)
+    he = np.ascontiguousarray(pixels.he[pixels.inner])
+    writer.write_images(field.name, he, stains, masks, without=rules.left_out)
 
 
 def _read_splits(path: Path) -> dict[str, Split]:
@@ -287,6 +302,7 @@ def _description(request: MifRequest) -> dict[str, object]:
         "markers": dict(request.markers),
         "nuclei": request.nuclei,
         "floor": asdict(request.floor),
+        "faint": FAINT,
         "least_correlation": request.least_correlation,
     }
 

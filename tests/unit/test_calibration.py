@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from staindiffuser.export.modules import BranchEngine
 from staindiffuser.training.checkpoint import Checkpoint, CheckpointConfig
 from staindiffuser.training.config import PRESETS, StainConfig
-from staindiffuser.training.errors import CheckpointError, ConfigError
-from staindiffuser.training.evaluation.calibration import CellValues
+from staindiffuser.training.errors import CheckpointError, ConfigError, DataError
+from staindiffuser.training.evaluation.calibration import CellValues, calibrate
 from staindiffuser.training.evaluation.cell_scores import calibration_error
 from staindiffuser.training.infer import stain_tiles
 from staindiffuser.training.model.network import DualDiffusion, tempered
+from staindiffuser.training.tiles.paired_tiles import PairedTiles
 from staindiffuser.triton_models.noise.philox import tile_noise
 
 
@@ -88,3 +90,37 @@ def test_the_engine_has_the_temperature_in_it() -> None:
     with torch.inference_mode():
         served = engine(*features, torch.from_numpy(noise)).numpy()
     assert np.abs(served.astype(int) - found["CELLS_CD3"]).max() <= 1
+
+
+def test_a_threshold_goes_only_with_the_map_that_it_was_chosen_on(
+    tiny_checkpoint: Path, tiles_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two stains with a temperature and a threshold, only one gets another temperature."""
+    start = Checkpoint.load(tiny_checkpoint)
+    before = {"cd3": 1.7, "ck818": 1.2}
+    config = dataclasses.replace(start.config, temperatures=before, thresholds={"cd3": 0.3, "ck818": 0.4})
+    numbers = dict.fromkeys(("f1_at_half", "candidate", "f1_at_candidate", "best", "f1_at_best"), 0.5)
+    chosen = {
+        stain: {"threshold": threshold, **numbers, "gain_95": None} for stain, threshold in config.thresholds.items()
+    }
+    metrics = {"thresholds": {"split": "val", "tiles": 9, "stains": chosen}}
+    folder, tiles = tmp_path / "checkpoint", PairedTiles.load(tiles_folder)
+    dataclasses.replace(start, config=config, metrics=metrics).save(folder)
+    fitted = iter((1.7, 2.5, 1.0, 1.0))
+    monkeypatch.setattr(CellValues, "temperature", lambda self: next(fitted))
+    calibrate(folder, tiles, limit=1)
+    found = Checkpoint.load(folder)
+    assert found.config.temperatures == {"cd3": 1.7, "ck818": 2.5}
+    assert found.config.thresholds == {"cd3": 0.3}
+    assert found.metrics["thresholds"] == {"split": "val", "tiles": 9, "stains": {"cd3": chosen["cd3"]}}
+    calibrate(folder, tiles, limit=1)
+    found = Checkpoint.load(folder)
+    assert (found.config.temperatures, found.config.thresholds) == ({}, {})
+    assert list(found.metrics) == ["calibration"]
+
+
+def test_tiles_without_a_stain_are_refused(tiny_checkpoint: Path, tiles_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    tiles = dataclasses.replace(PairedTiles.load(tiles_folder), stains=("cd3",))
+    with pytest.raises(DataError, match="no column 'ck818', which the model was trained for"):
+        calibrate(tmp_path / "checkpoint", tiles)

@@ -16,8 +16,9 @@ from staindiffuser.training.checkpoint import Checkpoint, CheckpointConfig
 from staindiffuser.training.config import PRESETS, StainConfig
 from staindiffuser.training.errors import CheckpointError, ConfigError
 from staindiffuser.training.evaluation.cell_scores import CellScore
-from staindiffuser.training.evaluation.thresholds import best_threshold
+from staindiffuser.training.evaluation.thresholds import best_threshold, choose_thresholds
 from staindiffuser.training.model.network import DualDiffusion
+from staindiffuser.training.tiles.paired_tiles import PairedTiles
 from tests.synthetic_graphs import write_graphs
 
 
@@ -64,6 +65,26 @@ def test_one_half_stays_where_slides_disagree_or_cells_are_few() -> None:
     for few in (score((2.0, 2000)), score((2.0, 20), (2.0, 20)), CellScore()):
         found = best_threshold(few)
         assert (found.threshold, found.gain_95) == (0.5, None)
+
+
+def test_a_stain_that_cannot_be_judged_keeps_its_threshold(
+    tiny_checkpoint: Path, tiles_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for few in (score((2.0, 2000)), score((2.0, 20), (2.0, 20)), CellScore()):
+        found = best_threshold(dataclasses.replace(few, threshold=0.3))
+        assert (found.threshold, found.kept) == (0.3, True)
+    judged = best_threshold(dataclasses.replace(score(*[(2.0, 2000)] * 4), threshold=0.7))
+    assert judged.threshold < 0.4
+    assert not judged.kept
+
+    start = Checkpoint.load(tiny_checkpoint)
+    config = dataclasses.replace(start.config, thresholds={"cd3": 0.3})
+    dataclasses.replace(start, config=config).save(tmp_path)
+    choose_thresholds(tmp_path, PairedTiles.load(tiles_folder), limit=1)
+    after = Checkpoint.load(tmp_path)
+    assert after.config.thresholds == {"cd3": 0.3}
+    assert after.metrics["thresholds"]["stains"]["cd3"]["kept"]
+    assert "cd3: too few cells or slides to choose by; its threshold stays 0.3\n" in capsys.readouterr().err
 
 
 def test_thresholds_are_kept_with_the_weights(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from staindiffuser.imaging.nuclei import label_means, nuclei_of_he
 from staindiffuser.imaging.optical_density import he_densities
 from staindiffuser.training.checkpoint import Checkpoint
 from staindiffuser.training.evaluation.cell_scores import calibration_error
-from staindiffuser.training.evaluation.evaluate import evaluate_tiles
+from staindiffuser.training.evaluation.evaluate import check_data, evaluate_tiles
 from staindiffuser.training.evaluation.record import save_again
 from staindiffuser.training.model.network import tempered
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles, spread
@@ -112,9 +112,10 @@ def calibrate(
 
     Raises:
         UsageError: there are no validation tiles of the model's stains.
-        CheckpointError, DataError: something cannot be read.
+        CheckpointError, DataError: something cannot be read, or the tiles do not fit the model.
     """
     checkpoint = Checkpoint.load(folder)
+    check_data(tiles, checkpoint.config.model)
     stains = checkpoint.config.model.stain_names
     rows = tuple(row for row in tiles.split("val") if row.has_images(stains))
     if not rows:
@@ -139,16 +140,21 @@ def calibrate(
     found = {stain: _of(collected) for stain, collected in values.items()}
     temperatures = {stain: one.temperature for stain, one in found.items() if one.temperature != 1}
     of_stains = {name: dataclasses.asdict(one) for name, one in found.items()}
-    record = {"split": "val", "tiles": len(rows), "stains": of_stains}
-    fitted = dataclasses.replace(
-        checkpoint,
-        # Thresholds were chosen on the map as it was.
-        config=dataclasses.replace(checkpoint.config, temperatures=temperatures, thresholds={}),
-        metrics={name: value for name, value in checkpoint.metrics.items() if name != "thresholds"}
-        | {"calibration": record},
-    )
-    save_again(fitted, folder)
+    metrics = {**checkpoint.metrics, "calibration": {"split": "val", "tiles": len(rows), "stains": of_stains}}
+    # A threshold was chosen on the map as it was: it stays only where the map does.
+    before = checkpoint.config.temperatures
+    same = {stain for stain, one in found.items() if one.temperature == before.get(stain, 1)}
+    if chosen := metrics.pop("thresholds", None):
+        left = _only(chosen["stains"], same)
+        metrics |= {"thresholds": {**chosen, "stains": left}} if left else {}
+    thresholds = _only(checkpoint.config.thresholds, same)
+    config = dataclasses.replace(checkpoint.config, temperatures=temperatures, thresholds=thresholds)
+    save_again(dataclasses.replace(checkpoint, config=config, metrics=metrics), folder)
     return found
+
+
+def _only(of_stains: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    return {stain: value for stain, value in of_stains.items() if stain in names}
 
 
 def _of(values: CellValues) -> Calibration:

@@ -5,7 +5,7 @@ What counts is the F1 of positive cells, whose probability is the mean of the ma
 the best is half of the F1 that it reaches (Lipton et al., ECML 2014), so the harder a stain, the lower. But there the
 F1 hardly depends on the threshold, and the number of cells does: so of those whose F1 is within 0.01 of the best the
 one nearest to one half is taken. And few slides choose badly: one half stays unless the gain over it is above zero in a
-bootstrap over slides (its 95 % interval).
+bootstrap over slides (its 95 % interval). A stain with too few cells, or one slide, keeps the threshold that it had.
 
 Shapes: S slides; T thresholds.
 """
@@ -27,6 +27,7 @@ from staindiffuser.training.evaluation.cell_scores import CellScore
 from staindiffuser.training.evaluation.evaluate import evaluate_steps
 from staindiffuser.training.evaluation.metrics import Interval
 from staindiffuser.training.evaluation.record import save_again
+from staindiffuser.training.journal import tell
 from staindiffuser.training.tiles.paired_tiles import PairedTiles
 
 __all__ = ["ChosenThreshold", "best_threshold", "choose_thresholds"]
@@ -43,6 +44,8 @@ class ChosenThreshold:
     """Of one stain."""
 
     threshold: float
+    kept: bool = False
+    """It is the one from before: there were too few cells or slides to choose by."""
     candidate: float = HALF
     """The one nearest to one half whose F1 is near the best."""
     best: float = HALF
@@ -92,6 +95,9 @@ def choose_thresholds(
         progress=progress,
     )
     found = {stain: best_threshold(score) for stain, score in evaluation.cells.items()}
+    for stain, one in found.items():
+        if one.kept:
+            tell(f"{stain}: too few cells or slides to choose by; its threshold stays {one.threshold:g}")
     record = {
         "split": "val",
         "tiles": len(evaluation.rows),
@@ -108,10 +114,11 @@ def choose_thresholds(
 
 
 def best_threshold(score: CellScore) -> ChosenThreshold:
-    """The threshold near the best F1, if slides agree that it is better than one half."""
+    """The threshold near the best F1, if slides agree that it is better than one half; the old one if none can say."""
     counts = score.counts()
     chosen = ChosenThreshold(
-        threshold=HALF,
+        threshold=score.threshold,
+        kept=True,
         cells=counts["cells"],
         positive_cells=counts["positive_cells"],
         slides=counts["slides"],
@@ -137,7 +144,8 @@ def best_threshold(score: CellScore) -> ChosenThreshold:
     drawn = np.random.default_rng(0).integers(slides, size=(SAMPLES, slides))
     f1 = np.stack([_f1(counts_3ST[:, slides_of_it].sum(axis=1)) for slides_of_it in drawn])
     low, high = np.quantile(f1[:, candidate] - f1[:, _AT_HALF], [0.025, 0.975]).tolist()
-    return dataclasses.replace(chosen, threshold=chosen.candidate if low > 0 else HALF, gain_95=(low, high))
+    threshold = chosen.candidate if low > 0 else HALF
+    return dataclasses.replace(chosen, threshold=threshold, kept=False, gain_95=(low, high))
 
 
 def _counted(score: CellScore) -> NDArray[np.float64]:

@@ -36,6 +36,7 @@ from staindiffuser.export.publishing import locked, staging_folder
 from staindiffuser.export.quality import compose_field, field_plans
 from staindiffuser.files import file_sha256
 from staindiffuser.imaging.arrays import UInt8Array
+from staindiffuser.imaging.instances import HALF, lowest_grey
 from staindiffuser.imaging.optical_density import dab_mask
 from staindiffuser.training.tiles.paired_tiles import PairedTiles
 from staindiffuser.triton_models.noise.philox import tile_noise
@@ -155,20 +156,21 @@ def _settle(
     with _trial(floats, {}, graphs, folder) as run:
         exact = [run(field.he) for field in judging]
 
-    def judge(chosen: Mapping[str, onnx.ModelProto], name: str) -> tuple[float, float, float]:
-        """Score in 8 bits, score of float32, and mean difference in grey levels."""
+    def judge(chosen: Mapping[str, onnx.ModelProto], name: str) -> tuple[float, float, float, bool]:
+        """Score in 8 bits, score of float32, mean difference in grey levels, and whether there is anything to score."""
         tensor, (kind, _, stain) = graphs.engines[name].outputs[0].name, name.partition("_")
+        level = lowest_grey(graphs.thresholds.get(stain, HALF))
         ours, theirs, apart = np.zeros(2), np.zeros(2), 0.0
         with _trial(floats, chosen, graphs, folder) as run:
             for field, arrays in zip(judging, exact, strict=True):
                 found, before = run(field.he)[tensor][0], arrays[tensor][0]
                 apart += float(np.abs(found.astype(np.int16) - before).mean()) / len(judging)
                 if kind == "cells":
-                    ours += _areas(found >= 128, before >= 128)
+                    ours += _areas(found >= level, before >= level)
                 elif stain in field.positive:
                     ours += _areas(dab_mask(found), field.positive[stain])
                     theirs += _areas(dab_mask(before), field.positive[stain])
-        return _dice(ours), 1.0 if kind == "cells" else _dice(theirs), apart
+        return _dice(ours), 1.0 if kind == "cells" else _dice(theirs), apart, bool(ours[1])
 
     chosen: dict[str, onnx.ModelProto] = {"he_encoder": models["he_encoder"]}
     left: dict[str, tuple[list[str], tuple[float, float] | None]] = {"he_encoder": ([], None)}
@@ -178,10 +180,10 @@ def _settle(
         order: list[str] | None = None
         while True:
             chosen[name] = _left_float(models[name], floats[name], layers)
-            score, before, apart = judge(chosen, name)
+            score, before, apart, judged = judge(chosen, name)
             progress(
                 f"{name}: Dice {score:.4f} (float32: {before:.4f}), {apart:.2f} grey levels in the mean, "
-                f"{len(layers)} layers in float"
+                f"{len(layers)} layers in float" + ("" if judged else "; nothing is positive there: not judged")
             )
             if score >= (LEAST_CELLS if cells else before - MOST_LOST):
                 break

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,39 @@ def test_layers_that_suffer_go_back_to_float(graphs: Path, tiles: Path, monkeypa
     assert counts == [f"{number} layers in float" for number in range(len(counts))]
     assert len(counts) > 1, "no layer went back to float before it gave up on the features"
     assert not GraphSet.load(graphs).int8
+
+
+@pytest.mark.parametrize(
+    ("exact", "ours", "threshold", "ending"),
+    [
+        (100, 90, 0.3, "Dice 1.0000 (float32: 1.0000), 10.00 grey levels in the mean, 0 layers in float"),
+        (100, 70, 0.3, None),
+        (150, 130, 0.55, None),
+        (60, 50, 0.3, "0 layers in float; nothing is positive there: not judged"),
+    ],
+)
+def test_cells_are_judged_at_the_threshold_that_they_are_served_at(
+    graphs: Path, monkeypatch: pytest.MonkeyPatch, exact: int, ours: int, threshold: float, ending: str | None
+) -> None:
+    """Maps of one grey level; 0.3 is 77 of 255, and 0.55 is 141."""
+    described = dataclasses.replace(GraphSet.load(graphs), thresholds={"cd3": threshold})
+    tensor = described.engines["cells_cd3"].outputs[0].name
+    model = onnx.ModelProto()
+
+    @contextlib.contextmanager
+    def trial(
+        floats: Any, chosen: Mapping[str, Any], described: GraphSet, folder: Path
+    ) -> Iterator[Callable[[Any], dict[str, Any]]]:
+        level = ours if chosen else exact
+        yield lambda he: {tensor: np.full((1, 8, 8, 1), level, np.uint8)}
+
+    monkeypatch.setattr(int8, "_trial", trial)
+    models = {"he_encoder": model, "cells_cd3": model}
+    field = int8._Field(he=np.zeros((8, 8, 3), np.uint8), positive={})
+    said: list[str] = []
+    with pytest.raises(ParityError, match="cells_cd3: Dice 0") if ending is None else contextlib.nullcontext():
+        int8._settle(models, models, described, [field], graphs, said.append)
+    assert ending is None or said[-1].endswith(ending)
 
 
 def test_a_layer_back_in_float_reads_what_it_read_before(graphs: Path) -> None:

@@ -266,3 +266,11 @@ def test_recorded_scores_stand_in_the_card_and_weak_stains_in_the_notice(
     assert "## Per cell, measured on blobs" in card
     assert "**Not shown to tell more than the H&E's hematoxylin does" in card
     assert with_weak_stains(recorded.config.notice, [], data="blobs") == checkpoint.config.notice
+
+
+def test_what_follows_the_weak_stains_stays_in_the_notice() -> None:
+    later = " Its CD8 was added later, trained on lungs (two)."
+    notice = with_weak_stains("For research.", ["CD3", "CK8/18"], data="colon (10 regions)") + later
+    assert with_weak_stains(notice, [], data="lungs") == f"For research.{later}"
+    again = with_weak_stains(notice, ["CD8"], data="lungs")
+    assert again == f"For research.{later} Not shown to tell more than hematoxylin: CD8 (measured on lungs)."

@@ -7,6 +7,7 @@ reaches graphs, server and every ``run.json``, so a weak stain is named there.
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from staindiffuser.training.model_card import CARD, license_of, model_card
 __all__ = ["record_cells", "save_again", "with_weak_stains"]
 
 _WEAK = " Not shown to tell more than hematoxylin: "
+_WEAK_SENTENCE = re.compile(rf"{_WEAK}.*?\(measured on .*?\)\.", re.DOTALL)
+"""Others may follow it: of stains that were added later."""
 
 
 def record_cells(evaluation: Evaluation, folder: Path, *, data: str) -> Checkpoint:
@@ -72,5 +75,5 @@ def save_again(checkpoint: Checkpoint, folder: Path) -> None:
 
 def with_weak_stains(notice: str, labels: list[str], *, data: str) -> str:
     """The notice with the weak stains named, in place of those that it named before."""
-    notice = notice.partition(_WEAK)[0]
+    notice = _WEAK_SENTENCE.sub("", notice)
     return f"{notice}{_WEAK}{', '.join(labels)} (measured on {data})." if labels else notice

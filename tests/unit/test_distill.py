@@ -62,6 +62,49 @@ def test_a_student_keeps_encoder_and_cells_to_the_bit(
     assert ("val/dab_dice/ck818-k4" in rows[0]) == (method == "ect")
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_was_measured_of_the_cells_stays(
+    tiny_checkpoint: Path, tiles_folder: Path, tmp_path: Path, trained: bool
+) -> None:
+    """A student's images are new, and so are no scores of its teacher's; what is only judged again keeps all."""
+    start = Checkpoint.load(tiny_checkpoint)
+
+    def cells(*names: str) -> dict[str, Any]:
+        stain = {
+            "metrics": dict.fromkeys(names, 0.8),
+            "intervals_95": {name: [0.7, 0.9] for name in names},
+            "better_than_hematoxylin": False,
+        }
+        return {"data": "blobs", "split": "test", "steps": 2, "tiles": 4, "stains": {"cd3": stain}}
+
+    numbers = dict.fromkeys(("f1_at_half", "candidate", "f1_at_candidate", "best", "f1_at_best"), 0.5)
+    fitted = {"temperature": 1.7, "error_before": 0.2, "error_after": 0.1, "cells": 99}
+    kept = {
+        "thresholds": {
+            "split": "val",
+            "tiles": 4,
+            "stains": {"cd3": {"threshold": 0.3, **numbers, "gain_95": [0.1, 0.2]}},
+        },
+        "calibration": {"split": "val", "tiles": 4, "stains": {"cd3": fitted}},
+    }
+    metrics = {**kept, "cells": cells("map_auroc", "image_auroc", "area_bias"), "intervals_95": {}, "added stains": {}}
+    config = dataclasses.replace(start.config, thresholds={"cd3": 0.3}, temperatures={"cd3": 1.7})
+    teacher = tmp_path / "teacher"
+    dataclasses.replace(start, config=config, metrics=metrics).save(teacher)
+    if trained:
+        folder = tune(teacher, tiles_folder, tmp_path / "run", steps=1)
+    else:
+        folder = judge_student(teacher, None, tiles_folder, tmp_path / "run", QUICK).folder
+    found = Checkpoint.load(folder).metrics
+    assert {name: found[name] for name in kept} == kept
+    assert found["cells"] == (cells("map_auroc") if trained else metrics["cells"])
+    assert "intervals_95" not in found
+    assert "added stains" not in found  # the gate has measured them with the others
+    card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    for title in ("Per cell, measured on blobs", "Thresholds of the cell maps", "Calibration of the cell maps"):
+        assert f"## {title}" in card
+
+
 def test_every_image_can_begin_with_the_best_one(tiny_checkpoint: Path) -> None:
     teacher = Checkpoint.load(tiny_checkpoint).network
     student = Student(teacher, DistillConfig(images_from="ck818"))

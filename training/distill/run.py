@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ from staindiffuser.training.training_data import TrainingData, check_one_size
 GALLERY = "gate.jpg"
 """In the run folder: tiles that the gate judged, as every sampler stains them."""
 __all__ = ["GALLERY", "JudgeOptions", "Outcome", "default_recipe", "distill", "judge_student"]
+
+_OF_CELLS = ("cells", "thresholds", "calibration")
+"""Metrics that distillation leaves as they are, as it does the cell branches."""
+_OF_IMAGES = ("image_auroc", "image_best_f1", "area_bias", "area_spread")
+"""Scores per cell that are of the virtual image."""
 
 Samplers = dict[int, tuple[float, ...]]
 Tiles = PairedTiles | MixedTiles
@@ -192,6 +198,7 @@ def distill(
                 provenance={**teacher.config.provenance, "distillation": about},
             ),
             network=fitted.network.cpu().eval(),
+            metrics=_without_images(teacher.metrics),
             curves=curves_image(options.output),
             seen=checked.seen(teacher.seen),
         )
@@ -277,12 +284,23 @@ def _ship(
         "steps": verdict.steps,
         "stains": shipped.stains,
         "gate": gate_record(table, verdict, **about, at_most=judging.at_most),
+        **{name: student.metrics[name] for name in _OF_CELLS if name in student.metrics},
     }
     shipping = Checkpoint(
         config=config, network=student.network.cpu(), metrics=metrics, curves=student.curves, seen=student.seen
     )
     shipping.save(folder, dtype=dtype)
     return Outcome(folder=folder, rows=tuple(table), verdict=verdict)
+
+
+def _without_images(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """A teacher's metrics without the scores per cell that were its images', which its student paints anew."""
+    left = copy.deepcopy(dict(metrics))
+    for stain in left.get("cells", {}).get("stains", {}).values():
+        for group in ("metrics", "intervals_95"):
+            for name in _OF_IMAGES:
+                stain[group].pop(name, None)
+    return left
 
 
 def _search(network: DualDiffusion, tiles: Tiles, samplers: Samplers, judging: JudgeOptions) -> dict[int, SigmaSearch]:

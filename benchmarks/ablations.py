@@ -70,7 +70,9 @@ The best of 3e-4 (pix2pix alone), 1e-3, 3e-3 and 1e-2 (regression alone) by DAB-
 ``small`` each with 256 tiles. For dual diffusion 4e-3 was worse than 1e-2 and 2e-2 hardly better.
 """
 _CODE = (
+    "data/augmentation.py",
     "data/dataset.py",
+    "data/targets.py",
     "evaluation/metrics.py",
     "evaluation/tile_metrics.py",
     "learner.py",

@@ -23,6 +23,7 @@ import typer
 
 from staindiffuser.benchmarks.measuring import Machine
 from staindiffuser.benchmarks.reporting import JsonFile, hand_over
+from staindiffuser.errors import UsageError
 from staindiffuser.imaging.arrays import UInt8Array
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def bench_frontier(
 
     Raises:
         CheckpointError, DataError: a checkpoint or a tile cannot be used.
+        UsageError: the teacher lacks a stain of the student.
     """
     import torch
 
@@ -133,9 +135,11 @@ def bench_frontier(
     threads = threads or available_cpus()
     torch.set_num_threads(threads)
     served, taught = Checkpoint.load(student), Checkpoint.load(teacher)
+    stains = served.config.model.stain_names
+    if missing := [stain for stain in stains if stain not in taught.config.model.stain_names]:
+        raise UsageError(f"--teacher {teacher}: it lacks {', '.join(missing)} of {student}; name its own teacher")
     paired = PairedTiles.load(tiles, mpp=served.config.model.mpp)
     check_data(paired, served.config.model)
-    stains = served.config.model.stain_names
     rows = spread(paired.scored("test"), most)
     if not rows:
         raise DataError(f"{tiles / 'tiles.csv'}: no row of the test split has an image of every stain")

@@ -17,9 +17,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import staindiffuser.training
 from staindiffuser.benchmarks.ablation_report import Difference, Spread, claim, differences
 from staindiffuser.benchmarks.ablation_tiles import open_tiles, subset
-from staindiffuser.benchmarks.ablations import ARMS, SMALL, AblationStudy, chosen_preset
+from staindiffuser.benchmarks.ablations import _CODE, ARMS, SMALL, AblationStudy, _code, chosen_preset
 from staindiffuser.benchmarks.ablations_cli import ablations
 from staindiffuser.errors import UsageError
 from staindiffuser.training.data.targets import load_tile
@@ -95,6 +96,20 @@ def test_finished_runs_are_kept_until_their_settings_change(table: Path, tiles_f
     _, told = run(tiles_folder, output, *options, "--seeds", "1", "--batch", "4")
     assert "done before" not in told
     assert json.loads((output / "runs" / "dual-4-0.json").read_text())["key"] != before["key"]
+
+
+@pytest.mark.parametrize("name", ["augmentation.py", "dataset.py", "targets.py"])
+def test_other_samples_are_other_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source,) = staindiffuser.training.__path__
+    shutil.copytree(source, tmp_path / "training")
+    monkeypatch.setattr(staindiffuser.training, "__path__", [str(tmp_path / "training")])
+    before = _code(*_CODE)
+    with (tmp_path / "training" / "data" / name).open("a") as file:
+        file.write("# says nothing new\n")
+    assert _code(*_CODE) == before
+    with (tmp_path / "training" / "data" / name).open("a") as file:
+        file.write("CHANGED = True\n")
+    assert _code(*_CODE) != before
 
 
 def test_an_interrupted_table_goes_on(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,8 +10,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from staindiffuser.benchmarks.frontier import ddim
+from staindiffuser.benchmarks.frontier import bench_frontier, ddim
 from staindiffuser.cli import app
+from staindiffuser.errors import UsageError
+from staindiffuser.training.checkpoint import Checkpoint
+from staindiffuser.training.config import StainConfig
+from staindiffuser.training.model.network import DualDiffusion
 
 
 def test_ddim_follows_the_flow_of_normally_distributed_data() -> None:
@@ -51,3 +56,12 @@ def test_report(tiny_checkpoint: Path, tiles_folder: Path, tmp_path: Path, monke
     assert samplers[:half] == samplers[half:], "the same checkpoint twice, from the same noise"
     assert points[-2]["cpu_ms"] > points[0]["cpu_ms"]
     assert "18 steps, Heun: " in result.output
+
+
+def test_a_teacher_of_fewer_stains_is_refused(tiny_checkpoint: Path, tiles_folder: Path, tmp_path: Path) -> None:
+    config = Checkpoint.load(tiny_checkpoint).config
+    stains = (*config.model.stains, StainConfig(name="cd20", label="CD20"), StainConfig(name="ki67", label="Ki-67"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, stains=stains))
+    Checkpoint(config=config, network=DualDiffusion(config.model)).save(tmp_path)
+    with pytest.raises(UsageError, match=f"--teacher {tiny_checkpoint}: it lacks cd20, ki67 of {tmp_path}"):
+        bench_frontier(tmp_path, tiny_checkpoint, tiles_folder)

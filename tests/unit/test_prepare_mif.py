@@ -240,7 +240,7 @@ def test_training_tiles_go_without_a_faint_marker(tissue: list[SimulatedTile], t
         assert result.regions["r1"].markers["ck818"].faint
         assert not result.regions["r0"].markers["ck818"].faint
         assert not result.regions["r1"].markers["cd3"].faint
-        rows = PairedTiles.load(tmp_path / split, check="pixels").split(split)  # type: ignore[arg-type]
+        rows = PairedTiles.load(tmp_path / split, check="pixels").split(split)
         assert rows
         for row in rows:
             told = [row.stains["ck818"], row.masks["ck818"]]

@@ -46,7 +46,7 @@ def model_card(
         "",
         f"- Stains: {stains}",
         f"- Pixel size: {config.model.mpp} µm; served tile {config.tile} px with a margin of {config.margin} px",
-        f"- Receptive radius: {config.receptive_radius} px in theory, {config.effective_radius} px in effect"
+        f"- Receptive radius: {config.receptive_radius} px in theory, {_in_effect(config)}"
         " (influence above one grey level)",
         f"- Sampler steps: {config.steps}, at σ = {list(config.sigmas[str(config.steps)])}",
         "",
@@ -150,6 +150,12 @@ def _threshold_lines(found: Mapping[str, Any]) -> list[str]:
         *rows,
         "",
     ]
+
+
+def _in_effect(config: CheckpointConfig) -> str:
+    if config.effective_radius == config.receptive_radius:  # see training.receptive
+        return "in effect more than could be seen in the images that it was measured on"
+    return f"{config.effective_radius} px in effect"
 
 
 def _provenance(provenance: Mapping[str, Any], depth: int = 0) -> list[str]:

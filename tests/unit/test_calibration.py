@@ -107,7 +107,7 @@ def test_a_threshold_goes_only_with_the_map_that_it_was_chosen_on(
     folder, tiles = tmp_path / "checkpoint", PairedTiles.load(tiles_folder)
     dataclasses.replace(start, config=config, metrics=metrics).save(folder)
     fitted = iter((1.7, 2.5, 1.0, 1.0))
-    monkeypatch.setattr(CellValues, "temperature", lambda self: next(fitted))
+    monkeypatch.setattr(CellValues, "temperature", lambda self, before: next(fitted))
     calibrate(folder, tiles, limit=1)
     found = Checkpoint.load(folder)
     assert found.config.temperatures == {"cd3": 1.7, "ck818": 2.5}
@@ -124,3 +124,15 @@ def test_tiles_without_a_stain_are_refused(tiny_checkpoint: Path, tiles_folder: 
     tiles = dataclasses.replace(PairedTiles.load(tiles_folder), stains=("cd3",))
     with pytest.raises(DataError, match="no column 'ck818', which the model was trained for"):
         calibrate(tmp_path / "checkpoint", tiles)
+
+
+def test_too_few_cells_leave_the_temperature_as_it_was(
+    tiny_checkpoint: Path, tiles_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, folder = Checkpoint.load(tiny_checkpoint), tmp_path / "checkpoint"
+    config = dataclasses.replace(start.config, temperatures={"cd3": 1.7}, thresholds={"cd3": 0.3})
+    dataclasses.replace(start, config=config).save(folder)
+    monkeypatch.setattr("staindiffuser.training.evaluation.calibration.FEWEST", 10**6)
+    calibrate(folder, PairedTiles.load(tiles_folder), limit=1)
+    found = Checkpoint.load(folder).config
+    assert (found.temperatures, found.thresholds) == ({"cd3": 1.7}, {"cd3": 0.3})

@@ -63,11 +63,12 @@ class CellValues:
         table = tempered(torch.arange(256, dtype=torch.float64) / 255, temperature).numpy()
         return np.concatenate([np.zeros(0), *(histograms @ table for histograms in self._histograms)])
 
-    def temperature(self) -> float:
-        """The temperature of the largest likelihood; 1 where there are fewer than :data:`FEWEST` cells of a kind."""
+    def temperature(self, before: float = 1.0) -> float:
+        """The temperature of the largest likelihood; the one from before where there are fewer than :data:`FEWEST`
+        cells of a kind."""
         truth = self.truth
         if min(truth.sum(), len(truth) - truth.sum()) < FEWEST:
-            return 1.0
+            return before
 
         def loss(log_temperature: float) -> float:
             said = np.clip(self.probabilities(float(np.exp(log_temperature))), _SURE, 1 - _SURE)
@@ -137,12 +138,12 @@ def calibrate(
 
     sigmas = checkpoint.config.sigmas[str(checkpoint.config.steps)]
     evaluate_tiles(network, rows, sigmas=sigmas, seed=seed, seen=seen)
-    found = {stain: _of(collected) for stain, collected in values.items()}
+    before = checkpoint.config.temperatures
+    found = {stain: _of(collected, before.get(stain, 1.0)) for stain, collected in values.items()}
     temperatures = {stain: one.temperature for stain, one in found.items() if one.temperature != 1}
     of_stains = {name: dataclasses.asdict(one) for name, one in found.items()}
     metrics = {**checkpoint.metrics, "calibration": {"split": "val", "tiles": len(rows), "stains": of_stains}}
     # A threshold was chosen on the map as it was: it stays only where the map does.
-    before = checkpoint.config.temperatures
     same = {stain for stain, one in found.items() if one.temperature == before.get(stain, 1)}
     if chosen := metrics.pop("thresholds", None):
         left = _only(chosen["stains"], same)
@@ -157,8 +158,8 @@ def _only(of_stains: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
     return {stain: value for stain, value in of_stains.items() if stain in names}
 
 
-def _of(values: CellValues) -> Calibration:
-    truth, temperature = values.truth, values.temperature()
+def _of(values: CellValues, before: float) -> Calibration:
+    truth, temperature = values.truth, values.temperature(before)
     return Calibration(
         temperature=temperature,
         cells=len(truth),

@@ -247,6 +247,14 @@ def test_training_tiles_go_without_a_faint_marker(tissue: list[SimulatedTile], t
             assert told == [None, None] if split == "train" else None not in told
             assert row.stains["cd3"] is not None
     assert not list((tmp_path / "train" / "ck818").glob("r1_*"))
+    splits = tmp_path / "train.csv"
+    alone = prepare_mif(request_for(he, mif, tmp_path / "alone", splits=splits, markers={"ck818": "PanCK"}))
+    assert (alone.kept, alone.untold, alone.misaligned) == (4, 4, 0)
+    assert {row.slide for row in PairedTiles.load(tmp_path / "alone").tiles} == {"r0"}
+    for path in [*he.glob("r0_*.png"), *mif.glob("r0_*.png")]:
+        path.unlink()
+    with pytest.raises(DataError, match="PanCK was removed with the background"):
+        prepare_mif(request_for(he, mif, tmp_path / "none", splits=splits, markers={"ck818": "PanCK"}))
 
 
 def test_a_stained_ring_makes_the_whole_cell_positive() -> None:

@@ -126,7 +126,8 @@ def mif(
         typer.echo(json.dumps(dataclasses.asdict(result)))
         return
     typer.echo(
-        f"{result.kept} of {result.fields} tiles kept ({result.misaligned} misaligned, {result.empty} without nuclei), "
+        f"{result.kept} of {result.fields} tiles kept ({result.misaligned} misaligned, {result.empty} without nuclei, "
+        f"{result.untold} of faint markers alone), "
         f"{result.written} new, {result.seconds:.1f} s, in {result.output}"
     )
     typer.echo(

@@ -77,6 +77,8 @@ class MifResult:
     """Fields dropped, since hematoxylin and nuclei do not agree."""
     empty: int
     """Fields dropped, since there are no nuclei to compare."""
+    untold: int
+    """Training fields dropped, since every marker is faint there."""
     moved: int
     """Kept fields whose fluorescence was moved by some pixels to fit."""
     written: int
@@ -96,6 +98,8 @@ class _Made:
     kept: bool
     correlation: float
     shift: tuple[int, int]
+    untold: bool = False
+    """Whether every marker is faint, so that the tile would say nothing."""
 
 
 def prepare_mif(request: MifRequest, progress: Progress = lambda what, done, total: None) -> MifResult:
@@ -228,6 +232,11 @@ def _cut(
                 )
                 written += 1
             progress("cutting", done, len(source.fields))
+        if all(one.untold for one in made):
+            raise DataError(
+                f"{request.mif}: no tile can be used; {', '.join(request.markers.values())} was removed with the "
+                "background: give channels whose background was not removed, or a lower --floor-removed"
+            )
         if not any(one.kept for one in made):
             best = max(one.correlation for one in made)
             raise DataError(
@@ -251,12 +260,13 @@ def _make(
     dapi = pixels.channels[..., indices[""]]
     if rules.bright_nuclei < NO_NUCLEI:
         return _Made(field=field, kept=False, correlation=0.0, shift=(0, 0))
+    untold = len(rules.left_out) == len(rules.markers)
     found = align(hematoxylin, dapi, request.mpp)
-    kept = found.correlation >= request.least_correlation
+    kept = found.correlation >= request.least_correlation and not untold
     if kept and not writer.has(field.name):
         pixels = Pixels(he=pixels.he, channels=shifted(pixels.channels, found.shift), inner=pixels.inner)
         _write(request, indices, rules, writer, field, pixels)
-    return _Made(field=field, kept=kept, correlation=found.correlation, shift=found.shift)
+    return _Made(field=field, kept=kept, correlation=found.correlation, shift=found.shift, untold=untold)
 
 
 def _write(
@@ -311,15 +321,17 @@ def _result(
     request: MifRequest, regions: Mapping[str, RegionRules], made: Sequence[_Made], written: int, seconds: float
 ) -> MifResult:
     kept = [one for one in made if one.kept]
-    empty = sum(one.correlation == 0.0 for one in made if not one.kept)
+    untold = sum(one.untold for one in made)
+    empty = sum(one.correlation == 0.0 for one in made if not one.kept and not one.untold)
     per_split = Counter(regions[one.field.region].split for one in kept)
     return MifResult(
         output=str(request.output),
         stains=tuple(request.markers),
         fields=len(made),
         kept=len(kept),
-        misaligned=len(made) - len(kept) - empty,
+        misaligned=len(made) - len(kept) - empty - untold,
         empty=empty,
+        untold=untold,
         moved=sum(one.shift != (0, 0) for one in kept),
         written=written,
         correlation=round(float(np.median([one.correlation for one in kept])), 3),

@@ -64,6 +64,11 @@ class RegionRules:
         whole."""
         return tuple(s for s, rule in self.markers.items() if rule.faint) if self.split == "train" else ()
 
+    @property
+    def untold(self) -> bool:
+        """Whether that is all of them, so that a tile would say nothing."""
+        return len(self.left_out) == len(self.markers)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MifResult:
@@ -98,8 +103,6 @@ class _Made:
     kept: bool
     correlation: float
     shift: tuple[int, int]
-    untold: bool = False
-    """Whether every marker is faint, so that the tile would say nothing."""
 
 
 def prepare_mif(request: MifRequest, progress: Progress = lambda what, done, total: None) -> MifResult:
@@ -232,7 +235,7 @@ def _cut(
                 )
                 written += 1
             progress("cutting", done, len(source.fields))
-        if all(one.untold for one in made):
+        if all(rules.untold for rules in regions.values()):
             raise DataError(
                 f"{request.mif}: no tile can be used; {', '.join(request.markers.values())} was removed with the "
                 "background: give channels whose background was not removed, or a lower --floor-removed"
@@ -260,13 +263,12 @@ def _make(
     dapi = pixels.channels[..., indices[""]]
     if rules.bright_nuclei < NO_NUCLEI:
         return _Made(field=field, kept=False, correlation=0.0, shift=(0, 0))
-    untold = len(rules.left_out) == len(rules.markers)
     found = align(hematoxylin, dapi, request.mpp)
-    kept = found.correlation >= request.least_correlation and not untold
+    kept = found.correlation >= request.least_correlation and not rules.untold
     if kept and not writer.has(field.name):
         pixels = Pixels(he=pixels.he, channels=shifted(pixels.channels, found.shift), inner=pixels.inner)
         _write(request, indices, rules, writer, field, pixels)
-    return _Made(field=field, kept=kept, correlation=found.correlation, shift=found.shift, untold=untold)
+    return _Made(field=field, kept=kept, correlation=found.correlation, shift=found.shift)
 
 
 def _write(
@@ -321,17 +323,17 @@ def _result(
     request: MifRequest, regions: Mapping[str, RegionRules], made: Sequence[_Made], written: int, seconds: float
 ) -> MifResult:
     kept = [one for one in made if one.kept]
-    untold = sum(one.untold for one in made)
-    empty = sum(one.correlation == 0.0 for one in made if not one.kept and not one.untold)
+    told = [one for one in made if not regions[one.field.region].untold]
+    empty = sum(one.correlation == 0.0 for one in told if not one.kept)
     per_split = Counter(regions[one.field.region].split for one in kept)
     return MifResult(
         output=str(request.output),
         stains=tuple(request.markers),
         fields=len(made),
         kept=len(kept),
-        misaligned=len(made) - len(kept) - empty - untold,
+        misaligned=len(told) - len(kept) - empty,
         empty=empty,
-        untold=untold,
+        untold=len(made) - len(told),
         moved=sum(one.shift != (0, 0) for one in kept),
         written=written,
         correlation=round(float(np.median([one.correlation for one in kept])), 3),

@@ -15,7 +15,7 @@ from staindiffuser.client import StainClient
 from staindiffuser.export.manifest import Manifest
 from staindiffuser.export.repository import build_repository
 from staindiffuser.serving.server import TritonServer
-from tests.running_serve import kill_server, serving
+from tests.running_serve import eventually, kill_server, serving
 from tests.synthetic_graphs import write_graphs
 
 COMMAND = [sys.executable, "-c", "from staindiffuser.cli import main; main()", "stain"]
@@ -77,6 +77,8 @@ def test_a_slide_survives_that_its_server_is_killed(repositories: list[Path], sl
         kill_server(server)
         _, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr
+        # The server answers before ``serve`` has written that it is back: a quick slide can end in between.
+        assert eventually(lambda: "restarted" in server.names())
         assert server.names() == ["start", "ready", "crashed", "restarted"]
         undisturbed = start(slide, tmp_path / "undisturbed", server.url)
         _, stderr = undisturbed.communicate(timeout=120)

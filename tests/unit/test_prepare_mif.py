@@ -16,7 +16,7 @@ from staindiffuser.cli import app
 from staindiffuser.errors import UsageError
 from staindiffuser.imaging.arrays import FloatArray
 from staindiffuser.imaging.image_files import read_image, write_png
-from staindiffuser.imaging.nuclei import find_nuclei, grown, label_means
+from staindiffuser.imaging.nuclei import find_nuclei, label_means
 from staindiffuser.imaging.optical_density import dab_density, dab_mask, he_densities
 from staindiffuser.training.errors import ConfigError, DataError
 from staindiffuser.training.prepare.mif.alignment import align, shifted
@@ -264,15 +264,53 @@ def test_a_stained_ring_makes_the_whole_cell_positive() -> None:
         dapi += 50 * np.exp(-0.5 * (np.hypot(y - 32, x - centre) / 4.5) ** 4).astype(np.float32)
     nuclei = find_nuclei(dapi, 0.5, bright=50.0)
     assert nuclei.max() == 2
-    cells = grown(nuclei, 0.5)
     radius = np.hypot(y - 32, x - 24)
     ring = (radius > 4.5) & (radius < 9)
-    mask = cell_mask(cells, ring, 0.5)
+    mask = cell_mask(nuclei, ring, 0.5)
     assert mask[32, 24] == 255
     assert mask[32, 72] == 0
     np.testing.assert_allclose(np.sort(label_means(nuclei, mask >= 128)), [0, 1], atol=0.05)
-    unsure = cell_mask(cells, ring & (x < 22), 0.5)[32, 24]
+    unsure = cell_mask(nuclei, ring & (x < 22), 0.5)[32, 24]
     assert 25 < unsure < 230  # part of a ring teaches nothing
+
+
+def test_crowded_cells_of_stained_epithelium_are_positive_by_their_cytoplasm() -> None:
+    """Nuclei that almost touch, as at the base of a gland: most of each cell is nucleus, and that is never stained."""
+    y, x = np.mgrid[:96, :192]
+    nuclei = np.zeros((96, 192), np.int32)
+    for number, (row, column) in enumerate([(r, c) for r in range(8, 96, 16) for c in range(8, 192, 16)], start=1):
+        nuclei[np.hypot(y - row, x - column) < 7.2] = number
+    stained = (x < 96) & (nuclei == 0)
+    inside = [number for number in np.unique(nuclei[24:72, 24:72]) if number]
+    outside = [number for number in np.unique(nuclei[24:72, 120:168]) if number]
+    by_area = label_means(nuclei, cell_mask(nuclei, stained, 0.5) >= 230)
+    mask = cell_mask(nuclei, stained, 0.5, cytoplasmic=True)
+    found = label_means(nuclei, mask >= 230)
+    assert all(by_area[number - 1] < 0.1 for number in inside)
+    assert all(found[number - 1] > 0.95 for number in inside)
+    assert all(label_means(nuclei, mask <= 25)[number - 1] == 1 for number in outside)
+
+
+def test_a_nucleus_without_cytoplasm_of_its_own_is_judged_by_its_neighbourhood() -> None:
+    y, x = np.mgrid[:64, :128]
+    nuclei = np.zeros((64, 128), np.int32)
+    for number, centre in enumerate((32, 96)):
+        distance = np.hypot(y - 32, x - centre)
+        nuclei[distance < 16] = 2 * number + 1  # a nucleus that surrounds another
+        nuclei[distance < 6] = 2 * number + 2
+    mask = cell_mask(nuclei, (x < 64) & (nuclei == 0), 0.5, cytoplasmic=True)
+    assert mask[32, 32] >= 128 > mask[32, 96]
+
+
+def test_keratins_are_of_the_cytoplasm_unless_told_otherwise(tissue: list[SimulatedTile], tmp_path: Path) -> None:
+    he, mif = write_tiles(tmp_path, tissue)
+    for name, given, expected in (("by-name", None, ["ck818"]), ("none", (), []), ("given", ("cd3",), ["cd3"])):
+        prepare_mif(request_for(he, mif, tmp_path / name, cytoplasmic=given))
+        assert json.loads((tmp_path / name / "mif.json").read_text(encoding="utf-8"))["cytoplasmic"] == expected
+    masks = [sorted((tmp_path / name / "ck818_mask").iterdir()) for name in ("by-name", "none")]
+    assert any(a.read_bytes() != b.read_bytes() for a, b in zip(*masks, strict=True))
+    with pytest.raises(ConfigError, match="cytoplasmic: ck7 is none of the stains"):
+        request_for(he, mif, tmp_path / "other", cytoplasmic=("ck7",))
 
 
 def test_fluorescence_is_moved_to_where_it_fits() -> None:

@@ -35,6 +35,14 @@ def mif(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of paired tiles; slides are added to it.", show_default=False)
     ],
+    cytoplasmic: Annotated[
+        str | None,
+        typer.Option(
+            help="STAIN,…: whose marker is of the cytoplasm, so that cells are judged by what surrounds their nucleus; "
+            "'' for none. If not given, the keratins: ck7, ck20, ck56, ck818 and panck.",
+            show_default=False,
+        ),
+    ] = None,
     channels: Annotated[
         str, typer.Option(help="Names of the channels, in order; needed where the files do not name them.")
     ] = "",
@@ -101,7 +109,8 @@ def mif(
         output=output,
         markers=chosen,
         nuclei=nuclei,
-        channels=tuple(name.strip() for name in channels.split(",") if name.strip()),
+        cytoplasmic=None if cytoplasmic is None else _names(cytoplasmic),
+        channels=_names(channels),
         he_mpp=he_mpp,
         mif_mpp=mif_mpp,
         mpp=mpp,
@@ -146,3 +155,7 @@ def mif(
                 f"note: {stain} is faint, and left out, in {len(faint)} training regions, where much of it was removed "
                 f"with the background: {', '.join(faint)}"
             )
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in listed.split(",") if name.strip())

@@ -15,6 +15,8 @@ from staindiffuser.training.tiles.tile import MODEL_MPP
 
 __all__ = ["MifRequest"]
 
+KERATINS = ("ck7", "ck20", "ck56", "ck818", "panck")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MifRequest:
@@ -27,6 +29,9 @@ class MifRequest:
     """Stain to the channel that shows its marker."""
     nuclei: str
     """The channel of the nuclei."""
+    cytoplasmic: tuple[str, ...] | None = None
+    """Stains whose marker is of the cytoplasm: their cells are judged by what surrounds the nucleus. The keratins if not
+    given."""
     channels: tuple[str, ...] = ()
     """Names of the channels in order, where the files do not name them."""
     he_mpp: float | None = None
@@ -60,6 +65,8 @@ class MifRequest:
                     f"{stain!r} cannot name a stain: it must be lower case, such as cd3 ([a-z][a-z0-9_]*), and not "
                     "one of a tile's own columns"
                 )
+        if unknown := [stain for stain in self.cytoplasmic or () if stain not in self.markers]:
+            raise ConfigError(f"cytoplasmic: {unknown[0]} is none of the stains ({', '.join(self.markers)})")
         for name in ("mpp", "he_mpp", "mif_mpp"):
             value = getattr(self, name)
             if value is not None and not 0.05 <= value <= 20:
@@ -76,3 +83,7 @@ class MifRequest:
             raise ConfigError("floor: both levels must be above 0")
         if self.jobs < 1:
             raise ConfigError(f"jobs is {self.jobs}; it must be at least 1")
+
+    def is_cytoplasmic(self, stain: str) -> bool:
+        """Whether the stain's marker is of the cytoplasm."""
+        return stain in (KERATINS if self.cytoplasmic is None else self.cytoplasmic)

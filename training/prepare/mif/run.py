@@ -16,7 +16,7 @@ import numpy as np
 
 from staindiffuser.files import write_json
 from staindiffuser.imaging.arrays import FloatArray
-from staindiffuser.imaging.nuclei import find_nuclei, grown
+from staindiffuser.imaging.nuclei import find_nuclei
 from staindiffuser.imaging.optical_density import he_densities
 from staindiffuser.parallel import in_order
 from staindiffuser.training.errors import DataError
@@ -279,14 +279,15 @@ def _write(
     field: Field,
     pixels: Pixels,
 ) -> None:
-    cells = grown(find_nuclei(pixels.channels[..., indices[""]], request.mpp, bright=rules.bright_nuclei), request.mpp)
+    nuclei = find_nuclei(pixels.channels[..., indices[""]], request.mpp, bright=rules.bright_nuclei)
     stains, masks = {}, {}
     for stain, rule in rules.markers.items():
         if stain in rules.left_out:
             continue
         marker: FloatArray = pixels.channels[..., indices[stain]]
         stains[stain] = brightfield(pixels.he, rule.dab(marker))[pixels.inner]
-        masks[stain] = cell_mask(cells, rule.positive(marker), request.mpp)[pixels.inner]
+        mask = cell_mask(nuclei, rule.positive(marker), request.mpp, cytoplasmic=request.is_cytoplasmic(stain))
+        masks[stain] = mask[pixels.inner]
     he = np.ascontiguousarray(pixels.he[pixels.inner])
     writer.write_images(field.name, he, stains, masks, without=rules.left_out)
 
@@ -313,6 +314,7 @@ def _description(request: MifRequest) -> dict[str, object]:
         "tile": request.tile,
         "markers": dict(request.markers),
         "nuclei": request.nuclei,
+        "cytoplasmic": sorted(filter(request.is_cytoplasmic, request.markers)),
         "floor": asdict(request.floor),
         "faint": FAINT,
         "least_correlation": request.least_correlation,

@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 
 from staindiffuser.imaging.arrays import UInt8Array
-from staindiffuser.imaging.optical_density import he_densities
+from staindiffuser.imaging.optical_density import he_densities, optical_density
 from staindiffuser.training.data.augmentation import (
     WIDE,
     WIDER,
@@ -18,6 +18,7 @@ from staindiffuser.training.data.augmentation import (
     another_cytoplasm,
     another_scanner,
     another_stain,
+    another_tone,
     similar_crop,
 )
 from staindiffuser.training.data.dataset import CropDataset
@@ -99,6 +100,22 @@ def test_another_stain_keeps_the_nuclei_where_they_are(he: UInt8Array) -> None:
         assert np.corrcoef(before.ravel(), after.ravel())[0, 1] > 0.7
         means.append(float(after.mean()))
     assert max(means) > 1.5 * min(means)
+
+
+def test_another_tone_changes_the_contrast_and_leaves_glass_white(he: UInt8Array) -> None:
+    half = he.copy()
+    half[:20] = 255
+    contrasts, changed = [], 0
+    for seed in range(40):
+        toned = another_tone(half, np.random.default_rng(seed))
+        assert (toned[:20] == 255).all()
+        density = optical_density(toned[20:]).sum(axis=-1)
+        contrasts.append(float(density.std() / density.mean()))
+        changed += not np.array_equal(toned, half)
+    assert max(contrasts) > 2 * min(contrasts)
+    assert 20 <= changed <= 36
+    flat = np.full((8, 8, 3), 128, np.uint8)  # a density of 0.3
+    assert all(np.abs(another_tone(flat, np.random.default_rng(s)).astype(int) - 128).max() <= 1 for s in range(8))
 
 
 def test_another_scanner_changes_little_and_often_nothing(he: UInt8Array) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from staindiffuser.imaging.arrays import BoolArray, UInt8Array
 from staindiffuser.imaging.optical_density import HE_MATRIX, image_of_density, optical_density
@@ -24,6 +25,7 @@ __all__ = [
     "another_cytoplasm",
     "another_scanner",
     "another_stain",
+    "another_tone",
     "jitter_stain",
     "similar_crop",
 ]
@@ -41,20 +43,26 @@ class Width:
     """Standard deviation of the Gaussian of a scanner that is out of focus at most, pixels."""
     scales: tuple[float, float]
     """The smallest and the largest magnification of what is not cut along the pixels."""
+    tone_spread: float
+    """Standard deviation of ln γ of a scanner's tone curve."""
     regional: float = 0.0
     """Share of the crops in which one kind of cells is stained otherwise than what is around it."""
 
 
-WIDE = Width(straight=0.65, vector_spread=0.03, largest_blur=1.3, scales=(0.8, 1.25))
-WIDER = Width(straight=0.0, vector_spread=0.07, largest_blur=1.3, scales=(0.87, 1.15), regional=0.3)
+WIDE = Width(straight=0.65, vector_spread=0.03, largest_blur=1.3, scales=(0.8, 1.25), tone_spread=0.3)
+WIDER = Width(straight=0.0, vector_spread=0.07, largest_blur=1.3, scales=(0.87, 1.15), tone_spread=0.3, regional=0.3)
 """For cell maps, which may be soft. Published vectors of hematoxylin lie about 0.1 from one another. Slides say their
 pixel size, and the size of a nucleus is what tells a small tumour cell from a lymphocyte: it is hardly touched."""
 STAIN_RANGE = 0.45
 """The density of hematoxylin, of eosin and of the rest is each multiplied by exp(±this)."""
 LARGEST_TURN = 0.6
 """Share of the eosin of a kind of cells that is hematoxylin's colour at most."""
+TONE_SHARE, TONE_PIVOT = 0.7, 0.3
+"""How often a tone curve is another, and the optical density, about that of stained tissue, that it keeps."""
 TINT_SHARE, LARGEST_TINT = 0.3, 0.12
 """How often glass has a colour, and its optical density at most."""
+_LEVELS = -np.log10((np.arange(256, dtype=np.float64) + 1) / 256)
+"""The optical density of each grey level."""
 
 
 def similar_crop(
@@ -127,6 +135,18 @@ def another_cytoplasm(he: UInt8Array, cells: BoolArray, rng: np.random.Generator
     return image_of_density(density)
 
 
+def another_tone(he: UInt8Array, rng: np.random.Generator, width: Width = WIDE) -> UInt8Array:
+    """An H&E, uint8 [H, W, 3], through another scanner's tone curve, mostly.
+
+    d' = p (d / p)^γ of each channel's optical density d: glass stays white, and p as it is. Strength alone does not
+    tell laboratories apart: of two sections as dark, one has half the other's contrast.
+    """
+    exponents = np.exp(width.tone_spread * (rng.standard_normal() + 0.5 * rng.standard_normal(3)))
+    if rng.random() >= TONE_SHARE:
+        return he
+    return _channelwise(he, TONE_PIVOT * (_LEVELS / TONE_PIVOT) ** exponents[:, None])
+
+
 def another_scanner(he: UInt8Array, rng: np.random.Generator, width: Width = WIDE) -> UInt8Array:
     """An H&E, uint8 [H, W, 3], out of focus or sharpened, with grain, or compressed; often nothing of it."""
     focus, grain, quality = rng.random(3)
@@ -155,10 +175,12 @@ def jitter_stain(he: UInt8Array, rng: np.random.Generator, strength: float) -> U
         return he
     scale = np.exp(strength * rng.standard_normal()) * np.exp(0.5 * strength * rng.standard_normal(3))
     shift = 0.1 * strength * rng.standard_normal(3)
-    levels = np.arange(256, dtype=np.float64)
-    density = -np.log10((levels + 1) / 256) * scale[:, None] + shift[:, None]
-    tables = image_of_density(density)
-    jittered = np.empty_like(he)
-    for channel, table in enumerate(tables):
-        jittered[..., channel] = table[he[..., channel]]
-    return jittered
+    return _channelwise(he, _LEVELS * scale[:, None] + shift[:, None])
+
+
+def _channelwise(he: UInt8Array, densities: NDArray[np.float64]) -> UInt8Array:
+    """An image, uint8 [H, W, 3], whose channels have the optical densities [3, 256] instead of the levels'."""
+    changed = np.empty_like(he)
+    for channel, table in enumerate(image_of_density(densities)):
+        changed[..., channel] = table[he[..., channel]]
+    return changed

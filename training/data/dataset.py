@@ -27,6 +27,7 @@ from staindiffuser.training.data.augmentation import (
     another_cytoplasm,
     another_scanner,
     another_stain,
+    another_tone,
     jitter_stain,
     similar_crop,
 )
@@ -238,7 +239,8 @@ class CropDataset:
             if self.width.regional and rng.random() < self.width.regional:
                 cells = parts[f"{self._drawn(rng)}_mask"].numpy() >= POSITIVE
                 stained = another_cytoplasm(stained, cells, rng)
-            stained = another_scanner(another_stain(stained, rng, self.width), rng, self.width)
+            for change in (another_stain, another_tone, another_scanner):
+                stained = change(stained, rng, self.width)
             parts["he"] = torch.from_numpy(stained)
         return parts, known
 

@@ -30,8 +30,8 @@ class MifRequest:
     nuclei: str
     """The channel of the nuclei."""
     cytoplasmic: tuple[str, ...] | None = None
-    """Stains whose marker is of the cytoplasm: their cells are judged by what surrounds the nucleus. The keratins if not
-    given."""
+    """Stains whose marker is of the cytoplasm, so that what surrounds their nucleus decides; the keratins if
+    not given."""
     channels: tuple[str, ...] = ()
     """Names of the channels in order, where the files do not name them."""
     he_mpp: float | None = None

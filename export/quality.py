@@ -35,6 +35,7 @@ from staindiffuser.export.quality_graph import (
 from staindiffuser.files import file_sha256
 from staindiffuser.imaging.arrays import UInt8Array
 from staindiffuser.imaging.image_files import read_image
+from staindiffuser.imaging.instances import HALF
 from staindiffuser.training.tiles.paired_tiles import PairedTile, PairedTiles
 from staindiffuser.triton_models.engine.engine_onnxruntime import OnnxRuntimeEngine
 
@@ -133,7 +134,8 @@ def add_quality(graphs_dir: Path, tiles: Sequence[Path], *, most: int = 400, qua
             for stain in graphs.stains:
                 outputs = [graphs.engines[f"{kind}_{stain.name}"].outputs[0] for kind in ("stain", "cells")]
                 name = f"{QUALITY}_{stain.name}"
-                models[name] = stain_graph(encoder.inputs[0], outputs[0], outputs[1], name.upper())
+                threshold = graphs.thresholds.get(stain.name, HALF)
+                models[name] = stain_graph(encoder.inputs[0], outputs[0], outputs[1], name.upper(), threshold)
             return _write(graphs, graphs_dir, folder, models, quality)
     except OSError as error:
         raise ExportUsageError(f"{graphs_dir} cannot be written: {error.strerror or error}") from error

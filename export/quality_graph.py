@@ -24,6 +24,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from staindiffuser.export.description import TensorSpec
+from staindiffuser.imaging.instances import HALF, lowest_grey
 from staindiffuser.imaging.optical_density import DAB_THRESHOLD, STAIN_MATRIX
 
 __all__ = ["POOLED", "STAIN_MEASURES", "TILE_MEASURES", "pool_graph", "stain_graph", "tile_graph"]
@@ -190,7 +191,9 @@ def tile_graph(he: TensorSpec, features: Sequence[TensorSpec], mean: Array, whit
     return graph.model("quality", result, (he, *features), _output("QUALITY", TILE_MEASURES))
 
 
-def stain_graph(he: TensorSpec, image: TensorSpec, cells: TensorSpec, name: str) -> onnx.ModelProto:
+def stain_graph(
+    he: TensorSpec, image: TensorSpec, cells: TensorSpec, name: str, threshold: float = HALF
+) -> onnx.ModelProto:
     """``quality_<stain>``: the measures :data:`STAIN_MEASURES` of a tile's image and cell map.
 
     Args:
@@ -198,6 +201,7 @@ def stain_graph(he: TensorSpec, image: TensorSpec, cells: TensorSpec, name: str)
         image: its virtual stain, uint8 [T, T, 3].
         cells: its cell map, uint8 [T, T, 1].
         name: of the output, ``QUALITY_<NAME>``.
+        threshold: the probability from which a cell is positive.
     """
     graph = _Graph()
     tissue = graph.tissue(graph.planes(he.name))
@@ -209,7 +213,7 @@ def stain_graph(he: TensorSpec, image: TensorSpec, cells: TensorSpec, name: str)
     smooth = graph.add("Conv", dab, graph.constant(kernel[None, None]), kernel_shape=[7, 7], pads=[3, 3, 3, 3])
     positive = graph.at_least(smooth, DAB_THRESHOLD)
     probability = graph.times(graph.planes(cells.name), 1 / 255)
-    stained = graph.at_least(probability, 0.5)
+    stained = graph.at_least(graph.planes(cells.name), lowest_grey(threshold))
     pixels = he.shape[0] * he.shape[1]
     both = graph.times(graph.total(graph.add("Mul", positive, stained)), 1 / pixels)
     either = graph.add("Sub", graph.times(graph.total(graph.add("Add", positive, stained)), 1 / pixels), both)

@@ -156,6 +156,11 @@ def test_a_stain_is_judged_by_its_mask_and_its_cells(tmp_path: Path) -> None:
     unsure = measure(np.full((TILE, TILE), 64, np.uint8))
     assert unsure["uncertainty"] == pytest.approx(4 * (64 / 255) * (1 - 64 / 255), abs=1e-3)
     assert unsure["disagreement"] == pytest.approx(1, abs=1e-3)
+    pale = np.where(mask, 102, 0).astype(np.uint8)  # a probability of 0.4
+    assert measure(pale)["disagreement"] == pytest.approx(1, abs=1e-3)
+    onnx.save(stain_graph(he, image, cells, "QUALITY_CD3", 0.4), tmp_path / "stain.onnx")
+    assert measure(pale)["disagreement"] == pytest.approx(0, abs=0.02)
+    assert measure(np.where(mask, 101, 0).astype(np.uint8))["disagreement"] == pytest.approx(1, abs=1e-3)
 
 
 def test_a_judge_that_differs_is_not_published(graphs: Path) -> None:

@@ -1,4 +1,4 @@
-"""``staindiffuser train`` and ``staindiffuser train add-stain``."""
+"""``staindiffuser train``, ``staindiffuser train add-stain`` and ``staindiffuser train average``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["add_stain", "app", "train"]
+__all__ = ["add_stain", "app", "average", "train"]
 
 app = typer.Typer(invoke_without_command=True, subcommand_metavar="[COMMAND]")
 
@@ -262,6 +262,28 @@ def add_stain(
     with stopping():
         folder = run(checkpoint, stain, data, options, file=config, **changes)
     _report(folder, data, dry_run=dry_run)
+
+
+@app.command("average")
+def average(
+    first: Annotated[Path, typer.Argument(help="Checkpoint folder.", show_default=False)],
+    second: Annotated[Path, typer.Argument(help="One that was trained --from it.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Checkpoint folder to write.", show_default=False)],
+    share: Annotated[float, typer.Option(help="Of the second's weights, between 0 and 1.")] = 0.5,
+    name: Annotated[
+        str, typer.Option(help="Name of the new checkpoint; the second's if not given.", show_default=False)
+    ] = "",
+) -> None:
+    """Average the weights of a checkpoint and of one that was trained further from it.
+
+    Other laboratories' tissue is kept that further training forgets. Where the encoder was trained, images are painted
+    anew from the averaged one: staindiffuser distill --method e2e.
+
+    Example: staindiffuser train average runs/mine/checkpoint runs/further/checkpoint --output runs/mean
+    """
+    from staindiffuser.training.averaging import average_checkpoints
+
+    typer.echo(f"checkpoint: {average_checkpoints(first, second, output, share=share, name=name)}")
 
 
 def _required(ctx: typer.Context, data: list[str] | None, output: Path | None) -> tuple[list[str], Path]:

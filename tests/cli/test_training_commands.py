@@ -67,6 +67,15 @@ def test_a_stain_is_added_to_it(run_folder: Path, tiles_folder: Path, tmp_path: 
     assert config["provenance"]["added stains"]["ki67"]["recipe"] == config["provenance"]["recipe"]
 
 
+def test_it_is_averaged_with_itself(run_folder: Path, tmp_path: Path) -> None:
+    result = staindiffuser("train", "average", *[run_folder / "checkpoint"] * 2, "--output", tmp_path / "mean")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "mean" / "model.safetensors").is_file()
+    again = staindiffuser("train", "average", *[run_folder / "checkpoint"] * 2, "--output", tmp_path / "mean")
+    assert again.returncode == 2
+    assert "is there already: choose another" in again.stderr
+
+
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run the command line in this process; it must end with the exit code. Returns its complaint."""

@@ -1,0 +1,66 @@
+"""The mean of two checkpoints' weights: each weight lies between, and what is neither's is not claimed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from staindiffuser.errors import UsageError
+from staindiffuser.training.averaging import average_checkpoints
+from staindiffuser.training.checkpoint import Checkpoint, CheckpointConfig
+from staindiffuser.training.config import ModelConfig
+from staindiffuser.training.model.network import DualDiffusion
+from staindiffuser.training.tiles.seen import SeenTiles
+
+
+def write(folder: Path, model: ModelConfig, seed: int, slide: str | None) -> Path:
+    torch.manual_seed(seed)
+    seen = slide and SeenTiles(he=frozenset({slide}), slides=frozenset({slide}), patients=frozenset())
+    config = CheckpointConfig(
+        name=f"model {seed}",
+        model=model,
+        notice="It means nothing.",
+        thresholds={model.stain_names[0]: 0.3},
+        effective_radius=64 * seed,
+        provenance={"recipe": {"seed": seed}},
+    )
+    checkpoint = Checkpoint(config=config, network=DualDiffusion(model), metrics={"stains": {}}, seen=seen or None)
+    checkpoint.save(folder, dtype=torch.float32)
+    return folder
+
+
+def test_weights_lie_between_and_scores_are_left_out(tiny_model: ModelConfig, tmp_path: Path) -> None:
+    first, second = write(tmp_path / "1", tiny_model, 2, "a"), write(tmp_path / "2", tiny_model, 1, "b")
+    mean = Checkpoint.load(average_checkpoints(first, second, tmp_path / "mean", share=0.25))
+    states = [Checkpoint.load(folder).network.state_dict() for folder in (first, second)]
+    for name, tensor in mean.network.state_dict().items():
+        torch.testing.assert_close(tensor, 0.75 * states[0][name] + 0.25 * states[1][name], rtol=2e-3, atol=1e-3)
+    config = mean.config
+    assert (config.name, config.thresholds, config.effective_radius, mean.metrics) == ("model 1", {}, 128, {})
+    assert config.provenance["mean of weights"] == {"share of the second": 0.25}
+    assert config.provenance["the first"]["recipe"] == {"seed": 2}
+    assert mean.seen is not None
+    assert mean.seen.slides == {"a", "b"}
+    assert "share of the second 0.25" in (tmp_path / "mean" / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def test_what_one_of_them_saw_is_not_forgotten(tiny_model: ModelConfig, tmp_path: Path) -> None:
+    first, second = write(tmp_path / "1", tiny_model, 1, "a"), write(tmp_path / "2", tiny_model, 2, None)
+    for order, (one, other) in enumerate([(first, second), (second, first)]):
+        seen = Checkpoint.load(average_checkpoints(one, other, tmp_path / f"mean{order}", name="mean")).seen
+        assert seen is not None
+        assert seen.slides == {"a"}
+
+
+def test_what_cannot_be_averaged_is_refused(tiny_model: ModelConfig, tmp_path: Path) -> None:
+    first = write(tmp_path / "1", tiny_model, 1, None)
+    other = write(tmp_path / "2", dataclasses.replace(tiny_model, embedding=16), 2, None)
+    with pytest.raises(UsageError, match="different models"):
+        average_checkpoints(first, other, tmp_path / "mean")
+    with pytest.raises(UsageError, match="--share 1: must be between 0 and 1"):
+        average_checkpoints(first, first, tmp_path / "mean", share=1)
+    with pytest.raises(UsageError, match="is there already"):
+        average_checkpoints(first, first, first)

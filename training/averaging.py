@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from staindiffuser.errors import UsageError
-from staindiffuser.training.checkpoint import Checkpoint
+from staindiffuser.training.checkpoint import Checkpoint, tensors_sha256
 from staindiffuser.training.model.network import DualDiffusion
 
 __all__ = ["average_checkpoints"]
@@ -50,18 +51,26 @@ def average_checkpoints(first: Path, second: Path, output: Path, *, share: float
         }
     )
     network.eval().requires_grad_(False)
+    about: dict[str, Any] = {"share of these": share, "SHA-256 of the others": tensors_sha256(before.items())}
+    if not _began_with(other.config.provenance, one.config.provenance):
+        about["the others"] = one.config.provenance
     config = dataclasses.replace(
         other.config,
         name=name or other.config.name,
         effective_radius=max(one.config.effective_radius, other.config.effective_radius),
         temperatures={},
         thresholds={},
-        provenance={
-            "mean of weights": {"share of the second": share},
-            "the first": one.config.provenance,
-            "the second": other.config.provenance,
-        },
+        provenance={**other.config.provenance, "mean of weights": about},
     )
     seen = other.seen | one.seen if other.seen else one.seen
     Checkpoint(config=config, network=network, seen=seen).save(output)
     return output
+
+
+def _began_with(provenance: dict[str, Any], earlier: dict[str, Any]) -> bool:
+    """Whether the one's history already has the other's."""
+    while begun := provenance.get("begun with"):
+        if {key: value for key, value in begun.items() if key != "name"} == earlier:
+            return True
+        provenance = begun
+    return False

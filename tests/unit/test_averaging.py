@@ -10,7 +10,7 @@ import torch
 
 from staindiffuser.errors import UsageError
 from staindiffuser.training.averaging import average_checkpoints
-from staindiffuser.training.checkpoint import Checkpoint, CheckpointConfig
+from staindiffuser.training.checkpoint import Checkpoint, CheckpointConfig, tensors_sha256
 from staindiffuser.training.config import ModelConfig
 from staindiffuser.training.model.network import DualDiffusion
 from staindiffuser.training.tiles.seen import SeenTiles
@@ -40,11 +40,25 @@ def test_weights_lie_between_and_scores_are_left_out(tiny_model: ModelConfig, tm
         torch.testing.assert_close(tensor, 0.75 * states[0][name] + 0.25 * states[1][name], rtol=2e-3, atol=1e-3)
     config = mean.config
     assert (config.name, config.thresholds, config.effective_radius, mean.metrics) == ("model 1", {}, 128, {})
-    assert config.provenance["mean of weights"] == {"share of the second": 0.25}
-    assert config.provenance["the first"]["recipe"] == {"seed": 2}
+    about = config.provenance["mean of weights"]
+    assert config.provenance["recipe"] == {"seed": 1}
+    assert (about["share of these"], about["the others"]) == (0.25, {"recipe": {"seed": 2}})
+    assert about["SHA-256 of the others"] == tensors_sha256(states[0].items())
     assert mean.seen is not None
     assert mean.seen.slides == {"a", "b"}
-    assert "share of the second 0.25" in (tmp_path / "mean" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "share of these: 0.25" in (tmp_path / "mean" / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def test_a_history_that_the_second_has_is_not_told_twice(tiny_model: ModelConfig, tmp_path: Path) -> None:
+    first, second = write(tmp_path / "1", tiny_model, 1, None), write(tmp_path / "2", tiny_model, 2, None)
+    further = Checkpoint.load(second)
+    for depth in (1, 2):
+        begun = {"recipe": {"seed": 1}, "name": "model 1"}
+        history = {"recipe": {"seed": 2}, "begun with": begun if depth == 1 else {"recipe": {}, "begun with": begun}}
+        dataclasses.replace(further, config=dataclasses.replace(further.config, provenance=history)).save(second)
+        mean = Checkpoint.load(average_checkpoints(first, second, tmp_path / f"mean{depth}"))
+        assert "the others" not in mean.config.provenance["mean of weights"]
+        assert mean.config.provenance["begun with"] == history["begun with"]
 
 
 def test_what_one_of_them_saw_is_not_forgotten(tiny_model: ModelConfig, tmp_path: Path) -> None:

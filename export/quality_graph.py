@@ -212,8 +212,9 @@ def stain_graph(
     kernel = np.outer(taps, taps) / taps.sum() ** 2
     smooth = graph.add("Conv", dab, graph.constant(kernel[None, None]), kernel_shape=[7, 7], pads=[3, 3, 3, 3])
     positive = graph.at_least(smooth, DAB_THRESHOLD)
-    probability = graph.times(graph.planes(cells.name), 1 / 255)
-    stained = graph.at_least(graph.planes(cells.name), lowest_grey(threshold))
+    level = graph.planes(cells.name)
+    probability = graph.times(level, 1 / 255)
+    stained = graph.at_least(level, lowest_grey(threshold))
     pixels = he.shape[0] * he.shape[1]
     both = graph.times(graph.total(graph.add("Mul", positive, stained)), 1 / pixels)
     either = graph.add("Sub", graph.times(graph.total(graph.add("Add", positive, stained)), 1 / pixels), both)

@@ -12,7 +12,6 @@ from typing import Any
 
 from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import Checkpoint, tensors_sha256
-from staindiffuser.training.model.network import DualDiffusion
 
 __all__ = ["average_checkpoints"]
 
@@ -42,15 +41,8 @@ def average_checkpoints(first: Path, second: Path, output: Path, *, share: float
             f"{first} and {second} are of different models: weights can be averaged where the second was trained "
             "--from the first"
         )
-    network = DualDiffusion(other.config.model)
     before, after = one.network.state_dict(), other.network.state_dict()
-    network.load_state_dict(
-        {
-            key: before[key].lerp(tensor, share) if tensor.is_floating_point() else tensor
-            for key, tensor in after.items()
-        }
-    )
-    network.eval().requires_grad_(False)
+    other.network.load_state_dict({key: before[key].lerp(tensor, share) for key, tensor in after.items()})
     about: dict[str, Any] = {"share of these": share, "SHA-256 of the others": tensors_sha256(before.items())}
     if not _began_with(other.config.provenance, one.config.provenance):
         about["the others"] = one.config.provenance
@@ -63,7 +55,7 @@ def average_checkpoints(first: Path, second: Path, output: Path, *, share: float
         provenance={**other.config.provenance, "mean of weights": about},
     )
     seen = other.seen | one.seen if other.seen else one.seen
-    Checkpoint(config=config, network=network, seen=seen).save(output)
+    Checkpoint(config=config, network=other.network, seen=seen).save(output)
     return output
 
 

@@ -61,7 +61,7 @@ TONE_SHARE, TONE_PIVOT = 0.7, 0.3
 """How often a tone curve is another, and the optical density, about that of stained tissue, that it keeps."""
 TINT_SHARE, LARGEST_TINT = 0.3, 0.12
 """How often glass has a colour, and its optical density at most."""
-_LEVELS = -np.log10((np.arange(256, dtype=np.float64) + 1) / 256)
+_LEVELS = optical_density(np.arange(256, dtype=np.uint8)).astype(np.float64)
 """The optical density of each grey level."""
 
 

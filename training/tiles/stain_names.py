@@ -5,7 +5,7 @@ Labels are decided here until a checkpoint exists; from then on the checkpoint c
 
 import re
 
-__all__ = ["OTHER_COLUMNS", "PATIENT", "STAIN_NAME", "is_stain_name", "stain_label"]
+__all__ = ["KERATINS", "OTHER_COLUMNS", "PATIENT", "STAIN_NAME", "is_stain_name", "stain_label"]
 
 STAIN_NAME = re.compile(r"[a-z][a-z0-9_]*")
 """What a stain's machine name must match in full."""
@@ -40,6 +40,8 @@ _LABELS = {
     "sma": "SMA",
     "foxp3": "FoxP3",
 }
+KERATINS = ("ck7", "ck20", "ck56", "ck818", "panck")
+"""Stains whose marker is of the cytoplasm."""
 
 
 def is_stain_name(name: str) -> bool:

@@ -10,12 +10,10 @@ from pathlib import Path
 
 from staindiffuser.training.errors import ConfigError
 from staindiffuser.training.prepare.mif.markers import Floor
-from staindiffuser.training.tiles.stain_names import is_stain_name
+from staindiffuser.training.tiles.stain_names import KERATINS, is_stain_name
 from staindiffuser.training.tiles.tile import MODEL_MPP
 
 __all__ = ["MifRequest"]
-
-KERATINS = ("ck7", "ck20", "ck56", "ck818", "panck")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -324,8 +324,10 @@ class TritonServer:
         return self._log if self._log is not None else self._folder / "triton.log"
 
     def _require_started(self) -> None:
-        if not self.alive:
-            raise start_error(likely_reason(self._log_path(), self._log_start))
+        assert self._supervisor is not None
+        status = self._supervisor.poll()
+        if status is not None:
+            raise start_error(self._last_words() or self._ending(status))
 
     def _ending(self, status: int) -> str:
         """How Triton ended."""
@@ -336,7 +338,10 @@ class TritonServer:
         if status > supervisor.SIGNALLED:
             name = signal.Signals(status - supervisor.SIGNALLED).name
             return f"Triton was ended by {name}" + (": out of memory?" if name == "SIGKILL" else "")
-        return f"Triton ended by itself (status {status}): {likely_reason(self._log_path(), self._log_start)}"
+        return f"Triton ended by itself (status {status}): {self._last_words() or 'its log is empty'}"
+
+    def _last_words(self) -> str:
+        return likely_reason(self._log_path(), self._log_start)
 
 
 def _runs(process: psutil.Process) -> bool:

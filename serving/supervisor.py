@@ -6,7 +6,8 @@ It stops the server
 - when its standard input closes, because the parent closed it or died;
 - when it receives SIGTERM;
 - through the kernel (``PR_SET_PDEATHSIG``) if it is killed itself;
-- when a process of its Python backend ends. Triton would go on, and never answer the requests that were in there.
+- when a process of its Python backend ends, :data:`LAST_WORDS_SECONDS` later. Triton would go on, and never answer the
+  requests that were in there; or it is about to log why that process could not start, and to end.
 
 It then kills the rest of the server's process group (Python backend stubs) and removes the shared memory that a killed
 server leaves behind. It also removes ``FOLDER``, unless the server ended by itself and the parent is to read its log.
@@ -32,6 +33,8 @@ SIGNALLED = 128
 """Exit status of a server that a signal has ended, minus the signal's number."""
 ENGINE_ENDED = 97
 """Exit status if a process of the Python backend has ended; Triton's own are 0, 1 and those of signals."""
+LAST_WORDS_SECONDS = 1.0
+"""How long Triton may go on without a process of its Python backend, to log why it has ended."""
 _PR_SET_PDEATHSIG = 1
 _STUB = "triton_python_b"
 """How the kernel calls a process of the Python backend (15 characters)."""
@@ -61,6 +64,7 @@ def main(arguments: list[str]) -> int:
                 break
             broken = not all(map(_is_stub, stubs))
             if broken:
+                select.select([0], [], [], LAST_WORDS_SECONDS)  # unless the parent wants it ended
                 server.kill()  # it may not react to a gentler signal
                 break
             stubs |= set(filter(_is_stub, _children(server.pid)))

@@ -13,7 +13,7 @@ __all__ = ["likely_reason", "start_error"]
 
 
 def likely_reason(log: Path, start: int) -> str:
-    """The line that most likely says why Triton ended.
+    """The line that most likely says why Triton ended; empty if it has logged none.
 
     Args:
         log: Triton's log.
@@ -25,7 +25,7 @@ def likely_reason(log: Path, start: int) -> str:
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return "its log cannot be read"
-    return _pick(lines) or "its log is empty"
+    return _pick(lines)
 
 
 def start_error(reason: str) -> ServerMissingError | ServerStartError:

@@ -22,6 +22,7 @@ from staindiffuser.training.model.branch import Branch
 from staindiffuser.training.model.layers import normalize_weight_
 from staindiffuser.training.model.network import DualDiffusion, he_to_network, standardize
 from staindiffuser.training.model.pretrained import lite0_weights
+from staindiffuser.training.model.subpixel import branches_without_grid_
 
 __all__ = ["TASKS", "Teacher"]
 
@@ -131,6 +132,8 @@ class Teacher(Learner):
     def after_step(self, step: int) -> None:
         normalize_weight_(self.uncertainty, *(getattr(self.net, name) for name in self.trained))
         self._move_average([(getattr(self.ema, name), getattr(self.net, name)) for name in self.trained], step)
+        if "cells" in self.trained:  # images where they are trained in the one step that they are used in: by distill
+            branches_without_grid_("cells", self.net, self.ema)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Split the encoder and every branch, which are gathered one at a time where they are used.

@@ -26,6 +26,7 @@ from staindiffuser.training.evaluation.evaluate import evaluate
 from staindiffuser.training.learner import Loss, learning_rate
 from staindiffuser.training.loop import fit
 from staindiffuser.training.model.layers import normalize_weight_
+from staindiffuser.training.model.subpixel import phase_errors
 from staindiffuser.training.options import RunOptions
 from staindiffuser.training.processes import Processes
 from staindiffuser.training.snapshots import find_snapshot, read_snapshot
@@ -171,7 +172,9 @@ def test_a_run_begins_with_the_weights_of_a_checkpoint(tiles_folder: Path, tmp_p
     for network in (begun.network, more.network):
         normalize_weight_(network)  # an average's weights are shorter than those that were averaged
     for name, tensor in begun.network.state_dict().items():
-        torch.testing.assert_close(more.network.state_dict()[name], tensor, rtol=5e-3, atol=1e-3, msg=name)
+        # The last layer of a cell branch is projected anew after it was rounded.
+        atol = 2e-2 if name.startswith("cells") and ".head." in name else 1e-3
+        torch.testing.assert_close(more.network.state_dict()[name], tensor, rtol=5e-3, atol=atol, msg=name)
     assert more.config.model == begun.config.model  # the constants of the stains are the weights' own
     assert more.config.provenance["begun with"]["recipe"]["steps"] == 3
     other = train(preset(3, seed=1), tiles_folder, options(tmp_path / "other"))
@@ -209,6 +212,17 @@ def test_bfloat16_is_left_where_it_would_be_emulated(
         train(preset(3, bf16=bf16), tiles_folder, asked)
         curves[bf16] = read_curves(asked.output)["loss"][1]
     assert np.array_equal(curves[False], curves[True]) is not computes
+
+
+def test_cell_maps_are_kept_free_of_a_grid(tiny_model: ModelConfig, tiles_folder: Path, tmp_path: Path) -> None:
+    recipe = preset(3).train
+    module = Teacher(tiny_model, recipe)
+    fit(module, CropDataset(PairedTiles.load(tiles_folder), crop=32, seed=0), recipe, options(tmp_path))
+    for network in (module.net, module.ema):
+        for stain in tiny_model.stain_names:
+            weight = network.branch("cells", stain).head.plain_weight()
+            assert weight.abs().max() > 1e-3
+            assert phase_errors(weight).abs().max() < 1e-5
 
 
 def test_single_task_leaves_the_other_branch_alone(tiny_model: ModelConfig, tiles_folder: Path, tmp_path: Path) -> None:

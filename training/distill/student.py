@@ -19,7 +19,7 @@ from staindiffuser.training.errors import ConfigError
 from staindiffuser.training.learner import Learner, Loss
 from staindiffuser.training.model.layers import normalize_weight_
 from staindiffuser.training.model.network import DualDiffusion, he_to_network, standardize
-from staindiffuser.training.model.subpixel import without_grid_
+from staindiffuser.training.model.subpixel import branches_without_grid_
 
 __all__ = ["DistillConfig", "Method", "Student"]
 
@@ -176,9 +176,7 @@ class Student(Learner):
         normalize_weight_(self.net.images)
         self._move_average([(self.ema.images, self.net.images)], step)
         if self.config.method == "e2e":
-            for network in (self.net, self.ema):
-                for stain in network.config.stain_names:
-                    without_grid_(network.branch("images", stain).head)
+            branches_without_grid_("images", self.net, self.ema)
 
     def averaged(self) -> DualDiffusion:
         return self.ema

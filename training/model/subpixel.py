@@ -13,10 +13,13 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from staindiffuser.training.config import Task
 from staindiffuser.training.model.layers import MPConv
+from staindiffuser.training.model.network import DualDiffusion
 
-__all__ = ["phase_errors", "without_grid_"]
+__all__ = ["branches_without_grid_", "phase_errors", "without_grid_"]
 
 PHASES = 4
 """Pixels of a cell, in the order of :func:`torch.nn.functional.pixel_shuffle`: row by row."""
@@ -51,14 +54,25 @@ def phase_errors(weight: Tensor) -> Tensor:
     return torch.einsum("cif,nf->cin", grouped, conditions)
 
 
+def branches_without_grid_(task: Task, *networks: DualDiffusion) -> None:
+    """Project the last layer of each branch of a task, in place."""
+    for network in networks:
+        for stain in network.config.stain_names:
+            without_grid_(network.branch(task, stain).head)
+
+
 @torch.no_grad()
 def without_grid_(layer: MPConv) -> None:
     """Project a convolution that is pixel-shuffled by 2, in place: the plain weights that it stands for become the
     nearest (in the sum of squares) without a grid; its direction and gain follow.
 
     Args:
-        layer: has 4 C outputs, a gain and an odd kernel.
+        layer: has 4 C outputs, a gain and an odd kernel. Where its weights are split over processes (FSDP2), every
+            process must call this.
     """
+    if isinstance(layer.weight, DTensor):
+        _without_grid_in_parts(layer)
+        return
     assert layer.gain is not None
     plain = layer.plain_weight()
     side = layer.kernel
@@ -75,3 +89,19 @@ def without_grid_(layer: MPConv) -> None:
     layer.gain.mul_(torch.where(now > 0, norm / now, 1.0))
     if layer.bias is not None:
         layer.bias.copy_(torch.unflatten(layer.bias, 0, (-1, PHASES)).mean(dim=1).repeat_interleave(PHASES))
+
+
+def _without_grid_in_parts(layer: MPConv) -> None:
+    parts: dict[str, DTensor] = {}
+    for name, parameter in layer.named_parameters():
+        assert isinstance(parameter.data, DTensor)
+        parts[name] = parameter.data
+    cout, cin, side, _ = layer.weight.shape
+    with torch.device("meta"):  # draws nothing
+        whole = MPConv(cin, cout, side, bias=layer.bias is not None, gain=1.0)
+    whole.scale = layer.scale
+    whole.load_state_dict({name: part.full_tensor() for name, part in parts.items()}, assign=True)
+    without_grid_(whole)
+    for name, part in parts.items():
+        tensor = whole.get_parameter(name).detach()
+        part.copy_(distribute_tensor(tensor, part.device_mesh, part.placements))

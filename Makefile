@@ -92,8 +92,10 @@ demo-weights: install  ## train the demonstration model again (hours on two core
 		--config checkpoints/demo/wider.toml --steps 7200 --name demo-teacher --trained-on 'simulated tissue' --from runs/demo-germinal/checkpoint
 	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node 2 $(VENV)/bin/staindiffuser distill runs/demo-again/checkpoint --data runs/more-tiles \
 		--output runs/demo-few --name demo --method e2e --steps 2200 --learning-rate 3e-3
+	$(VENV)/bin/staindiffuser distill runs/demo-few/checkpoint --data runs/more-tiles --output runs/demo-white --name demo --method e2e --steps 700 \
+		--batch 4 --learning-rate 3e-3 --density-weight 12 --detail-weight 110 --edge-weight 6 --no-search
 	$(VENV)/bin/staindiffuser simulate tiles --output runs/unseen --count 1000 --seed 999 --val-share 0 --test-share 0.5
-	$(VENV)/bin/staindiffuser distill runs/demo-again/checkpoint --only-gate --student runs/demo-few/checkpoint --no-search --undistilled \
+	$(VENV)/bin/staindiffuser distill runs/demo-again/checkpoint --only-gate --student runs/demo-white/checkpoint --no-search --undistilled \
 		--data runs/unseen --split test --gate-tiles 500 --output runs/judged
 	@echo "copy runs/judged/checkpoint to checkpoints/demo, runs/demo-again/checkpoint to checkpoints/demo-teacher, and run make graphs"
 

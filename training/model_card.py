@@ -68,6 +68,12 @@ def model_card(
             values = (stain.get(name) for stain in scores.values())
             lines.append(f"| {name} | " + " | ".join(shown(v) for v in values) + " |")
         lines.append("")
+        for stain, about in metrics.get("added stains", {}).items():
+            lines += [
+                f"`{stain}` was added later, and measured then: {about['tiles']} tiles of the split `{about['split']}`, "
+                f"sampler steps: {about['steps']}.",
+                "",
+            ]
     if "cells" in metrics:
         lines += _cell_lines(metrics["cells"])
     if "calibration" in metrics:

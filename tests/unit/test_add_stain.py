@@ -19,6 +19,7 @@ from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint
 from staindiffuser.training.config import PRESETS
 from staindiffuser.training.errors import ConfigError, DataError
 from staindiffuser.training.infer import stain_tiles
+from staindiffuser.training.model_card import CARD
 from staindiffuser.training.options import RunOptions
 from staindiffuser.training.snapshots import read_snapshot
 from staindiffuser.training.teacher import TASKS
@@ -74,6 +75,12 @@ def test_old_stains_do_not_change_by_a_bit(tiny_checkpoint: Path, added: Path) -
     assert set(results[1]) - set(results[0]) == {"STAIN_KI67", "CELLS_KI67"}
     for name, image in results[0].items():
         np.testing.assert_array_equal(image, results[1][name])
+
+
+def test_the_card_says_what_the_new_stain_was_measured_on(added: Path) -> None:
+    about = Checkpoint.load(added).metrics["added stains"]["ki67"]
+    words = f"`ki67` was added later, and measured then: {about['tiles']} tiles of the split `val`, sampler steps: 2."
+    assert words in (added / CARD).read_text()
 
 
 def test_a_run_goes_on_only_with_the_encoder_that_it_began_with(

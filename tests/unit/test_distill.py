@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import WEIGHTS, Checkpoint, tensors_sha256
@@ -134,7 +135,7 @@ def test_a_teacher_of_one_step_is_judged_in_one_step(tiny_checkpoint: Path, tile
     """Heun's method of a network that ignores the noisy image gives grain, which is no mark to reach."""
     start = Checkpoint.load(tiny_checkpoint)
     assert not ignores_noise(start.network.images)
-    forget_noise_(start.network.images)
+    forget_noise_(nn.ModuleDict({"cd3": start.network.images["cd3"]}))  # the other stain was added since
     start.save(tmp_path / "teacher")
     rows = judge_student(tmp_path / "teacher", None, tiles_folder, tmp_path / "run", QUICK).rows
     mark = next(row for row in rows if row.role == "teacher")

@@ -149,8 +149,9 @@ def forget_noise_(images: nn.ModuleDict) -> None:
 
 
 def ignores_noise(images: nn.ModuleDict) -> bool:
-    """Whether the image branches were fine-tuned to one step: see :func:`forget_noise_`."""
-    return all(isinstance(branch, Branch) and not branch.stem.weight.any() for branch in images.values())
+    """Whether an image branch was fine-tuned to one step (see :func:`forget_noise_`); a stain may have been added since,
+    whose branch was not."""
+    return any(isinstance(branch, Branch) and not branch.stem.weight.any() for branch in images.values())
 
 
 @dataclass(frozen=True, kw_only=True)

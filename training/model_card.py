@@ -70,8 +70,8 @@ def model_card(
         lines.append("")
         for stain, about in metrics.get("added stains", {}).items():
             lines += [
-                f"`{stain}` was added later, and measured then: {about['tiles']} tiles of the split `{about['split']}`, "
-                f"sampler steps: {about['steps']}.",
+                f"`{stain}` was added later, and measured then: {about['tiles']} tiles of the split "
+                f"`{about['split']}`, sampler steps: {about['steps']}.",
                 "",
             ]
     if "cells" in metrics:

@@ -149,8 +149,8 @@ def forget_noise_(images: nn.ModuleDict) -> None:
 
 
 def ignores_noise(images: nn.ModuleDict) -> bool:
-    """Whether an image branch was fine-tuned to one step (see :func:`forget_noise_`); a stain may have been added since,
-    whose branch was not."""
+    """Whether an image branch was fine-tuned to one step (:func:`forget_noise_`); that of a stain which was added since
+    may not have been."""
     return any(isinstance(branch, Branch) and not branch.stem.weight.any() for branch in images.values())
 
 

@@ -25,7 +25,6 @@ PHASES = 4
 """Pixels of a cell, in the order of :func:`torch.nn.functional.pixel_shuffle`: row by row."""
 
 
-@cache
 def _conditions(side: int) -> Tensor:
     """What the four filters of a colour and an input channel must be orthogonal to, float64 [9, 4 · side²].
 
@@ -47,10 +46,17 @@ def _conditions(side: int) -> Tensor:
     return torch.stack(rows)
 
 
+@cache
+def _projection(side: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The conditions and their pseudoinverse, copied once: a copy at every step would make a GPU wait."""
+    conditions = _conditions(side)
+    return conditions.to(device, dtype), torch.linalg.pinv(conditions).to(device, dtype)
+
+
 def phase_errors(weight: Tensor) -> Tensor:
     """By how much the filters of plain weights [4 C, cin, k, k] miss the conditions: [C, cin, 9]."""
     grouped = torch.unflatten(weight, 0, (-1, PHASES)).transpose(1, 2).flatten(2, 4)
-    conditions = _conditions(weight.shape[-1]).to(grouped)
+    conditions, _ = _projection(weight.shape[-1], grouped.device, grouped.dtype)
     return torch.einsum("cif,nf->cin", grouped, conditions)
 
 
@@ -76,7 +82,7 @@ def without_grid_(layer: MPConv) -> None:
     assert layer.gain is not None
     plain = layer.plain_weight()
     side = layer.kernel
-    inverse = torch.linalg.pinv(_conditions(side)).to(plain)
+    _, inverse = _projection(side, plain.device, plain.dtype)
     change = torch.einsum("cin,fn->cif", phase_errors(plain), inverse)
     projected = plain - torch.unflatten(change, 2, (PHASES, side, side)).transpose(1, 2).flatten(0, 1)
     norm = torch.linalg.vector_norm(projected.flatten(1), dim=1)

@@ -12,7 +12,6 @@ from typing import Any
 
 from staindiffuser.errors import UsageError
 from staindiffuser.training.checkpoint import Checkpoint, tensors_sha256
-from staindiffuser.training.model.subpixel import branches_without_grid_
 
 __all__ = ["average_checkpoints"]
 
@@ -45,7 +44,7 @@ def average_checkpoints(first: Path, second: Path, output: Path, *, share: float
         )
     before, after = one.network.state_dict(), other.network.state_dict()
     other.network.load_state_dict({key: before[key].lerp(tensor, share) for key, tensor in after.items()})
-    branches_without_grid_("cells", other.network)  # the mean of two that have none has a little
+    other.network.project_heads_("cells")  # the mean of two that have none has a little
     about: dict[str, Any] = {"share of these": share, "SHA-256 of the others": tensors_sha256(before.items())}
     if not _began_with(other.config.provenance, one.config.provenance):
         about["the others"] = one.config.provenance

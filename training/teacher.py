@@ -22,7 +22,6 @@ from staindiffuser.training.model.branch import Branch
 from staindiffuser.training.model.layers import normalize_weight_
 from staindiffuser.training.model.network import DualDiffusion, he_to_network, standardize
 from staindiffuser.training.model.pretrained import lite0_weights
-from staindiffuser.training.model.subpixel import branches_without_grid_
 
 __all__ = ["TASKS", "Teacher"]
 
@@ -133,7 +132,8 @@ class Teacher(Learner):
         normalize_weight_(self.uncertainty, *(getattr(self.net, name) for name in self.trained))
         self._move_average([(getattr(self.ema, name), getattr(self.net, name)) for name in self.trained], step)
         if "cells" in self.trained:  # images where they are trained in the one step that they are used in: by distill
-            branches_without_grid_("cells", self.net, self.ema)
+            for network in (self.net, self.ema):
+                network.project_heads_("cells")
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Split the encoder and every branch, which are gathered one at a time where they are used.

@@ -1,3 +1,5 @@
+"""The supervisor of one Triton server: what it does when a process of the Python backend ends."""
+
 from __future__ import annotations
 
 import shutil

@@ -19,7 +19,6 @@ from staindiffuser.training.errors import ConfigError
 from staindiffuser.training.learner import Learner, Loss
 from staindiffuser.training.model.layers import normalize_weight_
 from staindiffuser.training.model.network import DualDiffusion, he_to_network, standardize
-from staindiffuser.training.model.subpixel import branches_without_grid_
 
 __all__ = ["DistillConfig", "Method", "Student"]
 
@@ -176,7 +175,8 @@ class Student(Learner):
         normalize_weight_(self.net.images)
         self._move_average([(self.ema.images, self.net.images)], step)
         if self.config.method == "e2e":
-            branches_without_grid_("images", self.net, self.ema)
+            for network in (self.net, self.ema):
+                network.project_heads_("images")
 
     def averaged(self) -> DualDiffusion:
         return self.ema

@@ -9,6 +9,7 @@ from staindiffuser.training.config import ModelConfig, StainConfig, Task
 from staindiffuser.training.model.branch import Branch
 from staindiffuser.training.model.denoiser import Denoiser
 from staindiffuser.training.model.encoder import HEEncoder
+from staindiffuser.training.model.subpixel import without_grid_
 
 __all__ = ["DualDiffusion", "Task", "he_to_network", "standardize", "tempered", "unstandardize"]
 
@@ -39,6 +40,11 @@ class DualDiffusion(nn.Module):
         branch = self.branch(task, stain)
         injections = branch.attend(features)
         return Denoiser(lambda x, c_noise: branch(x, c_noise, injections), self.config.sigma_data)
+
+    def project_heads_(self, task: Task) -> None:
+        """Project the last layer of each branch of a task, in place, so that its outputs have no grid."""
+        for stain in self.config.stain_names:
+            without_grid_(self.branch(task, stain).head)
 
 
 def tempered(probability: Tensor, temperature: float) -> Tensor:

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from staindiffuser.training.config import Task
 from staindiffuser.training.model.layers import MPConv
-from staindiffuser.training.model.network import DualDiffusion
 
-__all__ = ["branches_without_grid_", "phase_errors", "without_grid_"]
+__all__ = ["phase_errors", "without_grid_"]
 
 PHASES = 4
 """Pixels of a cell, in the order of :func:`torch.nn.functional.pixel_shuffle`: row by row."""
@@ -58,13 +56,6 @@ def phase_errors(weight: Tensor) -> Tensor:
     grouped = torch.unflatten(weight, 0, (-1, PHASES)).transpose(1, 2).flatten(2, 4)
     conditions, _ = _projection(weight.shape[-1], grouped.device, grouped.dtype)
     return torch.einsum("cif,nf->cin", grouped, conditions)
-
-
-def branches_without_grid_(task: Task, *networks: DualDiffusion) -> None:
-    """Project the last layer of each branch of a task, in place."""
-    for network in networks:
-        for stain in network.config.stain_names:
-            without_grid_(network.branch(task, stain).head)
 
 
 @torch.no_grad()
